@@ -1,0 +1,348 @@
+"""Every option of a run. In: a TOML file and `section.key=value` overrides. Out: a frozen Config.
+
+An option exists once, here, with its docstring, its default and its check; the code reads
+`config.section.key` and nothing else. Model shapes are not options: they come from the Hugging
+Face config.json of the model. Options that Megatron-Core has carry Megatron's names.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Field(gt=0)
+
+
+class ConfigError(ValueError):
+    """An option is unknown, has the wrong type, or contradicts another. The message says which."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StudentConfig(Section):
+    hf_path: Path
+    """Hugging Face directory of the student; its config.json gives the architecture."""
+
+
+class TeacherConfig(Section):
+    hf_path: Path
+    """Hugging Face directory of the frozen teacher. Must share the student's token vocabulary."""
+    placement: Literal["colocated"] = "colocated"
+    """`colocated`: the teacher sits on the student's ranks, with the student's layout."""
+    payload: Literal["hidden"] = "hidden"
+    """What the teacher hands over. `hidden`: last hidden states, projected again by the teacher's
+    LM head on the student's last pipeline stage; exact, and 2·H bytes per token in bf16."""
+
+
+class ParallelConfig(Section):
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    """Ranks that share every layer; divides attention heads and key/value heads."""
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    """Pipeline stages; divides the layers of student and teacher."""
+    sequence_parallel: bool = False
+    """Shard the sequence over the tensor-parallel ranks between the parallel layers."""
+    distributed_timeout_minutes: float = Field(10.0, gt=0)
+    """No collective waits longer than this for a missing rank."""
+
+
+class ModelConfig(Section):
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer specification. `auto`: TransformerEngine where it can be imported and a GPU is
+    present, else `local`, which is Megatron's own layers with PyTorch attention."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of parameters and activations of student and teacher. With bfloat16 the optimizer keeps
+    float32 master weights and moments."""
+    make_vocab_size_divisible_by: int = Field(128, gt=0)
+    """The vocabulary is padded to a multiple of this times `tensor_model_parallel_size`; padded
+    columns never enter a softmax."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Activation recomputation of the student, as in Megatron-Core."""
+
+
+class DataConfig(Section):
+    prompts: str = "countdown"
+    """A jsonl file with `{"prompt": …, "answer": …}` a line, or a built-in task: `countdown`."""
+    apply_chat_template: bool = False
+    """Wrap each prompt as a user turn of the student tokenizer's chat template."""
+    max_prompt_length: int = Field(1024, gt=0)
+    """In tokens; a longer prompt is an error that names its line."""
+    shuffle: bool = True
+    """Draw prompts in a seeded random order, anew each epoch."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["auto", "vllm", "megatron"] = "auto"
+    """`vllm`; `megatron`, the exact but slow reference sampler inside the trainer; `auto`: vllm
+    where it is installed, else megatron."""
+    batch_size: int = Field(128, gt=0)
+    """Samples per iteration: prompts × samples_per_prompt."""
+    samples_per_prompt: int = Field(1, gt=0)
+    """Responses drawn for each prompt of the batch."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature. The loss divides both models' logits by it as well."""
+    max_response_length: int = Field(4096, gt=0)
+    """In tokens; a response that reaches it is cut and counted as truncated."""
+    replay: Path | None = None
+    """Folder of recorded rollouts to train on instead of generating."""
+    record: bool = False
+    """Keep every iteration's rollouts under RUN_DIR/rollouts/, ready to be replayed."""
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    """Tensor-parallel size of the vLLM engine, independent of the trainer's."""
+    dtype: Literal["float32", "bfloat16", "as_model"] = "as_model"
+    """Type of vLLM's weights and activations."""
+    max_num_seqs: int = Field(256, gt=0)
+    """Most sequences vLLM runs at once."""
+    kv_cache_gib: float = Field(4.0, gt=0)
+    """Memory of vLLM's key/value cache, in GiB."""
+    num_threads: int = Field(1, gt=0)
+    """CPU threads of a vLLM worker; ignored on GPU."""
+    visible_devices: str = ""
+    """CUDA_VISIBLE_DEVICES of vLLM's process, e.g. "4,5,6,7", for GPUs of its own; weights then go
+    there over NCCL. Empty: the trainer's GPUs, and weights go through host memory, because NCCL
+    does not join two processes on one GPU."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """Longest wait, in seconds, for the engine process to become ready."""
+    generate_timeout_s: float = Field(1800.0, gt=0)
+    """Longest wait, in seconds, for the rollouts of one iteration."""
+    logprob_mismatch_limit: float = Field(1.05, gt=1)
+    """A warning is printed when the mean of exp|Δ|, Δ being the difference between the engine's and
+    the trainer's log-probability of a sampled token, passes this."""
+
+
+class WeightSyncConfig(Section):
+    host: str = "127.0.0.1"
+    """Address at which the engine reaches the pipeline-stage leaders on its own host, which is rank
+    0's; leaders on other hosts are reached under their host names."""
+    port: int = Field(0, ge=0, le=65535)
+    """First TCP port of the transfer groups, one per pipeline stage; 0 takes free ones."""
+    bucket_mib: float = Field(256.0, gt=0)
+    """Tensors are gathered and sent in buckets of about this many MiB."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Longest wait, in seconds, for one weight sync."""
+    verify: bool = True
+    """After each sync, compare the engine's log-probabilities of fixed probe sequences with the
+    trainer's, and stop the run when they differ by more than `tolerance`."""
+    tolerance: float | None = Field(None, gt=0)
+    """In nats. Default: 1e-4 when model and engine are float32, else 0.1."""
+
+
+class ObjectiveConfig(Section):
+    name: Literal["eopd", "opd", "fkl"] = "eopd"
+    """Preset. `eopd`: reverse KL + weight · 1[H ≥ threshold] · forward KL; `opd`: reverse KL only;
+    `fkl`: forward KL only. All over the full vocabulary."""
+    entropy_threshold: float = 0.8
+    """Teacher entropy, in nats, at or above which forward KL joins the loss."""
+    forward_kl_weight: float = Field(1.0, ge=0)
+    """α, the weight of forward KL where the gate is open."""
+    student_temperature: float | None = Field(None, gt=0)
+    """Divides the student's logits in the loss. Default: the rollout temperature."""
+    teacher_temperature: float | None = Field(None, gt=0)
+    """Divides the teacher's logits in the loss. Default: the rollout temperature."""
+
+
+class TrainingConfig(Section):
+    train_iters: int = Field(200, ge=0)
+    """Iterations: one generation and one weight sync each."""
+    global_batch_size: int = Field(32, gt=0)
+    """Samples per optimizer step, over all data-parallel ranks; divides `rollout.batch_size`."""
+    micro_batch_size: int = Field(1, gt=0)
+    """Samples per forward and backward pass on a rank."""
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay from `lr` to `min_lr`, over all optimizer steps."""
+    lr_warmup_iters: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled (AdamW); norms and biases are exempt."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs (GPU)."""
+
+
+class CheckpointConfig(Section):
+    save_interval: int = Field(50, gt=0)
+    """Iterations between checkpoints; the last iteration always saves."""
+    keep_last: int = Field(3, gt=0)
+    """Older complete checkpoints are removed once a newer one is complete."""
+    load: Path | None = None
+    """Checkpoint directory to start from, …/checkpoints/000120. Default: the newest of RUN_DIR."""
+    export_hf: bool = True
+    """Write the student as a Hugging Face directory, RUN_DIR/hf, after the last iteration."""
+
+
+class EvaluationConfig(Section):
+    interval: int = Field(50, ge=0)
+    """Iterations between evaluations, beside the ones before the first and after the last; 0: only
+    those two."""
+    task: Literal["countdown"] | None = None
+    """Held-out problems and their grader; none does not evaluate."""
+    num_problems: int = Field(200, gt=0)
+    """Problems taken from the start of the held-out split."""
+    samples_per_problem: int = Field(16, gt=0)
+    """Responses per problem, drawn at the rollout temperature; bounds the k of pass@k."""
+
+
+class LoggingConfig(Section):
+    log_interval: int = Field(1, gt=0)
+    """Iterations between step lines on the terminal. metrics.jsonl has every iteration."""
+    text_samples: int = Field(4, ge=0)
+    """Rollouts shown as text in TensorBoard and RUN_DIR/rollouts at each evaluation."""
+
+
+class Config(Section):
+    run_dir: Path
+    """Everything the run writes. The same command again resumes from its newest checkpoint."""
+    seed: int = 1234
+    """Fixes prompt order, sampling and any random initialisation."""
+    student: StudentConfig
+    teacher: TeacherConfig
+    parallel: ParallelConfig = ParallelConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def optimizer_steps_per_iteration(self) -> int:
+        return self.rollout.batch_size // self.training.global_batch_size
+
+    @property
+    def longest_wait_s(self) -> float:
+        """The longest that the ranks may have to wait for one engine call, in seconds."""
+        rollout = self.rollout
+        return rollout.start_timeout_s + rollout.generate_timeout_s + self.weight_sync.timeout_s
+
+    @property
+    def student_temperature(self) -> float:
+        return self.objective.student_temperature or self.rollout.temperature
+
+    @property
+    def teacher_temperature(self) -> float:
+        return self.objective.teacher_temperature or self.rollout.temperature
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Config":
+        rollout, training = self.rollout, self.training
+        if rollout.batch_size % rollout.samples_per_prompt:
+            raise ValueError(
+                f"rollout.batch_size={rollout.batch_size} counts samples, and is not a multiple of "
+                f"rollout.samples_per_prompt={rollout.samples_per_prompt}. Set "
+                f"rollout.batch_size={_multiple(rollout.batch_size, rollout.samples_per_prompt)}."
+            )
+        if rollout.batch_size % training.global_batch_size:
+            raise ValueError(
+                f"rollout.batch_size={rollout.batch_size} is not a multiple of "
+                f"training.global_batch_size={training.global_batch_size}, so the last optimizer "
+                f"step of an iteration would be short. Set rollout.batch_size="
+                f"{_multiple(rollout.batch_size, training.global_batch_size)}."
+            )
+        if self.parallel.sequence_parallel and self.parallel.tensor_model_parallel_size == 1:
+            raise ValueError(
+                "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; it "
+                "is 1. Set parallel.sequence_parallel=false."
+            )
+        return self
+
+
+def _multiple(value: int, of: int) -> int:
+    """The smallest multiple of `of` that is not below `value`."""
+    return -(-value // of) * of
+
+
+def load_config(toml_path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides on top, in order.
+
+    Relative paths inside the TOML are taken as given, relative to the working directory.
+
+    Raises:
+        ConfigError: naming the option, the value, and what would be right.
+    """
+    try:
+        tree = tomllib.loads(Path(toml_path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{toml_path}: no such file. Give the path of a TOML configuration."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{toml_path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, toml_path)) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r} has no '='. Write section.key=value.")
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is an option, not a section.")
+    tree[key] = _parse_value(text)
+
+
+def _parse_value(text: str) -> Any:
+    """TOML's own reading of the value; a bare word is a string, so paths need no quotes, and the
+    bare word none unsets an option."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None if text == "none" else text
+
+
+def _explain(error: ValidationError, toml_path: Path) -> str:
+    lines = [f"{toml_path}: the configuration is not valid."]
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"  {name}: unknown option. {_suggest(name)}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {name}: missing. Set it in the file or as {name}=…")
+        elif name:
+            lines.append(f"  {name}={problem['input']!r}: {message}")
+        else:
+            lines.append(f"  {message}")
+    return "\n".join(lines)
+
+
+def _suggest(unknown: str) -> str:
+    known = [name for name, _, _ in describe_options()]
+    close = difflib.get_close_matches(unknown, known, n=1)
+    section = unknown.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == section] or known
+    hint = f"Did you mean {close[0]}? " if close else ""
+    return f"{hint}Known here: {', '.join(siblings)}."
+
+
+def describe_options(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple]:
+    """(dotted name, default as TOML-like text, docstring) of every option, in file order."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from describe_options(annotation, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.default, default=str)
+        yield f"{prefix}{name}", default, field.description or ""
