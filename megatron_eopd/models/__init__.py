@@ -1,0 +1,1 @@
+"""Megatron-Core models from Hugging Face directories, and back."""

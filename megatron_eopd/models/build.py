@@ -1,0 +1,225 @@
+"""A Megatron-Core model from a Hugging Face config.json. In: directory, layout. Out: CausalLM.
+
+A CausalLM's forward stops at the last hidden states: the loss picks the rows that predict a
+response token before it calls `lm_head`, so prompt and padding rows never meet the vocabulary.
+"""
+# Shapes: S tokens, B sequences, H hidden size, N picked rows, V this rank's vocabulary columns.
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_eopd.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_eopd.models.attention import SDPACoreAttention
+from megatron_eopd.models.families import family_of
+from megatron_eopd.models.hf_weights import global_names
+from megatron_eopd.models.norm import RMSNorm
+from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.parallel.layout import pad_vocab_size
+
+
+class CausalLM(GPTModel):
+    """GPTModel whose last stage returns hidden states [S, B, H] after the final norm.
+
+    Only `_postprocess` is replaced: both Megatron-Core lines that are supported call it with
+    keywords, as the last act of forward.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden_states
+
+    def pick_rows(self, hidden_SBH: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+        """Rows of the last hidden states, [N, H], of the flattened [S·B, H].
+
+        Forward: one all-gather under sequence parallelism, else none. Backward: none; the gradient
+        is split, because lm_head's own backward has already summed it over the group.
+        """
+        if self.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return hidden_SBH.flatten(0, 1)[rows_N]
+
+    def lm_head(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Vocab-parallel logits [N, V]. Backward: one all-reduce of the hidden states' gradient."""
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        # Unlike the layers before it, the head gets whole sequences: see pick_rows.
+        self.output_layer.sequence_parallel = False
+        logits_1NV, _ = self.output_layer(hidden_NH.unsqueeze(0), weight=weight)
+        return logits_1NV.squeeze(0)
+
+
+def read_hf_config(hf_path: Path) -> PretrainedConfig:
+    """
+    Raises:
+        ConfigError: no such directory, no config.json, or a model family without a weight table.
+    """
+    if not (Path(hf_path) / "config.json").is_file():
+        raise ConfigError(
+            f"{hf_path}: no config.json there. Give the path of a Hugging Face model directory."
+        )
+    try:
+        hf_config = AutoConfig.from_pretrained(hf_path)
+        family = family_of(hf_config.model_type)
+    except ValueError as error:
+        raise ConfigError(f"{hf_path}: {error}") from None
+    if family.architecture not in (hf_config.architectures or [family.architecture]):
+        raise ConfigError(
+            f"{hf_path}: config.json lists architectures={hf_config.architectures}, but "
+            f"model_type={hf_config.model_type!r} is supported as {family.architecture} only."
+        )
+    return hf_config
+
+
+def check_divides(hf_config: PretrainedConfig, parallel: ParallelConfig, who: str) -> None:
+    """Raise ConfigError when the model cannot be cut into this many parts."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for name, size, parts, option in (
+        ("num_attention_heads", hf_config.num_attention_heads, tp, "tensor"),
+        ("num_key_value_heads", hf_config.num_key_value_heads, tp, "tensor"),
+        ("intermediate_size", hf_config.intermediate_size, tp, "tensor"),
+        ("num_hidden_layers", hf_config.num_hidden_layers, pp, "pipeline"),
+    ):
+        if size % parts:
+            fits = [n for n in range(1, parts) if size % n == 0]
+            raise ConfigError(
+                f"parallel.{option}_model_parallel_size={parts} does not divide the {who}'s "
+                f"{name}={size}. Set it to one of {fits}."
+            )
+
+
+def build_model(
+    hf_path: Path, model: ModelConfig, parallel: ParallelConfig, context: ParallelContext
+) -> CausalLM:
+    """This rank's part of the model, its weights not yet loaded."""
+    hf_config = read_hf_config(hf_path)
+    config = transformer_config(hf_config, model, parallel)
+    layout = context.layout
+    language_model = CausalLM(
+        config=config,
+        transformer_layer_spec=layer_spec(config, model),
+        vocab_size=pad_vocab_size(
+            hf_config.vocab_size, model.make_vocab_size_divisible_by, layout.tp
+        ),
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=hf_config.rope_parameters["rope_theta"],
+        pg_collection=context.groups,
+    )
+    _mark_shards(language_model, hf_config)
+    return language_model.to(context.device)
+
+
+def _mark_shards(model: CausalLM, hf_config: PretrainedConfig) -> None:
+    """Say which parameters are cut over the tensor-parallel ranks, and along which dim.
+
+    Megatron does this while it initialises weights, which is skipped here. Unmarked shards would
+    count as copies of rank 0's, and the gradient norm would leave out all other ranks.
+    """
+    rows = global_names(model, family_of(hf_config.model_type), hf_config.tie_word_embeddings)
+    for name, parameter in model.named_parameters():
+        dim = rows[name].split.dim
+        if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
+def transformer_config(
+    hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig
+) -> TransformerConfig:
+    rope_type = hf_config.rope_parameters.get("rope_type", "default")
+    if rope_type != "default":
+        raise ConfigError(f"config.json: rope_type={rope_type!r} is not supported, only 'default'.")
+    if hf_config.attention_bias:
+        raise ConfigError("config.json: attention_bias=true is not supported for Qwen3.")
+    dtype = getattr(torch, model.dtype)
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=hf_config.head_dim,
+        ffn_hidden_size=hf_config.intermediate_size,
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        qk_layernorm=family_of(hf_config.model_type).qk_layernorm,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.dtype == "bfloat16",
+        # Every step pads to its own longest sequence, so stages cannot assume one length.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # asked for by variable lengths, also without experts
+        # The loss is a sum and Megatron divides by the tokens of all ranks and microbatches.
+        calculate_per_token_loss=True,
+        recompute_granularity=model.recompute_granularity,
+        recompute_method="uniform" if model.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if model.recompute_granularity == "full" else None,
+        # Weights come from a checkpoint; on CPU Megatron has no other initialisation.
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    available = importlib.util.find_spec("transformer_engine") is not None
+    if model.transformer_impl == "transformer_engine" and not available:
+        raise ConfigError(
+            "model.transformer_impl=transformer_engine, but transformer_engine cannot be imported. "
+            "Install transformer-engine[pytorch], or set model.transformer_impl=local."
+        )
+    if model.transformer_impl == "auto":
+        return available and torch.cuda.is_available()
+    return model.transformer_impl == "transformer_engine"
+
+
+def layer_spec(
+    config: TransformerConfig, model: ModelConfig
+) -> ModuleSpec | TransformerBlockSubmodules:
+    if uses_transformer_engine(model):
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )

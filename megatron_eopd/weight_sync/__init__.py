@@ -1,0 +1,1 @@
+"""New student weights go to the rollout engine: manifest, transport, receiver, verification."""

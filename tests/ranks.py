@@ -1,0 +1,62 @@
+"""Real gloo ranks for a test: forked, so that nobody pays for importing torch again.
+
+Fork needs a parent that runs no engine and no thread pool, so the tests that use this live in
+tests/distributed/ and run as a pytest process of their own.
+"""
+
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_eopd.config import ParallelConfig
+from megatron_eopd.parallel.init import ParallelContext, choose_device, join_groups, leave_groups
+from megatron_eopd.parallel.layout import Layout
+
+
+def run_ranks(world_size: int, tmp_path: Path, check: Callable, *args) -> None:
+    """Run `check(*args)` in `world_size` processes joined by torch.distributed (gloo)."""
+    rendezvous = tmp_path / f"rendezvous-{len(list(tmp_path.iterdir()))}"
+    mp.start_processes(
+        _rank_main, (world_size, rendezvous, check, args), nprocs=world_size, start_method="fork"
+    )
+
+
+def _rank_main(rank: int, world_size: int, rendezvous: Path, check: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    choose_device()
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        check(*args)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def context_for(
+    tp: int, pp: int, *, sequence_parallel: bool = False
+) -> tuple[ParallelConfig, ParallelContext]:
+    """Megatron groups over the ranks of this launch; call `leave_layout` before the next one."""
+    config = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=sequence_parallel,
+        distributed_timeout_minutes=1,
+    )
+    layout = Layout.from_config(config, dist.get_world_size(), dist.get_rank())
+    return config, join_groups(config, layout, torch.device("cpu"), seed=1)
+
+
+__all__ = ["context_for", "leave_groups", "run_ranks"]
