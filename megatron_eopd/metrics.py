@@ -1,0 +1,125 @@
+"""Means as sums and counts until the last moment, and the files that show them.
+
+Names are the project's stable ones: `loss/reverse_kl`, `gate/fraction`, `rollout/length_mean`, …
+"""
+# Shapes: N valid response tokens of a microbatch.
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+Sums = dict[str, tuple[float, float]]
+"""Metric name → (sum, count) over tokens."""
+
+
+class Means:
+    """Named means, kept as (sum, count) on the device; per-token values kept for histograms."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._values: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, name: str, values_N: torch.Tensor, mask_N: torch.Tensor | None = None) -> None:
+        """Mean over the tokens where the mask is set; over all of them without a mask."""
+        weights = torch.ones_like(values_N) if mask_N is None else mask_N.to(values_N.dtype)
+        entry = torch.stack([(values_N * weights).sum(), weights.sum()]).double()
+        self._sums[name] = self._sums.get(name, 0) + entry
+
+    def keep(self, name: str, values_N: torch.Tensor) -> None:
+        """Every single value, for percentiles and a histogram."""
+        self._values.setdefault(name, []).append(values_N)
+
+    def reduce(self, group: dist.ProcessGroup) -> tuple[Sums, dict[str, list[float]]]:
+        """(sums, values) over the group, every rank of which must have added the same names.
+
+        One all-reduce of the sums, one all-gather of the values.
+        """
+        names = sorted(self._sums)
+        table = torch.stack([self._sums[name] for name in names])
+        dist.all_reduce(table, group=group)
+        sums = {n: (total, count) for n, (total, count) in zip(names, table.tolist(), strict=True)}
+        own = {name: torch.cat(parts).tolist() for name, parts in self._values.items()}
+        gathered: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, own, group=group)
+        return sums, {name: [x for part in gathered for x in part[name]] for name in own}
+
+
+def divide(sums: Iterable[Sums]) -> dict[str, float]:
+    """Means from the sums of several batches. A mean over nothing is NaN."""
+    totals: Sums = {}
+    for batch in sums:
+        for name, (total, count) in batch.items():
+            old_total, old_count = totals.get(name, (0.0, 0.0))
+            totals[name] = (old_total + total, old_count + count)
+    return {name: (t / c if c else math.nan) for name, (t, c) in totals.items()}
+
+
+def percentile(values: list[float], fraction: float) -> float:
+    """By linear interpolation; NaN of nothing."""
+    if not values:
+        return math.nan
+    return torch.quantile(torch.tensor(values, dtype=torch.float64), fraction).item()
+
+
+class MetricsWriter:
+    """metrics.jsonl and TensorBoard of a run, written on one rank.
+
+    A run that resumes at iteration i forgets what a broken-off run wrote after i, so that the two
+    files tell one story.
+    """
+
+    def __init__(self, run_dir: Path, resumed_at: int) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._truncate_after(resumed_at)
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=resumed_at + 1)
+
+    def _truncate_after(self, iteration: int) -> None:
+        if not self._path.is_file():
+            return
+        kept = [row for row in read_metrics(self._path) if row["iteration"] <= iteration]
+        unfinished = self._path.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(unfinished, self._path)
+
+    def write(
+        self,
+        iteration: int,
+        scalars: Mapping[str, float],
+        histograms: Mapping[str, list[float]] | None = None,
+    ) -> None:
+        """NaN scalars (means over nothing) are left out: JSON has no NaN."""
+        finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+        self._file.flush()
+        for name, value in finite.items():
+            self._tensorboard.add_scalar(name, value, iteration)
+        for name, values in (histograms or {}).items():
+            if values:
+                self._tensorboard.add_histogram(name, torch.tensor(values), iteration)
+
+    def text(self, iteration: int, name: str, markdown: str) -> None:
+        self._tensorboard.add_text(name, markdown, iteration)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that a crash cut short is dropped."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

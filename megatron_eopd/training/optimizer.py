@@ -1,0 +1,91 @@
+"""The student made trainable: Megatron's data parallelism, distributed optimizer and schedule.
+
+Parameters and activations may be bfloat16; gradients are reduced in float32, and the optimizer
+keeps float32 master weights and moments.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_eopd.config import Config, TrainingConfig
+from megatron_eopd.models.build import CausalLM
+from megatron_eopd.parallel.init import ParallelContext
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The student and what moves it. `wrapped` is `model` inside DistributedDataParallel."""
+
+    model: CausalLM
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+def make_trainable(model: CausalLM, config: Config, context: ParallelContext) -> Trainable:
+    training = config.training
+    wrapped = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=training.overlap_grad_reduce,
+        ),
+        model,
+        pg_collection=context.groups,
+    )
+    optimizer = get_megatron_optimizer(_optimizer_config(config), [wrapped])
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.no_sync_func = wrapped.no_sync
+    model.config.grad_scale_func = optimizer.scale_loss
+    steps = training.train_iters * config.optimizer_steps_per_iteration
+    return Trainable(model, wrapped, optimizer, _scheduler(optimizer, training, steps))
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    training = config.training
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=training.lr,
+        min_lr=training.min_lr,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        # With 0 Megatron would not even measure the norm; an infinite bound never clips.
+        clip_grad=training.clip_grad or math.inf,
+        bf16=config.model.dtype == "bfloat16",
+        params_dtype=getattr(torch, config.model.dtype),
+        use_distributed_optimizer=True,
+    )
+
+
+def _scheduler(
+    optimizer: MegatronOptimizer, training: TrainingConfig, steps: int
+) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=training.min_lr,
+        lr_warmup_steps=training.lr_warmup_iters,
+        lr_decay_steps=max(steps, training.lr_warmup_iters + 1),
+        lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

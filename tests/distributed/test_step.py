@@ -1,0 +1,173 @@
+"""One optimizer step: the same loss and gradient norm on every layout, and in transformers."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_eopd.config import Config
+from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
+from megatron_eopd.losses import dense_kl_terms, token_objective
+from megatron_eopd.metrics import divide
+from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.hf_weights import load_hf_weights
+from megatron_eopd.teacher import ColocatedTeacher
+from megatron_eopd.training.optimizer import make_trainable
+from megatron_eopd.training.step import NonFiniteError, TokenLoss, train_step
+from tests.conftest import make_qwen3
+from tests.distributed.test_models import random_rollouts
+from tests.ranks import context_for, leave_groups, run_ranks
+
+VOCAB = 211
+# (TP, PP, DP, sequence parallel, micro batch size)
+LAYOUTS = [
+    (1, 1, 1, False, 8),
+    (1, 1, 1, False, 2),
+    (2, 1, 1, False, 4),
+    (2, 1, 1, True, 4),
+    (1, 2, 1, False, 2),
+    (1, 1, 2, False, 1),
+    (2, 2, 1, False, 4),
+    (2, 1, 2, True, 2),
+    (1, 2, 2, False, 4),
+]
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    """Another width and depth than the student's; surer of itself, so that the gate has something
+    to tell apart: entropies from 0.7 to 4 nats."""
+    path = tmp_path_factory.mktemp("teacher")
+    return make_qwen3(path, seed=5, hidden_size=96, num_hidden_layers=2, initializer_range=0.2)
+
+
+def make_config(student_dir, teacher_dir, **sections) -> Config:
+    return Config.model_validate(
+        {
+            "run_dir": "unused",
+            "student": {"hf_path": student_dir},
+            "teacher": {"hf_path": teacher_dir},
+            "objective": {"entropy_threshold": 2.8},
+            "rollout": {"temperature": 0.8, "batch_size": 8},
+            "training": {"global_batch_size": 8, "lr": 1e-2, "train_iters": 10, "adam_eps": 1e-3},
+        }
+        | sections
+    )
+
+
+def build(config, parallel, context):
+    hf_config = read_hf_config(config.student.hf_path)
+    model = build_model(config.student.hf_path, config.model, parallel, context)
+    load_hf_weights(model, config.student.hf_path, hf_config, context.layout)
+    teacher = ColocatedTeacher(config, context)
+    token_loss = TokenLoss(model, teacher.lm_head, config, VOCAB, context)
+    return make_trainable(model, config, context), teacher, token_loss
+
+
+def microbatches_of(rollouts, teacher, config, context):
+    part = rank_part(rollouts, context.layout)
+    return make_microbatches(
+        teacher.score(part),
+        config.training.micro_batch_size,
+        padded_length(rollouts, context.layout),
+        context.device,
+    )
+
+
+def check_layouts(student_dir, teacher_dir, layouts, out_dir):
+    """Two steps on the same batch; the second also shows that the weights moved alike."""
+    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
+    for tp, pp, dp, sp, micro_batch_size in layouts:
+        parallel, context = context_for(tp, pp, sequence_parallel=sp)
+        assert context.layout.dp == dp
+        config = make_config(student_dir, teacher_dir)
+        config = config.model_copy(
+            update={
+                "parallel": parallel,
+                "training": config.training.model_copy(
+                    update={"micro_batch_size": micro_batch_size}
+                ),
+            }
+        )
+        student, teacher, token_loss = build(config, parallel, context)
+        batches = microbatches_of(rollouts, teacher, config, context)
+        reports = [train_step(student, token_loss, batches, context) for _ in range(2)]
+        if context.layout.rank == 0:
+            means = [divide([report.sums]) for report in reports]
+            row = [
+                [m["loss/total"], r.grad_norm, m["gate/fraction"]]
+                for m, r in zip(means, reports, strict=True)
+            ]
+            (out_dir / f"{tp}-{pp}-{dp}-{sp}-{micro_batch_size}.json").write_text(json.dumps(row))
+        leave_groups()
+
+
+def transformers_step(student_dir, teacher_dir) -> tuple[float, float, float]:
+    """(loss, gradient norm, gate fraction) in float64 by autograd of the dense formula."""
+    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64)
+    config = make_config(student_dir, teacher_dir)
+    losses, gates = [], []
+    for s in random_rollouts(VOCAB, count=8, seed=11):
+        tokens = torch.tensor([s.rollout.prompt.prompt_ids + s.rollout.response_ids])
+        first = len(s.rollout.prompt.prompt_ids) - 1
+        terms = dense_kl_terms(
+            student(tokens).logits[0, first:-1],
+            teacher(tokens).logits[0, first:-1],
+            student_temperature=0.8,
+            teacher_temperature=0.8,
+        )
+        loss, gate = token_objective(terms, config.objective)
+        losses.append(loss)
+        gates.append(gate)
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    grad_norm = math.sqrt(sum(p.grad.square().sum().item() for p in student.parameters()))
+    return loss.item(), grad_norm, torch.cat(gates).mean().item()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layouts_agree_with_transformers(
+    tied, qwen3_dir, tied_qwen3_dir, teacher_dir, tmp_path, capsys
+):
+    """Loss and gradient norm within 1e-5 relative of the dense float64 step, on every layout."""
+    student_dir = tied_qwen3_dir if tied else qwen3_dir
+    for world in (1, 2, 4):
+        here = [layout for layout in LAYOUTS if math.prod(layout[:3]) == world]
+        run_ranks(world, tmp_path, check_layouts, student_dir, teacher_dir, here, tmp_path)
+    loss, grad_norm, gate = transformers_step(student_dir, teacher_dir)
+    assert 0.1 < gate < 0.9, "the batch must hold open and closed gates"
+    second = None
+    with capsys.disabled():
+        print(f"\n  TP PP DP SP  mb        loss   grad norm   (tied={tied})")
+        print(f"  dense float64     {loss:.7f}  {grad_norm:.7f}")
+    for tp, pp, dp, sp, mb in LAYOUTS:
+        steps = json.loads((tmp_path / f"{tp}-{pp}-{dp}-{sp}-{mb}.json").read_text())
+        with capsys.disabled():
+            print(f"  {tp:2} {pp:2} {dp:2} {sp:2} {mb:3}     {steps[0][0]:.7f}  {steps[0][1]:.7f}")
+        assert steps[0] == pytest.approx([loss, grad_norm, gate], rel=1e-5)
+        assert steps[1][0] < loss, "a step on the batch lowers its loss"
+        second = second or steps[1]
+        # Adam divides by the gradient's own size, which magnifies rounding after the first step.
+        assert steps[1] == pytest.approx(second, rel=1e-4)
+
+
+def check_non_finite(student_dir, teacher_dir):
+    parallel, context = context_for(1, 2)
+    config = make_config(student_dir, teacher_dir)
+    student, teacher, token_loss = build(config, parallel, context)
+    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
+    batches = microbatches_of(rollouts, teacher, config, context)
+    before = [p.detach().clone() for p in student.model.parameters()]
+    if context.layout.is_last_stage:
+        batches[1].teacher_hidden_NH[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="not changed"):
+        train_step(student, token_loss, batches, context)
+    for old, new in zip(before, student.model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_a_nan_on_one_stage_stops_all_ranks_before_the_step(qwen3_dir, teacher_dir, tmp_path):
+    run_ranks(2, tmp_path, check_non_finite, qwen3_dir, teacher_dir)
