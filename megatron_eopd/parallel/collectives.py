@@ -1,0 +1,75 @@
+"""Answers and errors that all ranks share. In: what one rank knows. Out: the same on every rank.
+
+An engine lives on one rank and can fail there alone. A rank that raised while the others went on
+into the next collective would leave them waiting, so an outcome is agreed before anybody raises.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_eopd.rollout.engine import EngineError
+
+T = TypeVar("T")
+
+
+class RemoteError(RuntimeError):
+    """Another rank raised; the message is that rank's."""
+
+
+def from_rank_zero(compute: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """What `compute` returns on the group's rank 0, or its exception, on every rank of the group.
+
+    One broadcast of pickled objects over `group` (gloo), whose time-out must be longer than
+    `compute` may take: the other ranks wait for that long. Rank 0 raises its own exception; the
+    others raise EngineError when it was one, and RemoteError with the same message otherwise.
+    """
+    outcome: list = [None]
+    own_error: Exception | None = None
+    if dist.get_rank(group) == 0:
+        try:
+            outcome = [(compute(), None)]
+        except Exception as error:
+            own_error, outcome = error, [(None, _encode(error))]
+    dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
+    if own_error is not None:
+        raise own_error
+    result, error = outcome[0]
+    if error is not None:
+        raise _decode([error])
+    return result
+
+
+@contextmanager
+def collecting(errors: list[Exception]) -> Iterator[None]:
+    """Keep an exception of the block for `raise_together`, and go on: the other ranks may be in
+    the next step's collectives."""
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
+
+
+def raise_together(own_errors: Sequence[Exception], group: dist.ProcessGroup) -> None:
+    """Raise on every rank of the group if any rank brought an error, naming all of them.
+
+    One all-gather of pickled objects over `group` (gloo).
+    """
+    gathered: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, [_encode(error) for error in own_errors], group=group)
+    raised = [error for errors in gathered for error in errors]
+    if raised:
+        raise _decode(raised) from (own_errors[0] if own_errors else None)
+
+
+def _encode(error: Exception) -> tuple[bool, str]:
+    """As text: an exception of another library may not survive pickling."""
+    is_engine_error = isinstance(error, EngineError)
+    return is_engine_error, str(error) if is_engine_error else f"{type(error).__name__}: {error}"
+
+
+def _decode(errors: list[tuple[bool, str]]) -> Exception:
+    text = "\n".join(dict.fromkeys(message for _, message in errors))
+    return EngineError(text) if any(is_engine for is_engine, _ in errors) else RemoteError(text)

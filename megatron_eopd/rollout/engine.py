@@ -1,0 +1,59 @@
+"""The protocol of a rollout engine. In: prompts. Out: rollouts stamped with a weight version.
+
+Every method is collective: all ranks of the trainer call it, in the same order, and all get the
+same answer or the same error. An engine that lives on one rank broadcasts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_eopd.records import Prompt, Rollout
+
+
+class EngineError(RuntimeError):
+    """The engine died, answered nonsense or did not answer in time. The run cannot go on."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. Truncated sampling (top-p, top-k) is absent on purpose: it biases
+    every ratio between the engine's and the trainer's probabilities."""
+
+    samples_per_prompt: int
+    temperature: float
+    max_response_length: int
+    stop_ids: tuple[int, ...]
+    seed: int
+    """Together with the prompt index and the sample index this fixes every draw."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One weight sync, as metrics see it."""
+
+    version: int
+    seconds: float
+    num_bytes: int
+
+
+class RolloutEngine(Protocol):
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """`samples_per_prompt` rollouts of each prompt, prompt by prompt in order."""
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability, in nats at temperature 1, of every token but the first of each
+        sequence. The probe that shows which weights the engine really holds."""
+        ...
+
+    def update_weights(self, version: int) -> SyncReport:
+        """Make the engine sample from the student's present weights, known as `version`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def sample_seed(seed: int, prompt: Prompt, sample_index: int) -> int:
+    """A seed of its own for every response, the same on every layout and after a resume."""
+    return hash((seed, prompt.index, sample_index)) & 0x7FFFFFFF

@@ -1,0 +1,150 @@
+"""The process that runs vLLM. In: Requests on a pipe. Out: one Reply to each.
+
+A process of its own, because vLLM in a rank of a torchrun job takes that job's RANK and MASTER_PORT
+for its own and hangs. It serves one request at a time, and dies with the trainer.
+
+vLLM is imported in functions: its own workers import this module again, and the trainer may.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_eopd.rollout.wire import Reply, Request, Sample, SampleRequest
+
+RPC_MARGIN_S = 2.0
+
+
+class Server:
+    """The verbs of the pipe, on top of vLLM's LLM."""
+
+    def start(self, llm_arguments: dict[str, Any], backend: str) -> None:
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        self._llm = LLM(
+            **llm_arguments,
+            worker_extension_cls="megatron_eopd.weight_sync.receiver.WorkerExtension",
+            weight_transfer_config=WeightTransferConfig(backend=f"eopd_{backend}"),
+        )
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Join the transfer groups, while the stage leaders do."""
+        self._rpc("init_weight_transfer_engine", init_info["timeout_s"], init_info=init_info)
+
+    def begin_update(self, timeout_s: float) -> None:
+        self._rpc("start_weight_update", timeout_s)
+
+    def receive_update(self, version: int, update_info: dict[str, Any]) -> None:
+        """Take the buckets while the leaders send them, and commit `version`.
+
+        Raises:
+            RuntimeError: a worker's fault; the weights are then a mixture, see `_require_sound`.
+        """
+        timeout_s = update_info["timeout_s"]
+        self._rpc("update_weights", timeout_s, update_info=update_info)
+        self._rpc("finish_weight_update", timeout_s)
+        self._require_sound("weight sync failed")
+        # The cached keys and values are those of the weights before.
+        self._llm.reset_prefix_cache()
+        self._llm.update_weight_version(str(version))
+        committed = self._llm.get_weight_version()
+        assert committed == str(version), f"vLLM reports version {committed}, sent {version}"
+
+    def generate(self, requests: list[SampleRequest]) -> list[Sample]:
+        from vllm import SamplingParams
+
+        self._require_sound("refusing to generate")
+        # A hit in the prefix cache changes the last bit of a logprob, and with it, rarely, a
+        # draw. Each call starts cold, so that the same call draws the same samples.
+        self._llm.reset_prefix_cache()
+        parameters = [
+            SamplingParams(
+                seed=request.seed,
+                temperature=request.temperature,
+                max_tokens=request.max_tokens,
+                stop_token_ids=request.stop_ids,
+                # Only the caller's stop ids end a response, not those of a generation_config.
+                ignore_eos=True,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [_sample(output.outputs[0]) for output in outputs]
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        from vllm import SamplingParams
+
+        self._require_sound("refusing to score")
+        parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": ids} for ids in sequences]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [
+            [at[token].logprob for token, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
+            for ids, out in zip(sequences, outputs, strict=True)
+        ]
+
+    def _require_sound(self, doing: str) -> None:
+        faults = [fault for fault in self._rpc("weights_fault", None) if fault is not None]
+        if faults:
+            raise RuntimeError(f"{doing}: {'; '.join(dict.fromkeys(faults))}")
+
+    def _rpc(self, method: str, timeout_s: float | None, **arguments: Any) -> list:
+        # A worker that misses the deadline says why, if it is given a moment more than that.
+        timeout_s = None if timeout_s is None else timeout_s + RPC_MARGIN_S
+        return self._llm.collective_rpc(method, timeout=timeout_s, kwargs=arguments)
+
+
+def _sample(completion: Any) -> Sample:
+    ids = list(completion.token_ids)
+    logprobs = [at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)]
+    spans = completion.weight_versions or []
+    return Sample(ids, logprobs, completion.finish_reason, [span.version for span in spans])
+
+
+def serve(connection: Connection) -> None:
+    server = Server()
+    while True:
+        try:
+            request: Request = connection.recv()
+        except EOFError:
+            return
+        if request.verb == "exit":
+            return
+        try:
+            reply = Reply(value=getattr(server, request.verb)(**request.arguments))
+        except Exception as error:
+            traceback.print_exc()
+            reply = Reply(error=f"{type(error).__name__}: {error}")
+        connection.send(reply)
+
+
+def die_with(parent_pid: int) -> None:
+    """Ask Linux to kill this process when the trainer ends, however it ends. vLLM's own workers
+    watch this process in turn."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before the request reached the kernel
+        os._exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="vLLM behind a pipe; started by the trainer.")
+    parser.add_argument("--pipe", type=int, required=True, help="inherited file descriptor")
+    parser.add_argument("--parent", type=int, required=True, help="process to die with")
+    arguments = parser.parse_args()
+    die_with(arguments.parent)
+    os.set_inheritable(arguments.pipe, False)  # or vLLM's workers would keep the pipe open
+    serve(Connection(arguments.pipe))
+
+
+if __name__ == "__main__":
+    main()

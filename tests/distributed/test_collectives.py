@@ -1,0 +1,51 @@
+"""One outcome on all ranks, whoever failed."""
+
+import pytest
+import torch.distributed as dist
+
+from megatron_eopd.parallel.collectives import (
+    RemoteError,
+    collecting,
+    from_rank_zero,
+    raise_together,
+)
+from megatron_eopd.rollout.engine import EngineError
+from tests.ranks import run_ranks
+
+
+def check_all_outcomes() -> None:
+    rank, group = dist.get_rank(), dist.group.WORLD
+    calls = []
+    answer = from_rank_zero(lambda: calls.append(rank) or {"tokens": (1, 2)}, group)
+    assert answer == {"tokens": (1, 2)} and calls == ([0] if rank == 0 else [])
+
+    def die() -> None:
+        raise EngineError("vLLM died")
+
+    with pytest.raises(EngineError, match=r"^vLLM died$"):
+        from_rank_zero(die, group)
+
+    expected = ZeroDivisionError if rank == 0 else RemoteError
+    with pytest.raises(expected, match="by zero"):
+        from_rank_zero(lambda: 1 // 0, group)
+
+    raise_together([], group)
+    errors: list[Exception] = []
+    with collecting(errors):
+        pass
+    with collecting(errors):
+        raise EngineError("engine late")
+    assert len(errors) == 1
+    with pytest.raises(EngineError, match="stage leader 1 is late"):
+        raise_together([EngineError("stage leader 1 is late")] if rank == 1 else [], group)
+    with pytest.raises(RemoteError, match="ValueError: bad 0\nValueError: bad 1"):
+        raise_together([ValueError(f"bad {rank}")], group)
+
+    # A group whose rank 0 is not global rank 0.
+    reverse = dist.new_group([1, 2], backend="gloo")
+    if rank > 0:
+        assert from_rank_zero(lambda: rank, reverse) == 1
+
+
+def test_every_rank_has_the_same_outcome(tmp_path):
+    run_ranks(3, tmp_path, check_all_outcomes)
