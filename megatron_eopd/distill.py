@@ -1,0 +1,234 @@
+"""The loop of a run. In: a Config, on every rank. Out: a distilled student in RUN_DIR.
+
+It is the chain of records written down: prompts ─▶ rollouts ─▶ scored rollouts ─▶ microbatches ─▶
+step reports ─▶ new weights in the engine.
+"""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from megatron_eopd import checkpoint, preflight, report
+from megatron_eopd.config import Config, ConfigError
+from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
+from megatron_eopd.evaluation.evaluate import evaluate
+from megatron_eopd.metrics import MetricsWriter, read_metrics
+from megatron_eopd.models.hf_weights import CheckpointError
+from megatron_eopd.parallel.collectives import RemoteError
+from megatron_eopd.parallel.init import parallel_context
+from megatron_eopd.records import Rollout, StepReport
+from megatron_eopd.rollout.engine import EngineError, Sampling
+from megatron_eopd.rollout.recording import read_rollouts, rollout_file, write_rollouts
+from megatron_eopd.run_log import RunLog, StageTimes
+from megatron_eopd.session import Session, open_session
+from megatron_eopd.training.step import NonFiniteError, train_step
+
+EXPECTED_ERRORS = (ConfigError, CheckpointError, EngineError, NonFiniteError, RemoteError)
+"""What a user can act on; told without a traceback."""
+
+
+def train(session: Session, writer: MetricsWriter | None) -> None:
+    """All iterations. Runs once more than it trains, so that the last evaluation and checkpoint
+    take the same path as all others."""
+    config, log = session.config, session.log
+    sync = session.push_weights(version=session.first_iteration)
+    log.line(f"weights pushed to the engine in {sync.seconds:.2f} s")
+    with log.progress(session.first_iteration, config.training.train_iters) as bar:
+        for iteration in range(session.first_iteration, config.training.train_iters + 1):
+            # A run that resumes here did both before it stopped.
+            if iteration == 0 or iteration > session.first_iteration:
+                evaluate_if_due(session, iteration, writer)
+                save_if_due(session, iteration)
+            if iteration == config.training.train_iters:
+                break
+            times = StageTimes()
+            with times("rollout"):
+                rollouts = draw_rollouts(session, iteration)
+            reports = train_on(session, rollouts, iteration, times)
+            with times("sync"):
+                sync = session.push_weights(version=iteration + 1)
+            scalars = report.iteration_scalars(rollouts, reports, sync, times, config)
+            publish(session, iteration + 1, scalars, reports, writer)
+            bar.update()
+
+
+def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
+    """The student's responses of this iteration: sampled, or read from a recording."""
+    config = session.config
+    rollout = config.rollout
+    if rollout.replay is not None:
+        rollouts = read_rollouts(rollout_file(rollout.replay, iteration))
+        if len(rollouts) != rollout.batch_size:
+            raise ConfigError(
+                f"{rollout_file(rollout.replay, iteration)} holds {len(rollouts)} rollouts. Set "
+                f"rollout.batch_size={len(rollouts)} (it is {rollout.batch_size})."
+            )
+        return rollouts
+    rollouts = session.engine.generate(
+        session.prompts.batch(iteration, rollout.batch_size // rollout.samples_per_prompt),
+        Sampling(
+            samples_per_prompt=rollout.samples_per_prompt,
+            temperature=rollout.temperature,
+            max_response_length=rollout.max_response_length,
+            stop_ids=session.tokenizer.stop_ids,
+            seed=hash((config.seed, iteration)),
+        ),
+    )
+    for sample in rollouts:
+        assert sample.weight_version == iteration, (
+            f"rollout from weight version {sample.weight_version} in iteration {iteration}"
+        )
+    if rollout.record and session.context.layout.rank == 0:
+        path = rollout_file(config.run_dir / "rollouts", iteration)
+        write_rollouts(path, rollouts, session.tokenizer)
+    return rollouts
+
+
+def train_on(
+    session: Session, rollouts: list[Rollout], iteration: int, times: StageTimes
+) -> list[StepReport]:
+    """The optimizer steps of one iteration, each on its own part of the rollouts."""
+    size = session.config.training.global_batch_size
+    reports = []
+    for first in range(0, len(rollouts), size):
+        step_rollouts = rollouts[first : first + size]
+        with times("score"):
+            scored = session.teacher.score(rank_part(step_rollouts, session.context.layout))
+        microbatches = make_microbatches(
+            scored,
+            session.config.training.micro_batch_size,
+            padded_length(step_rollouts, session.context.layout),
+            session.context.device,
+        )
+        try:
+            with times("train"):
+                step_report = train_step(
+                    session.student,
+                    session.token_loss,
+                    microbatches,
+                    session.context,
+                    # Only here does the student still have the weights that wrote the rollouts.
+                    compare_engine=first == 0,
+                )
+        except NonFiniteError:
+            if session.context.layout.rank == 0:
+                path = session.config.run_dir / "rollouts" / f"{iteration:06d}-nonfinite.jsonl"
+                write_rollouts(path, step_rollouts, session.tokenizer)
+            raise
+        reports.append(step_report)
+    return reports
+
+
+def publish(
+    session: Session,
+    iteration: int,
+    scalars: dict[str, float],
+    reports: list[StepReport],
+    writer: MetricsWriter | None,
+) -> None:
+    config, log = session.config, session.log
+    if writer is not None:
+        writer.write(iteration, scalars, report.histograms(reports))
+    if iteration % config.logging.log_interval == 0:
+        log.line(report.step_line(iteration, scalars))
+    if scalars["mismatch/mult_prob_error"] > config.rollout.logprob_mismatch_limit:
+        log.line(
+            f"WARNING: engine and trainer disagree on the sampled tokens: mean exp|Δ| = "
+            f"{scalars['mismatch/mult_prob_error']:.3f} > rollout.logprob_mismatch_limit="
+            f"{config.rollout.logprob_mismatch_limit}"
+        )
+
+
+def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | None) -> None:
+    config = session.config
+    ends = (0, config.training.train_iters)
+    due = iteration in ends or (
+        config.evaluation.interval and iteration % config.evaluation.interval == 0
+    )
+    if not (due and session.held_out):
+        return
+    result = evaluate(
+        session.held_out,
+        session.engine,
+        session.teacher,
+        session.token_loss,
+        session.student.model,
+        session.tokenizer,
+        config,
+        session.context,
+    )
+    shown = " | ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in result.figures.items())
+    session.log.line(f"eval {iteration} | {shown}")
+    if writer is not None:
+        writer.write(iteration, result.figures)
+        samples = result.samples[:: config.evaluation.samples_per_problem]
+        samples = samples[: config.logging.text_samples]
+        markdown = report.samples_markdown(samples, session.tokenizer)
+        writer.text(iteration, "samples", markdown)
+
+
+def save_if_due(session: Session, iteration: int) -> None:
+    config = session.config
+    last = iteration == config.training.train_iters
+    if iteration == 0 or not (last or iteration % config.checkpoint.save_interval == 0):
+        return
+    position = checkpoint.make_position(
+        iteration, config.seed, session.prompts.digest, session.context
+    )
+    keep_last = config.checkpoint.keep_last
+    checkpoint.save(config.run_dir, session.student, position, keep_last, session.context)
+
+
+def run(config: Config) -> None:
+    """Check, build, train, report. Every rank of the job calls this."""
+    begin = time.monotonic()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    inputs = preflight.check(config, world_size)
+    with parallel_context(config.parallel, config.seed, config.longest_wait_s) as context:
+        is_first = context.layout.rank == 0
+        log = RunLog(config.run_dir, context.layout.rank)
+        if is_first:
+            _save_provenance(config)
+        for name, value in preflight.derived_numbers(config, inputs, world_size).items():
+            log.line(f"{name}: {value}")
+        with open_session(config, inputs, context, log) as session:
+            first = session.first_iteration
+            writer = MetricsWriter(config.run_dir, resumed_at=first) if is_first else None
+            train(session, writer)
+            if config.checkpoint.export_hf:
+                session.exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
+            if writer is not None:
+                writer.close()
+        if is_first:
+            hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
+            table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
+            minutes = (time.monotonic() - begin) / 60
+            log.line("\n" + report.write_report(config, table, hf_dir, minutes))
+        log.close()
+
+
+def _save_provenance(config: Config) -> None:
+    """The resolved configuration, and the state of the code if it is a git checkout."""
+    (config.run_dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    here = Path(__file__).resolve().parent
+    for name, command in (("commit.txt", ["rev-parse", "HEAD"]), ("diff.patch", ["diff", "HEAD"])):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return
+        if done.returncode == 0:
+            (config.run_dir / name).write_text(done.stdout)
+
+
+def dry_run(config: Config, world_size: int | None) -> None:
+    """Check as a run would, and print what it would do with this many ranks (default TP × PP)."""
+    parallel = config.parallel
+    smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    inputs = preflight.check(config, world_size or smallest)
+    print(config.model_dump_json(indent=2))
+    numbers = preflight.derived_numbers(config, inputs, world_size or smallest)
+    for name, value in numbers.items():
+        print(f"{name}: {value}")

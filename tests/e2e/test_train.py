@@ -1,0 +1,239 @@
+"""Whole runs under torchrun, with real vLLM rollouts, as a user starts them."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_eopd.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = "examples/quickstart/eopd.toml"
+SMALL = [
+    "training.train_iters=3",
+    "rollout.batch_size=32",
+    "rollout.record=true",
+    "training.global_batch_size=16",
+    "training.micro_batch_size=8",
+    "training.lr_warmup_iters=1",
+    "checkpoint.save_interval=2",
+    "evaluation.num_problems=20",
+    "evaluation.samples_per_problem=4",
+]
+pytestmark = pytest.mark.engine
+
+
+def command(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc_per_node={ranks}", "-m", "megatron_eopd.train", QUICKSTART),
+        *(f"run_dir={run_dir}", *SMALL, *overrides),
+    ]
+
+
+def train(run_dir: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(run_dir, *overrides, ranks=ranks),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def timeless(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without what a clock or the allocator had a hand in."""
+    clocked = re.compile(r"time/|throughput/|memory/|weight_sync/seconds")
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not clocked.match(k)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    run_dir = tmp_path_factory.mktemp("first") / "run"
+    done = train(run_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir, done
+
+
+def test_a_run_leaves_everything_that_it_promises(first_run):
+    run_dir, done = first_run
+    assert len(re.findall(r"^step \d+ \| loss ", done.stdout, re.MULTILINE)) == 3
+    assert "| countdown/reverse_kl |" in done.stdout and str(run_dir / "hf") in done.stdout
+    assert (run_dir / "report.md").read_text() in done.stdout
+    assert json.loads((run_dir / "config.json").read_text())["training"]["train_iters"] == 3
+    assert list((run_dir / "tensorboard").glob("events*"))
+    assert (run_dir / "checkpoints/000003/DONE").is_file()
+    assert (run_dir / "rollouts/000002.jsonl").is_file()
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 3]
+    names = (ROOT / "docs/metrics.md").read_text()
+    for name in {name for row in rows for name in row} - {"iteration"}:
+        documented = re.sub(r"@\d+", "@k", re.sub(r"eval/\w+/", "eval/<task>/", name))
+        assert f"`{documented}`" in names, f"{name} is not in docs/metrics.md"
+
+
+def test_the_engine_had_the_trainers_weights_in_every_iteration(first_run):
+    """Sampled log-probabilities of vLLM and the trainer agree within float32 rounding."""
+    rows = [r for r in timeless(first_run[0]) if "mismatch/logprob_abs_p99" in r]
+    assert len(rows) == 3
+    for row in rows:
+        assert 0 < row["mismatch/logprob_abs_mean"] <= row["mismatch/logprob_abs_p99"] < 1e-4
+        assert row["weight_sync/version"] == row["iteration"]
+
+
+def test_the_same_seed_gives_the_same_run(first_run, tmp_path):
+    """Identical metrics.jsonl apart from times, and identical weights."""
+    again = train(tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert timeless(tmp_path / "run") == timeless(first_run[0])
+    assert_same_export(tmp_path / "run", first_run[0])
+
+
+def test_resume_goes_on_as_if_nothing_had_happened(first_run, tmp_path):
+    """2 iterations + resume + 1 = 3 straight, bitwise; a half-written row is forgotten."""
+    run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
+    shutil.rmtree(run_dir / "hf")
+    (run_dir / "checkpoints/000003/DONE").unlink()  # broke off while it was written
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "loss/to')
+    done = train(run_dir)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout and "000002" in done.stdout
+    assert timeless(run_dir) == timeless(first_run[0])
+    assert_same_export(run_dir, first_run[0])
+
+
+def test_a_finished_run_only_reports_again(first_run, tmp_path):
+    run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
+    done = train(run_dir)
+    assert done.returncode == 0, done.stderr
+    assert "step" not in done.stdout.split("resumed from")[1].split("# eopd")[0]
+    assert timeless(run_dir) == timeless(first_run[0])
+
+
+def assert_same_export(run_dir: Path, other: Path) -> None:
+    ours, theirs = (load_file(d / "hf/model.safetensors") for d in (run_dir, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_the_export_gives_the_trainers_logits_in_transformers_and_vllm(first_run):
+    """Checkpoint (TP 2, loaded at TP 1), transformers and vLLM agree within 1e-4 in float32."""
+    script = Path(__file__).parent / "compare_export.py"
+    for engine in ("trainer", "vllm"):
+        done = subprocess.run(
+            [sys.executable, str(script), engine, str(first_run[0])],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert float(done.stdout.split()[-1]) < 1e-4
+
+
+def test_a_recorded_run_replays_on_a_pipeline(first_run, tmp_path):
+    """The samples of a TP 2 run give a PP 2 run the same first iteration."""
+    done = train(
+        tmp_path / "run",
+        f"rollout.replay={first_run[0] / 'rollouts'}",
+        "training.train_iters=1",
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.pipeline_model_parallel_size=2",
+        "evaluation.task=none",
+        "checkpoint.export_hf=false",
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        next(row for row in timeless(d) if "loss/total" in row)
+        for d in (tmp_path / "run", first_run[0])
+    )
+    # Two optimizer steps: Adam's first step magnifies rounding before the second is measured.
+    for name in ("loss/total", "loss/reverse_kl", "optim/grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+
+
+def test_the_exact_sampler_runs_without_vllm_and_says_so(tmp_path):
+    done = train(
+        tmp_path / "run",
+        "rollout.engine=megatron",
+        "training.train_iters=1",
+        "parallel.tensor_model_parallel_size=1",
+        "evaluation.num_problems=4",
+        ranks=2,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the trainer's exact sampler" in done.stdout
+    row = next(r for r in timeless(tmp_path / "run") if "loss/total" in r)
+    assert row["mismatch/logprob_abs_mean"] < 1e-5
+
+
+def test_a_bad_option_ends_the_job_in_time(tmp_path):
+    begin = time.monotonic()
+    done = train(tmp_path / "run", "objective.entropy_treshold=0.5")
+    assert done.returncode != 0 and time.monotonic() - begin < 60
+    assert "Did you mean objective.entropy_threshold" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        begin = time.monotonic()
+        done = train(tmp_path / "run", f"weight_sync.port={port}")
+    assert done.returncode != 0 and time.monotonic() - begin < 60
+    assert "weight_sync.port" in done.stderr and str(port) in done.stderr
+
+
+def test_a_killed_engine_ends_the_run_and_leaves_no_orphan(tmp_path):
+    """The error names the engine within 60 s, and every process of the run is gone."""
+    overrides = ["evaluation.num_problems=1500", "evaluation.samples_per_problem=16"]
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(run_dir, *overrides),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # The first evaluation draws 24,000 samples, half a minute: the engine dies in the middle.
+    engine, family = await_engine(process, run_dir)
+    time.sleep(5)
+    engine.kill()
+    begin = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - begin < 60
+    assert "vLLM engine" in stderr and "generating 24000 responses" in stderr
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+def await_engine(process: subprocess.Popen, run_dir: Path) -> tuple[psutil.Process, list]:
+    """The engine's process, once the run has pushed the first weights to it, and all processes."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        family = psutil.Process(process.pid).children(recursive=True)
+        engines = [p for p in family if "megatron_eopd.rollout.vllm_child" in p.cmdline()]
+        log = run_dir / "log/rank0.txt"
+        if engines and log.is_file() and "weights pushed" in log.read_text():
+            return engines[0], family
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    raise AssertionError("the engine did not come up within 120 s")

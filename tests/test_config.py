@@ -1,0 +1,106 @@
+"""Options: one place, checked, overridable; a wrong one says its name, its value and the fix."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_eopd.config import ConfigError, describe_options, load_config
+from megatron_eopd.losses.objective import PRESETS
+from megatron_eopd.train import main, parse_arguments
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))
+
+
+@pytest.fixture
+def toml(tmp_path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text('run_dir = "r"\n[student]\nhf_path = "s"\n[teacher]\nhf_path = "t"\n')
+    return path
+
+
+def test_overrides_win_over_the_file_and_keep_their_type(toml):
+    config = load_config(
+        toml,
+        [
+            "training.lr=3e-6",
+            "parallel.tensor_model_parallel_size=2",
+            "student.hf_path=/models/with space",
+            "objective.name=opd",
+            "evaluation.task=countdown",
+            "rollout.replay=none",
+        ],
+    )
+    assert config.training.lr == 3e-6
+    assert config.parallel.tensor_model_parallel_size == 2
+    assert config.student.hf_path == Path("/models/with space")
+    assert config.objective.name == "opd"
+    assert config.evaluation.task == "countdown" and config.rollout.replay is None
+
+
+def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
+    """One temperature convention: two different ones are never a default."""
+    config = load_config(toml, ["rollout.temperature=0.7"])
+    assert config.student_temperature == config.teacher_temperature == 0.7
+    config = load_config(toml, ["rollout.temperature=0.7", "objective.teacher_temperature=1.0"])
+    assert (config.student_temperature, config.teacher_temperature) == (0.7, 1.0)
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("objective.entropy_treshold=0.5", r"Did you mean objective\.entropy_threshold"),
+        ("training.nonsense=1", r"training\.nonsense: unknown option.*training\.lr"),
+        ("training.lr=fast", r"training\.lr='fast'"),
+        ("training.train_iters=1.5", r"training\.train_iters=1\.5"),
+        ("teacher.payload=smoke", r"teacher\.payload='smoke'.*'hidden'"),
+        ("rollout.batch_size=100", r"global_batch_size=32.*Set rollout\.batch_size=128"),
+        ("rollout.samples_per_prompt=3", r"Set rollout\.batch_size=129"),
+        ("parallel.sequence_parallel=true", r"tensor_model_parallel_size > 1"),
+        ("run_dir", r"has no '='"),
+        ("run_dir.x=1", r"'run_dir' is an option, not a section"),
+    ],
+)
+def test_a_wrong_option_is_named_with_value_and_fix(toml, override, message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        load_config(toml, [override])
+
+
+def test_a_missing_option_and_a_broken_file_are_named(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('run_dir = "r"\n[student]\nhf_path = "s"\n')
+    with pytest.raises(ConfigError, match="teacher: missing"):
+        load_config(path)
+    path.write_text("run_dir = [")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.toml")
+
+
+def test_every_option_has_a_docstring_or_is_megatrons_own_word():
+    undocumented = {name for name, _, text in describe_options() if not text}
+    assert undocumented == {"training.adam_beta1", "training.adam_beta2", "training.adam_eps"}
+
+
+def test_help_lists_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for name, default, _ in describe_options():
+        assert f"{name}={default}" in text
+    assert "torchrun" in text
+
+
+def test_every_preset_can_be_chosen(toml):
+    for name in PRESETS:
+        assert load_config(toml, [f"objective.name={name}"]).objective.name == name
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_shipped_configurations_pass_a_dry_run(path, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert main([str(path), "--dry-run", f"run_dir={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    for number in ("parameters / rank", "memory / rank", "microbatches / step", "response tokens"):
+        assert number in printed

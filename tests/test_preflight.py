@@ -1,0 +1,165 @@
+"""Bad input is refused before a process group exists: one message, exit code 1."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_eopd import preflight
+from megatron_eopd.config import load_config
+from megatron_eopd.models.build import read_hf_config
+from megatron_eopd.train import main
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "examples/quickstart/models"
+QUICKSTART = ROOT / "examples/quickstart/eopd.toml"
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Starts the quick start with overrides; gives back the error it must end with."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: pytest.fail("late"))
+
+    def start(*overrides: str) -> str:
+        assert main([str(QUICKSTART), f"run_dir={tmp_path / 'run'}", *overrides]) == 1
+        return capsys.readouterr().err
+
+    return start
+
+
+@pytest.fixture
+def broken_model(tmp_path):
+    """A copy of the student whose files a test may damage."""
+    return Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_missing_model_directory(refused):
+    assert "no config.json there" in refused("student.hf_path=/nowhere")
+
+
+def test_truncated_safetensors(refused, broken_model):
+    weights = broken_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    message = refused(f"teacher.hf_path={broken_model}")
+    assert "model.safetensors: cannot be read" in message and "truncated" in message
+
+
+def test_missing_safetensors(refused, broken_model):
+    (broken_model / "model.safetensors").unlink()
+    assert "no such file" in refused(f"student.hf_path={broken_model}")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "no_such_family"])
+def test_unsupported_architecture(refused, broken_model, model_type):
+    edit_json(broken_model / "config.json", model_type=model_type, architectures=["X"])
+    message = refused(f"student.hf_path={broken_model}")
+    assert model_type in message and str(broken_model) in message
+
+
+def test_teacher_with_another_vocabulary_size(refused, broken_model):
+    edit_json(broken_model / "config.json", vocab_size=120)
+    message = refused(f"teacher.hf_path={broken_model}")
+    assert "vocab_size is 112" in message and "120" in message
+
+
+def test_teacher_with_the_same_size_and_other_ids(refused, broken_model):
+    """Equal sizes are not enough: column 3 must be the same token for both."""
+    path = broken_model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["3"], vocabulary["4"] = vocabulary["4"], vocabulary["3"]
+    path.write_text(json.dumps(tokenizer))
+    assert "different ids" in refused(f"teacher.hf_path={broken_model}")
+
+
+def test_teacher_that_ends_with_another_token(refused, broken_model):
+    edit_json(broken_model / "generation_config.json", eos_token_id=107)
+    assert "ends a response" in refused(f"teacher.hf_path={broken_model}")
+
+
+@pytest.mark.parametrize(
+    "line,problem",
+    [
+        ("not json", "not valid JSON"),
+        ('{"text": "1 2"}', "expected"),
+        ('{"prompt": 5}', "expected"),
+    ],
+)
+def test_broken_prompt_line(refused, tmp_path, line, problem):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "1 2 3 4 -> 10 :"}}\n\n{line}\n')
+    message = refused(f"data.prompts={path}")
+    assert "prompts.jsonl line 3" in message and problem in message
+
+
+def test_prompt_file_missing_empty_or_too_long(refused, tmp_path):
+    assert "no such file" in refused("data.prompts=/nowhere.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    assert "no prompts" in refused(f"data.prompts={tmp_path / 'empty.jsonl'}")
+    (tmp_path / "long.jsonl").write_text('{"prompt": "1 2 3 4 5 6 7 8 9 10"}\n')
+    message = refused(f"data.prompts={tmp_path / 'long.jsonl'}", "data.max_prompt_length=9")
+    assert "long.jsonl line 1: 10 tokens" in message
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("parallel.tensor_model_parallel_size=3", "does not divide the world size 2"),
+        ("parallel.pipeline_model_parallel_size=2", "= 4 does not divide the world size 2"),
+        ("training.micro_batch_size=24", "Set training.global_batch_size=48"),
+        ("rollout.max_response_length=100", "max_position_embeddings is 64"),
+        ("rollout.replay=/nowhere", "no such directory"),
+        ("checkpoint.load=/nowhere", "no such checkpoint directory"),
+    ],
+)
+def test_options_that_contradict_the_models_or_the_ranks(refused, override, message):
+    assert message in refused(override)
+
+
+def test_heads_that_tensor_parallelism_cannot_cut(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    message = refused("parallel.tensor_model_parallel_size=4")
+    assert "num_key_value_heads=2" in message and "Set it to one of [1, 2]" in message
+
+
+def test_transformer_engine_demanded_and_absent(refused):
+    assert "Set model.transformer_impl=local" in (
+        refused("model.transformer_impl=transformer_engine").replace("set", "Set")
+    )
+
+
+def test_vllm_demanded_and_absent(refused, monkeypatch):
+    monkeypatch.setattr(preflight, "vllm_available", lambda: False)
+    assert "rollout.engine=vllm, but vLLM is not installed" in refused("rollout.engine=vllm")
+
+
+def test_unfinished_checkpoint(refused, tmp_path):
+    (tmp_path / "000010").mkdir()
+    assert "never finished" in refused(f"checkpoint.load={tmp_path / '000010'}")
+
+
+@pytest.mark.parametrize("tp,pp,expected", [(1, 1, [113_088]), (2, 1, None), (2, 2, None)])
+def test_parameters_per_rank_add_up(tp, pp, expected, monkeypatch):
+    """At TP 1 the estimate is the model's own parameter count; cut, nothing is lost but padding."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(
+        QUICKSTART,
+        [
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"parallel.pipeline_model_parallel_size={pp}",
+            "model.make_vocab_size_divisible_by=1",
+        ],
+    )
+    stages = preflight.parameters_per_stage(read_hf_config(MODELS / "student"), config)
+    assert len(stages) == pp
+    if expected:
+        assert stages == expected
+    # Norms stand on every tensor-parallel rank.
+    assert 113_088 <= tp * sum(stages) < 113_088 + tp * 1000
