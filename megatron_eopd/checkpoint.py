@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_eopd.models.hf_weights import CheckpointError
@@ -113,11 +114,31 @@ def load(directory: Path, student: Trainable, context: ParallelContext) -> Posit
             f"damaged, or belongs to another model."
         ) from error
     student.model.load_state_dict(loaded["model"])
-    student.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(student.optimizer, loaded["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         _restore_rng(loaded["rng"])
     return position
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Groups and step count first, moments and master weights second.
+
+    In one go, Megatron-Core (0.16 and 0.19) looks for torch Adam's step counter among the sharded
+    tensors, where it put none, and dies of a KeyError; apex and TransformerEngine keep no such
+    counter. So it is set aside while the tensors are copied. Megatron-Core also gives all
+    parameters one and the same counter, which each parameter's update would then advance.
+    """
+    (distributed,) = optimizer.chained_optimizers
+    tensors = state.pop("param_state")
+    assert state.pop("param_state_sharding_type") == "fully_reshardable"
+    distributed.load_state_dict(state)
+    states = distributed.optimizer.state.values()
+    steps = [s.pop("step", None) for s in states]
+    distributed.load_parameter_state_from_fully_reshardable(tensors)
+    for s, step in zip(states, steps, strict=True):
+        if step is not None:
+            s["step"] = step.clone()
 
 
 def make_position(

@@ -6,8 +6,13 @@ step reports ─▶ new weights in the engine.
 
 import os
 import subprocess
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
 
 from megatron_eopd import checkpoint, preflight, report
 from megatron_eopd.config import Config, ConfigError
@@ -16,7 +21,7 @@ from megatron_eopd.evaluation.evaluate import evaluate
 from megatron_eopd.metrics import MetricsWriter, read_metrics
 from megatron_eopd.models.hf_weights import CheckpointError
 from megatron_eopd.parallel.collectives import RemoteError
-from megatron_eopd.parallel.init import parallel_context
+from megatron_eopd.parallel.init import ParallelContext, parallel_context
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.rollout.engine import EngineError, Sampling
 from megatron_eopd.rollout.recording import read_rollouts, rollout_file, write_rollouts
@@ -192,20 +197,36 @@ def run(config: Config) -> None:
             _save_provenance(config)
         for name, value in preflight.derived_numbers(config, inputs, world_size).items():
             log.line(f"{name}: {value}")
-        with open_session(config, inputs, context, log) as session:
-            first = session.first_iteration
-            writer = MetricsWriter(config.run_dir, resumed_at=first) if is_first else None
-            train(session, writer)
-            if config.checkpoint.export_hf:
-                session.exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
-            if writer is not None:
-                writer.close()
+        try:
+            with open_session(config, inputs, context, log) as session:
+                first = session.first_iteration
+                writer = MetricsWriter(config.run_dir, resumed_at=first) if is_first else None
+                train(session, writer)
+                if config.checkpoint.export_hf:
+                    session.exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
+                if writer is not None:
+                    writer.close()
+        except EXPECTED_ERRORS as error:
+            _fail_together(error, log, context)
         if is_first:
             hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
             table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
             minutes = (time.monotonic() - begin) / 60
             log.line("\n" + report.write_report(config, table, hf_dir, minutes))
         log.close()
+
+
+def _fail_together(error: Exception, log: RunLog, context: ParallelContext) -> NoReturn:
+    """Tell the error once, by rank 0, and exit. torchrun ends all ranks with the first that exits,
+    so the others wait until rank 0 has spoken; a rank that failed alone speaks for itself."""
+    if context.layout.rank == 0:
+        log.error(f"error: {error}")
+    try:
+        dist.monitored_barrier(context.cpu_group, timeout=timedelta(seconds=15))
+    except RuntimeError:
+        if context.layout.rank != 0:
+            log.error(f"error on rank {context.layout.rank}: {error}")
+    sys.exit(1)
 
 
 def _save_provenance(config: Config) -> None:

@@ -1,5 +1,6 @@
 """What a run says: lines on the terminal and in RUN_DIR/log/, and the time its stages take."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ class RunLog:
         self._file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
         if self._speaks:
             tqdm.write(text)
+
+    def error(self, text: str) -> None:
+        """Like line, but on stderr, and from any rank."""
+        self._file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
     def progress(self, first: int, total: int) -> tqdm:
         """A bar over iterations; none where the terminal is a file or another rank's."""

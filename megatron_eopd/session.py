@@ -14,6 +14,7 @@ from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.models.build import build_model, read_hf_config
 from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.hf_weights import load_hf_weights
+from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.preflight import Inputs, max_sequence_length
 from megatron_eopd.records import Prompt
@@ -69,13 +70,16 @@ def open_session(
     student_path = config.student.hf_path
     hf_config = read_hf_config(student_path)
     model = build_model(student_path, config.model, config.parallel, context)
-    load_hf_weights(model, student_path, hf_config, context.layout)
+    errors: list[Exception] = []
+    with collecting(errors):  # each rank reads other tensors, so one may fail alone
+        load_hf_weights(model, student_path, hf_config, context.layout)
+        teacher = ColocatedTeacher(config, context)
+    raise_together(errors, context.cpu_group)
     student = make_trainable(model, config, context)
     first_iteration = 0
     if inputs.resume_from is not None:
         first_iteration = checkpoint.load(inputs.resume_from, student, context).iteration
         log.line(f"resumed from {inputs.resume_from}")
-    teacher = ColocatedTeacher(config, context)
     bucket_bytes = int(config.weight_sync.bucket_mib * 2**20)
     exporter = Exporter(model, hf_config, context, bucket_bytes)
     with closing(

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_eopd.metrics import read_metrics
+from tests.conftest import make_qwen3
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "examples/quickstart/eopd.toml"
+MODELS = ROOT / "examples/quickstart/models"
 SMALL = [
     "training.train_iters=3",
     "rollout.batch_size=32",
@@ -92,6 +94,33 @@ def test_the_engine_had_the_trainers_weights_in_every_iteration(first_run):
     for row in rows:
         assert 0 < row["mismatch/logprob_abs_mean"] <= row["mismatch/logprob_abs_p99"] < 1e-4
         assert row["weight_sync/version"] == row["iteration"]
+
+
+@pytest.mark.parametrize("tied,tp,pp", [(False, 2, 1), (True, 1, 2)])
+def test_after_three_steps_the_engine_scores_as_the_trainer_does(tied, tp, pp, tmp_path):
+    """Within 1e-4 nats in float32; and a skipped sync is seen, so the check can fail."""
+    student = Path(shutil.copytree(MODELS / "student", tmp_path / "student"))
+    if tied:
+        make_qwen3(student, seed=4, vocab_size=112, tie_word_embeddings=True)
+    script = str(Path(__file__).parent / "sync_after_steps.py")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *(script, QUICKSTART, f"run_dir={tmp_path / 'run'}", f"student.hf_path={student}"),
+            *(*SMALL, "training.lr=1e-3", "training.train_iters=8"),
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"parallel.pipeline_model_parallel_size={pp}",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    in_sync, stale = map(float, done.stdout.split("differences: ")[1].split()[:2])
+    assert in_sync < 1e-4
+    assert stale > 1e-2, "a stale engine must be far outside the tolerance"
 
 
 def test_the_same_seed_gives_the_same_run(first_run, tmp_path):
