@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eopd.models.hf_weights import CheckpointError
 from megatron_eopd.parallel.init import ParallelContext
@@ -108,9 +109,12 @@ def load(directory: Path, student: Trainable, context: ParallelContext) -> Posit
     state = _sharded_state(student, context, is_loading=True, with_rng=same_layout)
     try:
         loaded = dist_checkpointing.load(state, str(directory))
-    except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError) as error:
+        # torch's CheckpointException carries every rank's error; one is enough to act on.
+        failures = getattr(error, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else error
         raise CheckpointError(
-            f"{directory}: cannot be loaded ({type(error).__name__}: {error}). The checkpoint is "
+            f"{directory}: cannot be loaded ({type(cause).__name__}: {cause}). The checkpoint is "
             f"damaged, or belongs to another model."
         ) from error
     student.model.load_state_dict(loaded["model"])

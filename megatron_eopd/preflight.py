@@ -40,7 +40,7 @@ def check(config: Config, world_size: int) -> Inputs:
     layout = Layout.from_config(config.parallel, world_size, rank=0)
     uses_transformer_engine(config.model)
     for who, path in (("student", config.student.hf_path), ("teacher", config.teacher.hf_path)):
-        check_divides(read_hf_config(path), config.parallel, who)
+        check_divides(read_hf_config(path), layout, who)
         with HFCheckpoint(path):  # opens every file: a truncated one shows here
             pass
     check_same_vocabulary(config.student.hf_path, config.teacher.hf_path)
@@ -106,21 +106,19 @@ def _resume_from(config: Config, prompts: PromptSet) -> Path | None:
     return directory
 
 
-def parameters_per_stage(hf_config: PretrainedConfig, config: Config) -> list[int]:
+def parameters_per_stage(
+    hf_config: PretrainedConfig, layout: Layout, padded_vocab: int
+) -> list[int]:
     """Parameters of one rank of each pipeline stage, from the family's own weight table."""
-    tp, pp = (
-        config.parallel.tensor_model_parallel_size,
-        config.parallel.pipeline_model_parallel_size,
-    )
+    tp, pp = layout.tp, layout.pp
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    vocab = pad_vocab_size(hf_config.vocab_size, config.model.make_vocab_size_divisible_by, tp)
     per_stage = [0] * pp
 
     def size_of(split: Split, hf_names: tuple[str, ...]) -> int:
         if split is Split.VOCAB:
-            return vocab // tp * hf_config.hidden_size
+            return padded_vocab // tp * hf_config.hidden_size
         whole = sum(math.prod(shapes[name]) for name in hf_names)
         return whole if split is Split.REPLICATED else whole // tp
 
@@ -144,15 +142,17 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
     layout = Layout.from_config(config.parallel, world_size, rank=0)
     rollout, training = config.rollout, config.training
     tokens = training.global_batch_size * rollout.max_response_length
-    student_config = read_hf_config(config.student.hf_path)
-    student = max(parameters_per_stage(student_config, config))
-    teacher = max(parameters_per_stage(read_hf_config(config.teacher.hf_path), config))
-    weight_bytes = getattr(torch, config.model.dtype).itemsize
-    # Megatron's distributed optimizer: moments, and float32 master weights of bfloat16 ones.
-    optimizer_bytes = (8 if weight_bytes == 4 else 12) / layout.dp
+    student_config, teacher_config = (
+        read_hf_config(path) for path in (config.student.hf_path, config.teacher.hf_path)
+    )
     columns = pad_vocab_size(
         student_config.vocab_size, config.model.make_vocab_size_divisible_by, layout.tp
     )
+    student = max(parameters_per_stage(student_config, layout, columns))
+    teacher = max(parameters_per_stage(teacher_config, layout, columns))
+    weight_bytes = getattr(torch, config.model.dtype).itemsize
+    # Megatron's distributed optimizer: moments, and float32 master weights of bfloat16 ones.
+    optimizer_bytes = (8 if weight_bytes == 4 else 12) / layout.dp
     logit_rows = training.micro_batch_size * rollout.max_response_length
     memory = {
         "weights": student * weight_bytes,

@@ -69,7 +69,7 @@ def open_session(
 ) -> Iterator[Session]:
     student_path = config.student.hf_path
     hf_config = read_hf_config(student_path)
-    model = build_model(student_path, config.model, config.parallel, context)
+    model = build_model(student_path, config.model, context)
     errors: list[Exception] = []
     with collecting(errors):  # each rank reads other tensors, so one may fail alone
         load_hf_weights(model, student_path, hf_config, context.layout)

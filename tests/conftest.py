@@ -40,3 +40,11 @@ def qwen3_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tied_qwen3_dir(tmp_path_factory) -> Path:
     return make_qwen3(tmp_path_factory.mktemp("qwen3_tied"), seed=1, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory):
+    """Another width and depth than the student's; surer of itself, so that the gate has something
+    to tell apart: entropies from 0.7 to 4 nats."""
+    path = tmp_path_factory.mktemp("teacher")
+    return make_qwen3(path, seed=5, hidden_size=96, num_hidden_layers=2, initializer_range=0.2)

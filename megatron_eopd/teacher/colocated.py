@@ -25,7 +25,7 @@ class ColocatedTeacher:
         hf_path = config.teacher.hf_path
         self._context = context
         self._micro_batch_size = config.training.micro_batch_size
-        self._model = build_model(hf_path, config.model, config.parallel, context)
+        self._model = build_model(hf_path, config.model, context)
         load_hf_weights(self._model, hf_path, read_hf_config(hf_path), context.layout)
         self._model.requires_grad_(False).eval()
 

@@ -32,9 +32,9 @@ def random_rollouts(vocab_size: int, count: int, seed: int) -> list[ScoredRollou
 
 
 def load(hf_dir, tp, pp, sequence_parallel=False):
-    parallel, context = context_for(tp, pp, sequence_parallel=sequence_parallel)
+    context = context_for(tp, pp, sequence_parallel=sequence_parallel)
     hf_config = read_hf_config(hf_dir)
-    model = build_model(hf_dir, ModelConfig(), parallel, context)
+    model = build_model(hf_dir, ModelConfig(), context)
     load_hf_weights(model, hf_dir, hf_config, context.layout)
     return model, hf_config, context
 

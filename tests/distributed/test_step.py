@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from megatron_eopd.losses import dense_kl_terms, token_objective
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import build_model, read_hf_config
 from megatron_eopd.models.hf_weights import load_hf_weights
+from megatron_eopd.rollout.recording import read_rollouts
 from megatron_eopd.teacher import ColocatedTeacher
 from megatron_eopd.training.optimizer import make_trainable
 from megatron_eopd.training.step import NonFiniteError, TokenLoss, train_step
-from tests.conftest import make_qwen3
 from tests.distributed.test_models import random_rollouts
 from tests.ranks import context_for, leave_groups, run_ranks
 
@@ -34,35 +35,34 @@ LAYOUTS = [
     (1, 2, 2, False, 4),
 ]
 
-
-@pytest.fixture(scope="module")
-def teacher_dir(tmp_path_factory):
-    """Another width and depth than the student's; surer of itself, so that the gate has something
-    to tell apart: entropies from 0.7 to 4 nats."""
-    path = tmp_path_factory.mktemp("teacher")
-    return make_qwen3(path, seed=5, hidden_size=96, num_hidden_layers=2, initializer_range=0.2)
-
-
-def make_config(student_dir, teacher_dir, **sections) -> Config:
-    return Config.model_validate(
-        {
-            "run_dir": "unused",
-            "student": {"hf_path": student_dir},
-            "teacher": {"hf_path": teacher_dir},
-            "objective": {"entropy_threshold": 2.8},
-            "rollout": {"temperature": 0.8, "batch_size": 8},
-            "training": {"global_batch_size": 8, "lr": 1e-2, "train_iters": 10, "adam_eps": 1e-3},
-        }
-        | sections
-    )
+RECORDED_LAYOUTS = [
+    (1, 1, 1, False, 32),
+    (2, 1, 1, False, 32),
+    (1, 2, 1, False, 8),
+    (1, 1, 2, False, 16),
+    (2, 2, 1, False, 16),
+]
+MODELS = Path(__file__).parents[2] / "examples/quickstart/models"
 
 
-def build(config, parallel, context):
+def make_config(student_dir, teacher_dir, **changed) -> Config:
+    options = {
+        "run_dir": "unused",
+        "student": {"hf_path": student_dir},
+        "teacher": {"hf_path": teacher_dir},
+        "objective": {"entropy_threshold": 2.8},
+        "rollout": {"temperature": 0.8, "batch_size": 8},
+        "training": {"global_batch_size": 8, "lr": 1e-2, "train_iters": 10, "adam_eps": 1e-3},
+    }
+    return Config.model_validate(options | changed)
+
+
+def build(config, context):
     hf_config = read_hf_config(config.student.hf_path)
-    model = build_model(config.student.hf_path, config.model, parallel, context)
+    model = build_model(config.student.hf_path, config.model, context)
     load_hf_weights(model, config.student.hf_path, hf_config, context.layout)
     teacher = ColocatedTeacher(config, context)
-    token_loss = TokenLoss(model, teacher.lm_head, config, VOCAB, context)
+    token_loss = TokenLoss(model, teacher.lm_head, config, hf_config.vocab_size, context)
     return make_trainable(model, config, context), teacher, token_loss
 
 
@@ -76,22 +76,14 @@ def microbatches_of(rollouts, teacher, config, context):
     )
 
 
-def check_layouts(student_dir, teacher_dir, layouts, out_dir):
+def check_layouts(base_config, rollouts, layouts, out_dir):
     """Two steps on the same batch; the second also shows that the weights moved alike."""
-    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
     for tp, pp, dp, sp, micro_batch_size in layouts:
-        parallel, context = context_for(tp, pp, sequence_parallel=sp)
+        context = context_for(tp, pp, sequence_parallel=sp)
         assert context.layout.dp == dp
-        config = make_config(student_dir, teacher_dir)
-        config = config.model_copy(
-            update={
-                "parallel": parallel,
-                "training": config.training.model_copy(
-                    update={"micro_batch_size": micro_batch_size}
-                ),
-            }
-        )
-        student, teacher, token_loss = build(config, parallel, context)
+        training = base_config.training.model_copy(update={"micro_batch_size": micro_batch_size})
+        config = base_config.model_copy(update={"training": training})
+        student, teacher, token_loss = build(config, context)
         batches = microbatches_of(rollouts, teacher, config, context)
         reports = [train_step(student, token_loss, batches, context) for _ in range(2)]
         if context.layout.rank == 0:
@@ -104,20 +96,21 @@ def check_layouts(student_dir, teacher_dir, layouts, out_dir):
         leave_groups()
 
 
-def transformers_step(student_dir, teacher_dir) -> tuple[float, float, float]:
+def transformers_step(config, rollouts) -> tuple[float, float, float]:
     """(loss, gradient norm, gate fraction) in float64 by autograd of the dense formula."""
-    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64)
-    config = make_config(student_dir, teacher_dir)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        for path in (config.student.hf_path, config.teacher.hf_path)
+    )
     losses, gates = [], []
-    for s in random_rollouts(VOCAB, count=8, seed=11):
-        tokens = torch.tensor([s.rollout.prompt.prompt_ids + s.rollout.response_ids])
-        first = len(s.rollout.prompt.prompt_ids) - 1
+    for rollout in rollouts:
+        tokens = torch.tensor([rollout.prompt.prompt_ids + rollout.response_ids])
+        first = len(rollout.prompt.prompt_ids) - 1
         terms = dense_kl_terms(
             student(tokens).logits[0, first:-1],
             teacher(tokens).logits[0, first:-1],
-            student_temperature=0.8,
-            teacher_temperature=0.8,
+            student_temperature=config.student_temperature,
+            teacher_temperature=config.teacher_temperature,
         )
         loss, gate = token_objective(terms, config.objective)
         losses.append(loss)
@@ -128,36 +121,58 @@ def transformers_step(student_dir, teacher_dir) -> tuple[float, float, float]:
     return loss.item(), grad_norm, torch.cat(gates).mean().item()
 
 
+def assert_layouts_agree(config, rollouts, layouts, tmp_path) -> str:
+    """Run every layout, compare with the dense float64 step; gives back a table of both."""
+    for world in {math.prod(layout[:3]) for layout in layouts}:
+        here = [layout for layout in layouts if math.prod(layout[:3]) == world]
+        run_ranks(world, tmp_path, check_layouts, config, rollouts, here, tmp_path)
+    loss, grad_norm, gate = transformers_step(config, rollouts)
+    assert 0.05 < gate < 0.95, "the batch must hold open and closed gates"
+    second = None
+    table = "\n  TP PP DP SP  mb        loss   grad norm\n"
+    table += f"  dense float64     {loss:.7f}  {grad_norm:.7f}\n"
+    for tp, pp, dp, sp, mb in layouts:
+        steps = json.loads((tmp_path / f"{tp}-{pp}-{dp}-{sp}-{mb}.json").read_text())
+        table += f"  {tp:2} {pp:2} {dp:2} {sp:2} {mb:3}     {steps[0][0]:.7f}  {steps[0][1]:.7f}\n"
+        assert steps[0] == pytest.approx([loss, grad_norm, gate], rel=1e-5), table
+        assert steps[1][0] < loss, "a step on the batch lowers its loss"
+        second = second or steps[1]
+        # Adam divides by the gradient's own size, which magnifies rounding after the first step.
+        assert steps[1] == pytest.approx(second, rel=1e-4), table
+    return table
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_layouts_agree_with_transformers(
     tied, qwen3_dir, tied_qwen3_dir, teacher_dir, tmp_path, capsys
 ):
     """Loss and gradient norm within 1e-5 relative of the dense float64 step, on every layout."""
-    student_dir = tied_qwen3_dir if tied else qwen3_dir
-    for world in (1, 2, 4):
-        here = [layout for layout in LAYOUTS if math.prod(layout[:3]) == world]
-        run_ranks(world, tmp_path, check_layouts, student_dir, teacher_dir, here, tmp_path)
-    loss, grad_norm, gate = transformers_step(student_dir, teacher_dir)
-    assert 0.1 < gate < 0.9, "the batch must hold open and closed gates"
-    second = None
+    config = make_config(tied_qwen3_dir if tied else qwen3_dir, teacher_dir)
+    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
+    table = assert_layouts_agree(config, rollouts, LAYOUTS, tmp_path)
     with capsys.disabled():
-        print(f"\n  TP PP DP SP  mb        loss   grad norm   (tied={tied})")
-        print(f"  dense float64     {loss:.7f}  {grad_norm:.7f}")
-    for tp, pp, dp, sp, mb in LAYOUTS:
-        steps = json.loads((tmp_path / f"{tp}-{pp}-{dp}-{sp}-{mb}.json").read_text())
-        with capsys.disabled():
-            print(f"  {tp:2} {pp:2} {dp:2} {sp:2} {mb:3}     {steps[0][0]:.7f}  {steps[0][1]:.7f}")
-        assert steps[0] == pytest.approx([loss, grad_norm, gate], rel=1e-5)
-        assert steps[1][0] < loss, "a step on the batch lowers its loss"
-        second = second or steps[1]
-        # Adam divides by the gradient's own size, which magnifies rounding after the first step.
-        assert steps[1] == pytest.approx(second, rel=1e-4)
+        print(f"\n  random models, tied={tied}{table}")
+
+
+def test_a_recorded_batch_gives_one_step_on_every_layout(tmp_path, capsys):
+    """The toy models on rollouts that vLLM wrote in a TP 2 run, replayed on other layouts."""
+    config = make_config(
+        MODELS / "student",
+        MODELS / "teacher",
+        objective={"entropy_threshold": 0.8},
+        rollout={"batch_size": 32},
+        training={"global_batch_size": 32, "lr": 1e-3, "train_iters": 10, "adam_eps": 1e-3},
+    )
+    rollouts = read_rollouts(Path(__file__).parent / "recorded/000000.jsonl")
+    table = assert_layouts_agree(config, rollouts, RECORDED_LAYOUTS, tmp_path)
+    with capsys.disabled():
+        print(f"\n  recorded batch, toy models{table}")
 
 
 def check_non_finite(student_dir, teacher_dir):
-    parallel, context = context_for(1, 2)
+    context = context_for(1, 2)
     config = make_config(student_dir, teacher_dir)
-    student, teacher, token_loss = build(config, parallel, context)
+    student, teacher, token_loss = build(config, context)
     rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
     batches = microbatches_of(rollouts, teacher, config, context)
     before = [p.detach().clone() for p in student.model.parameters()]

@@ -28,10 +28,8 @@ def trainer_difference(run_dir: Path) -> float:
     from megatron_eopd.training.optimizer import make_trainable
 
     config = load_config(Path("examples/quickstart/eopd.toml"), [f"run_dir={run_dir}"])
-    parallel = ParallelConfig()
-    with parallel_context(parallel, seed=1, longest_wait_s=0) as context:
-        model = build_model(config.student.hf_path, config.model, parallel, context)
-        config = config.model_copy(update={"parallel": parallel})
+    with parallel_context(ParallelConfig(), seed=1, longest_wait_s=0) as context:
+        model = build_model(config.student.hf_path, config.model, context)
         student = make_trainable(model, config, context)
         checkpoint.load(checkpoint.newest(run_dir), student, context)
         with torch.no_grad():

@@ -1,0 +1,81 @@
+"""A checkpoint of one layout goes on under another: model, optimizer and schedule."""
+
+import json
+
+import pytest
+
+from megatron_eopd import checkpoint
+from megatron_eopd.metrics import divide
+from megatron_eopd.models.hf_weights import CheckpointError
+from megatron_eopd.training.step import train_step
+from tests.distributed.test_models import random_rollouts
+from tests.distributed.test_step import VOCAB, build, make_config, microbatches_of
+from tests.ranks import context_for, leave_groups, run_ranks
+
+LAYOUTS = [(2, 1), (1, 2), (1, 1)]
+
+
+def check_resume(student_dir, teacher_dir, run_dir):
+    """Two steps and a save at TP 2; then everybody takes the third step."""
+    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
+    config = make_config(student_dir, teacher_dir)
+    for number, (tp, pp) in enumerate([LAYOUTS[0], *LAYOUTS]):
+        context = context_for(tp, pp)
+        student, teacher, token_loss = build(config, context)
+        batches = microbatches_of(rollouts, teacher, config, context)
+        if number == 0:
+            for _ in range(2):
+                train_step(student, token_loss, batches, context)
+            position = checkpoint.make_position(2, config.seed, "digest", context)
+            checkpoint.save(run_dir, student, position, 3, context)
+        else:
+            position = checkpoint.load(checkpoint.newest(run_dir), student, context)
+            assert position.iteration == 2 and position.layout == {"tp": 2, "pp": 1, "dp": 1}
+        report = train_step(student, token_loss, batches, context)
+        if context.layout.rank == 0:
+            row = [divide([report.sums])["loss/total"], report.grad_norm, report.lr]
+            (run_dir / f"{number}.json").write_text(json.dumps(row))
+        leave_groups()
+
+
+def test_the_next_step_is_the_same_on_every_layout(qwen3_dir, teacher_dir, tmp_path):
+    """Bitwise on the layout that saved, within rounding elsewhere, DP 2 included."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    run_ranks(2, tmp_path, check_resume, qwen3_dir, teacher_dir, run_dir)
+    straight, same, *others = (
+        json.loads((run_dir / f"{n}.json").read_text()) for n in range(len(LAYOUTS) + 1)
+    )
+    assert same == straight
+    for other in others:
+        assert other == pytest.approx(straight, rel=1e-4)
+
+
+def check_refusals(student_dir, run_dir):
+    config = make_config(student_dir, student_dir)
+    context = context_for(1, 1)
+    student, _, _ = build(config, context)
+    for iteration in (1, 2, 3):
+        position = checkpoint.make_position(iteration, config.seed, "digest", context)
+        checkpoint.save(run_dir, student_after_a_step(student), position, 2, context)
+    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert kept == ["000002", "000003"], "only keep_last complete checkpoints stay"
+    newest = checkpoint.newest(run_dir)
+    (newest / "DONE").unlink()
+    assert checkpoint.newest(run_dir).name == "000002", "an unfinished one never counts"
+    with pytest.raises(CheckpointError, match="never finished"):
+        checkpoint.load(newest, student, context)
+    data = next((run_dir / "checkpoints/000002").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(run_dir / "checkpoints/000002", student, context)
+
+
+def student_after_a_step(student):
+    student.wrapped.zero_grad_buffer()
+    student.optimizer.step()
+    return student
+
+
+def test_damaged_and_unfinished_checkpoints_are_refused(qwen3_dir, tmp_path):
+    run_ranks(1, tmp_path, check_refusals, qwen3_dir, tmp_path / "run")
