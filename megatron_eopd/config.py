@@ -198,8 +198,10 @@ class EvaluationConfig(Section):
 class LoggingConfig(Section):
     log_interval: int = Field(1, gt=0)
     """Iterations between step lines on the terminal. metrics.jsonl has every iteration."""
+    text_interval: int = Field(10, gt=0)
+    """Iterations between rollouts shown as text in TensorBoard; evaluations always show some."""
     text_samples: int = Field(4, ge=0)
-    """Rollouts shown as text in TensorBoard and RUN_DIR/rollouts at each evaluation."""
+    """How many are shown."""
 
 
 class Config(Section):

@@ -54,7 +54,7 @@ def train(session: Session, writer: MetricsWriter | None) -> None:
             with times("sync"):
                 sync = session.push_weights(version=iteration + 1)
             scalars = report.iteration_scalars(rollouts, reports, sync, times, config)
-            publish(session, iteration + 1, scalars, reports, writer)
+            publish(session, iteration + 1, scalars, rollouts, reports, writer)
             bar.update()
 
 
@@ -129,12 +129,17 @@ def publish(
     session: Session,
     iteration: int,
     scalars: dict[str, float],
+    rollouts: list[Rollout],
     reports: list[StepReport],
     writer: MetricsWriter | None,
 ) -> None:
+    """Files, the step line, and a warning if engine and trainer drift apart."""
     config, log = session.config, session.log
     if writer is not None:
         writer.write(iteration, scalars, report.histograms(reports))
+        if iteration % config.logging.text_interval == 0:
+            shown = rollouts[: config.logging.text_samples]
+            writer.text(iteration, "rollouts", report.samples_markdown(shown, session.tokenizer))
     if iteration % config.logging.log_interval == 0:
         log.line(report.step_line(iteration, scalars))
     if scalars["mismatch/mult_prob_error"] > config.rollout.logprob_mismatch_limit:
@@ -167,10 +172,9 @@ def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | No
     session.log.line(f"eval {iteration} | {shown}")
     if writer is not None:
         writer.write(iteration, result.figures)
-        samples = result.samples[:: config.evaluation.samples_per_problem]
-        samples = samples[: config.logging.text_samples]
-        markdown = report.samples_markdown(samples, session.tokenizer)
-        writer.text(iteration, "samples", markdown)
+        first_of_each = result.samples[:: config.evaluation.samples_per_problem]
+        shown = first_of_each[: config.logging.text_samples]
+        writer.text(iteration, "evaluation", report.samples_markdown(shown, session.tokenizer))
 
 
 def save_if_due(session: Session, iteration: int) -> None:

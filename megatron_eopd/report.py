@@ -1,7 +1,6 @@
 """An iteration as named scalars, a step line, and the run's report. Pure functions of records."""
 
 import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,7 @@ def _repetition(ids: Sequence[int], n: int = 4) -> float:
 def _memory_scalars() -> dict[str, float]:
     if torch.cuda.is_available():
         return {"memory/cuda_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"memory/host_peak_gib": kib / (2**30 if sys.platform == "darwin" else 2**20)}
+    return {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def step_line(iteration: int, scalars: dict[str, float]) -> str:

@@ -113,7 +113,7 @@ def test_prompt_file_missing_empty_or_too_long(refused, tmp_path):
     [
         ("parallel.tensor_model_parallel_size=3", "does not divide the world size 2"),
         ("parallel.pipeline_model_parallel_size=2", "= 4 does not divide the world size 2"),
-        ("training.micro_batch_size=24", "Set training.global_batch_size=48"),
+        ("training.micro_batch_size=24", "Set training.global_batch_size=144"),
         ("rollout.max_response_length=100", "max_position_embeddings is 64"),
         ("rollout.replay=/nowhere", "no such directory"),
         ("checkpoint.load=/nowhere", "no such checkpoint directory"),

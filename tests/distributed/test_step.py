@@ -169,6 +169,48 @@ def test_a_recorded_batch_gives_one_step_on_every_layout(tmp_path, capsys):
         print(f"\n  recorded batch, toy models{table}")
 
 
+def check_variants(student_dir, teacher_dir, variants, out_dir):
+    """The same batch with options that must not change the mathematics."""
+    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
+    for number, (tp, pp, changed) in enumerate(variants):
+        context = context_for(tp, pp)
+        config = make_config(student_dir, teacher_dir, **changed)
+        student, teacher, token_loss = build(config, context)
+        batches = microbatches_of(rollouts, teacher, config, context)
+        reports = [train_step(student, token_loss, batches, context) for _ in range(2)]
+        if context.layout.rank == 0:
+            row = [[divide([r.sums])["loss/total"], r.grad_norm] for r in reports]
+            (out_dir / f"variant-{number}.json").write_text(json.dumps(row))
+        if config.model.dtype == "bfloat16":
+            assert {p.dtype for p in student.model.parameters()} == {torch.bfloat16}
+            states = student.optimizer.chained_optimizers[0].optimizer.state
+            assert {p.dtype for p in states} == {torch.float32}, "master weights"
+            assert {s["exp_avg_sq"].dtype for s in states.values()} == {torch.float32}
+        leave_groups()
+
+
+def test_recomputation_and_overlap_change_nothing_and_bfloat16_little(
+    qwen3_dir, teacher_dir, tmp_path
+):
+    """bfloat16 keeps 8 bits of each activation; master weights and moments stay float32."""
+    training = {"global_batch_size": 8, "lr": 1e-2, "train_iters": 10, "adam_eps": 1e-3}
+    variants = [
+        (2, 1, {}),
+        (2, 1, {"model": {"recompute_granularity": "full"}}),
+        (1, 2, {"model": {"recompute_granularity": "full"}}),
+        (2, 1, {"model": {"recompute_granularity": "selective"}}),
+        (1, 1, {"training": training | {"overlap_grad_reduce": True}}),
+        (2, 1, {"model": {"dtype": "bfloat16"}}),
+        (1, 2, {"model": {"dtype": "bfloat16"}}),
+    ]
+    run_ranks(2, tmp_path, check_variants, qwen3_dir, teacher_dir, variants, tmp_path)
+    rows = [json.loads((tmp_path / f"variant-{n}.json").read_text()) for n in range(len(variants))]
+    for (*_, changed), row in zip(variants, rows, strict=True):
+        is_low = changed.get("model", {}).get("dtype") == "bfloat16"
+        for step, plain in zip(row, rows[0], strict=True):
+            assert step == pytest.approx(plain, rel=3e-2 if is_low else 1e-4), changed
+
+
 def check_non_finite(student_dir, teacher_dir):
     context = context_for(1, 2)
     config = make_config(student_dir, teacher_dir)
