@@ -7,6 +7,8 @@ log-ratio, which the forward has, so the backward pass has no collective.
 # Shapes: N tokens, V this rank's columns, R tensor-parallel ranks.
 # s, t: student and teacher logits divided by their temperatures. m: maximum. p: probability.
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 
@@ -88,10 +90,13 @@ class _KLTerms(torch.autograd.Function):
     def forward(
         ctx, student_logits, teacher_logits, num_columns, tp_group, student_temp, teacher_temp
     ):
-        s = _real_columns(student_logits, num_columns, student_temp)
-        t = _real_columns(teacher_logits, num_columns, teacher_temp)
-        sums = _gather_sums(_shard_sums(s, t), tp_group)
-        log_ratio, log_z_s, log_z_t, terms = _combine(sums)
+        student_NV, teacher_NV = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
+        sums_N8 = student_NV.new_empty((len(student_NV), 8), dtype=torch.float32)
+        for rows in _row_chunks(student_NV):
+            s = _real_columns(student_NV[rows], num_columns, student_temp)
+            t = _real_columns(teacher_NV[rows], num_columns, teacher_temp)
+            sums_N8[rows] = _shard_sums(s, t)
+        log_ratio, log_z_s, log_z_t, terms = _combine(_gather_sums(sums_N8, tp_group))
         ctx.save_for_backward(student_logits, teacher_logits, log_ratio, log_z_s, log_z_t)
         ctx.num_columns, ctx.temperatures = num_columns, (student_temp, teacher_temp)
         terms = tuple(term.view(student_logits.shape[:-1]) for term in terms)
@@ -100,23 +105,46 @@ class _KLTerms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_reverse, grad_forward, *_):
-        student_logits, teacher_logits, log_ratio, log_z_s, log_z_t = ctx.saved_tensors
-        s = _real_columns(student_logits, ctx.num_columns, ctx.temperatures[0])
-        t = _real_columns(teacher_logits, ctx.num_columns, ctx.temperatures[1])
-        weight_r, weight_f = grad_reverse.reshape(-1, 1), grad_forward.reshape(-1, 1)
-        p_s, p_t = (s - log_z_s).exp(), (t - log_z_t).exp()
-        # A column that neither distribution can reach (−inf on both sides) has no log-ratio.
-        difference = torch.where(p_s > 0, s - t, 0.0)
-        grad = p_s * (weight_r * (difference - log_ratio) + weight_f) - weight_f * p_t
-        padded = torch.zeros_like(student_logits).flatten(0, -2)
-        # Rounded to the logits' dtype once, here, after everything is multiplied.
-        padded[:, : ctx.num_columns] = grad / ctx.temperatures[0]
-        return padded.view_as(student_logits), None, None, None, None, None
+        student_logits, teacher_logits, *saved = ctx.saved_tensors
+        student_NV, teacher_NV = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
+        per_token = [*saved, grad_reverse.reshape(-1, 1), grad_forward.reshape(-1, 1)]
+        grad_NV = torch.zeros_like(student_NV)
+        for rows in _row_chunks(student_NV):
+            s = _real_columns(student_NV[rows], ctx.num_columns, ctx.temperatures[0])
+            t = _real_columns(teacher_NV[rows], ctx.num_columns, ctx.temperatures[1])
+            grad = _grad_of_scaled(s, t, *(x[rows] for x in per_token))
+            # Rounded to the logits' dtype once, here, after everything is multiplied.
+            grad_NV[rows, : ctx.num_columns] = grad / ctx.temperatures[0]
+        return grad_NV.view_as(student_logits), None, None, None, None, None
 
 
-def _real_columns(logits: torch.Tensor, num_columns: int, temperature: float) -> torch.Tensor:
+def _row_chunks(logits_NV: torch.Tensor) -> Iterator[slice]:
+    """Rows that are worked on at once: on CPU, what the cache holds with all its temporaries."""
+    elements = 1 << (18 if logits_NV.device.type == "cpu" else 27)
+    step = max(1, elements // max(1, logits_NV.shape[1]))
+    return (slice(first, first + step) for first in range(0, len(logits_NV), step))
+
+
+def _real_columns(logits_NV: torch.Tensor, num_columns: int, temperature: float) -> torch.Tensor:
     """[N, V] float32 without padding, divided by the temperature."""
-    return logits.reshape(-1, logits.shape[-1])[:, :num_columns].float() / temperature
+    real = logits_NV[:, :num_columns].float()
+    return real if temperature == 1.0 else real / temperature
+
+
+def _grad_of_scaled(
+    s: torch.Tensor,
+    t: torch.Tensor,
+    log_ratio: torch.Tensor,
+    log_z_s: torch.Tensor,
+    log_z_t: torch.Tensor,
+    weight_r: torch.Tensor,
+    weight_f: torch.Tensor,
+) -> torch.Tensor:
+    """d(weight_r · reverse_kl + weight_f · forward_kl) / ds."""
+    p_s, p_t = (s - log_z_s).exp(), (t - log_z_t).exp()
+    # A column that neither distribution can reach (−inf on both sides) has no log-ratio.
+    difference = torch.where(p_s > 0, s - t, 0.0)
+    return p_s * (weight_r * (difference - log_ratio) + weight_f) - weight_f * p_t
 
 
 # float32 exp() of this difference is 0; −inf would make −inf − (−inf) of an empty shard.
