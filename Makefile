@@ -52,10 +52,11 @@ lint: install
 	$(BIN)/ruff format --check .
 
 # Tests that fork ranks need a parent without engines and thread pools: a pytest process of their own.
+# They are CPU tests on every machine, hence no visible GPU.
 test: lint $(OVERLAY)/installed
 	$(BIN)/python -m pytest tests --ignore=tests/distributed
-	$(BIN)/python -m pytest tests/distributed
-	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/distributed
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/distributed
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/distributed
 
 $(OVERLAY)/installed: $(VENV)/installed
 	$(PIP) install --upgrade --target $(OVERLAY) --no-deps --ignore-requires-python $(MCORE_SECOND)

@@ -1,6 +1,7 @@
 """An iteration as named scalars, a step line, and the run's report. Pure functions of records."""
 
 import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ def write_report(config: Config, table: str, hf_dir: Path | None, minutes: float
         f"- run: {run_dir} ({config.training.train_iters} iterations, this start took "
         f"{minutes:.1f} min)",
         f"- Hugging Face export: {hf_dir or 'none (checkpoint.export_hf=false)'}",
-        f"- TensorBoard: `tensorboard --logdir {run_dir / 'tensorboard'}`",
+        # With its path: the environment need not be activated.
+        f"- TensorBoard: `{Path(sys.executable).with_name('tensorboard')} --logdir "
+        f"{run_dir / 'tensorboard'}`",
     ]
     text = "\n".join(lines) + "\n"
     (run_dir / "report.md").write_text(text)

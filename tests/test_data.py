@@ -1,9 +1,12 @@
 """Prompts, packing and recordings: who comes when, which row predicts which token."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from megatron_eopd.config import ConfigError
 from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
@@ -103,6 +106,30 @@ def test_every_sample_has_a_seed_of_its_own():
     prompts = [make_rollout(i, 1, 1).prompt for i in range(20)]
     seeds = {sample_seed(s, p, i) for s in range(5) for p in prompts for i in range(8)}
     assert len(seeds) == 5 * 20 * 8
+
+
+def test_chat_template_wraps_the_prompt_up_to_the_answer(tmp_path):
+    model = shutil.copytree(MODELS / "student", tmp_path / "model")
+    with pytest.raises(ConfigError, match="no chat template"):
+        Tokenizer(model).encode_chat("1 2")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<bos> {{ m.content }} ;{% endfor %}"
+        "{% if add_generation_prompt %} :{% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    ours = Tokenizer(model)
+    assert ours.encode_chat("1 2") == ours.encode("<bos> 1 2 ; :")
+
+
+def test_stop_ids_come_from_the_generation_config_first(tmp_path):
+    """Instruct models name several; the tokenizer knows only one."""
+    model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [109, 107]}))
+    assert Tokenizer(model).stop_ids == (109, 107)
+    path.unlink()
+    assert Tokenizer(model).stop_ids == (109,)
 
 
 def test_recorded_rollouts_come_back_as_they_were(tmp_path):

@@ -56,6 +56,14 @@ def test_missing_safetensors(refused, broken_model):
     assert "no such file" in refused(f"student.hf_path={broken_model}")
 
 
+def test_broken_json_files(refused, broken_model):
+    index = broken_model / "model.safetensors.index.json"
+    index.write_text('{"weight_map"')
+    assert "not a safetensors index" in refused(f"student.hf_path={broken_model}")
+    (broken_model / "config.json").write_text("{")
+    assert str(broken_model) in refused(f"student.hf_path={broken_model}")
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "no_such_family"])
 def test_unsupported_architecture(refused, broken_model, model_type):
     edit_json(broken_model / "config.json", model_type=model_type, architectures=["X"])

@@ -79,7 +79,7 @@ def read_hf_config(hf_path: Path) -> PretrainedConfig:
     try:
         hf_config = AutoConfig.from_pretrained(hf_path)
         family = family_of(hf_config.model_type)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: config.json is no JSON
         raise ConfigError(f"{hf_path}: {error}") from None
     if family.architecture not in (hf_config.architectures or [family.architecture]):
         raise ConfigError(

@@ -146,10 +146,12 @@ class HFCheckpoint:
 
     def _index(self) -> dict[str, object]:
         index_path = self.path / "model.safetensors.index.json"
+        files = ["model.safetensors"]
         if index_path.is_file():
-            files = sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
+            try:
+                files = sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
+            except (json.JSONDecodeError, KeyError) as error:
+                raise CheckpointError(f"{index_path}: not a safetensors index ({error}).") from None
         opened = [self._open(self.path / name) for name in files]
         return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (no dict)
 

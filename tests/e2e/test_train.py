@@ -196,19 +196,25 @@ def test_a_recorded_run_replays_on_a_pipeline(first_run, tmp_path):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
 
 
-def test_the_exact_sampler_runs_without_vllm_and_says_so(tmp_path):
+def test_the_exact_sampler_trains_on_a_prompt_file(tmp_path):
+    """Data parallel, reverse KL only, prompts from a jsonl file, no evaluation."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "1 2 3 {n} -> 24 :"}}\n' for n in range(4, 10)))
     done = train(
         tmp_path / "run",
         "rollout.engine=megatron",
+        f"data.prompts={prompts}",
+        "objective.name=opd",
         "training.train_iters=1",
         "parallel.tensor_model_parallel_size=1",
-        "evaluation.num_problems=4",
-        ranks=2,
+        "evaluation.task=none",
     )
     assert done.returncode == 0, done.stderr
     assert "the trainer's exact sampler" in done.stdout
-    row = next(r for r in timeless(tmp_path / "run") if "loss/total" in r)
+    assert "No evaluation was configured" in done.stdout
+    (row,) = timeless(tmp_path / "run")
     assert row["mismatch/logprob_abs_mean"] < 1e-5
+    assert row["gate/fraction"] == 0 and row["loss/total"] == row["loss/reverse_kl"]
 
 
 def test_a_bad_option_ends_the_job_in_time(tmp_path):
