@@ -56,6 +56,7 @@ lint: install
 test: lint $(OVERLAY)/installed
 	$(BIN)/python -m pytest tests --ignore=tests/distributed
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/distributed
+	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/e2e -k leaves_everything
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/distributed
 
 $(OVERLAY)/installed: $(VENV)/installed

@@ -134,6 +134,10 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     parameters one and the same counter, which each parameter's update would then advance.
     """
     (distributed,) = optimizer.chained_optimizers
+    # The run's own options: a changed training.lr or adam_beta2 holds from here on.
+    options = [
+        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+    ]
     tensors = state.pop("param_state")
     assert state.pop("param_state_sharding_type") == "fully_reshardable"
     distributed.load_state_dict(state)
@@ -143,6 +147,8 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     for s, step in zip(states, steps, strict=True):
         if step is not None:
             s["step"] = step.clone()
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
 
 
 def make_position(

@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-PositiveInt = Field(gt=0)
-
 
 class ConfigError(ValueError):
     """An option is unknown, has the wrong type, or contradicts another. The message says which."""
@@ -164,8 +162,11 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled (AdamW); norms and biases are exempt."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of Adam's mean of gradients."""
     adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of Adam's mean of squared gradients."""
     adam_eps: float = Field(1e-8, gt=0)
+    """Added to Adam's root mean square of gradients."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
     overlap_grad_reduce: bool = False
@@ -337,6 +338,18 @@ def _suggest(unknown: str) -> str:
     siblings = [name for name in known if name.rpartition(".")[0] == section] or known
     hint = f"Did you mean {close[0]}? " if close else ""
     return f"{hint}Known here: {', '.join(siblings)}."
+
+
+def changed_options(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`section.key: old → new` of every option that differs between two resolved configurations."""
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += changed_options(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key}: {before} → {after}")
+    return changes
 
 
 def describe_options(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple]:

@@ -4,6 +4,7 @@ It is the chain of records written down: prompts ─▶ rollouts ─▶ scored r
 step reports ─▶ new weights in the engine.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megatron_eopd import checkpoint, preflight, report
-from megatron_eopd.config import Config, ConfigError
+from megatron_eopd.config import Config, ConfigError, changed_options
 from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
 from megatron_eopd.evaluation.evaluate import evaluate
 from megatron_eopd.metrics import MetricsWriter, read_metrics
@@ -198,6 +199,7 @@ def run(config: Config) -> None:
         is_first = context.layout.rank == 0
         log = RunLog(config.run_dir, context.layout.rank)
         if is_first:
+            _tell_changes(config, inputs.resume_from, log)
             _save_provenance(config)
         for name, value in preflight.derived_numbers(config, inputs, world_size).items():
             log.line(f"{name}: {value}")
@@ -231,6 +233,15 @@ def _fail_together(error: Exception, log: RunLog, context: ParallelContext) -> N
         if context.layout.rank != 0:
             log.error(f"error on rank {context.layout.rank}: {error}")
     sys.exit(1)
+
+
+def _tell_changes(config: Config, resume_from: Path | None, log: RunLog) -> None:
+    """A resumed run may have other options, but never in silence."""
+    saved = config.run_dir / "config.json"
+    if resume_from is not None and saved.is_file():
+        new = json.loads(config.model_dump_json())
+        for change in changed_options(json.loads(saved.read_text()), new):
+            log.line(f"WARNING: resumed with a changed option, {change}")
 
 
 def _save_provenance(config: Config) -> None:

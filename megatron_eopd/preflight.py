@@ -92,11 +92,15 @@ def _resume_from(config: Config, prompts: PromptSet) -> Path | None:
     if directory is None:
         return None
     position = checkpoint.read_position(directory)
-    if position.seed != config.seed or position.prompts_digest != prompts.digest:
+    different = []
+    if position.seed != config.seed:
+        different.append(f"seed={position.seed} (now {config.seed})")
+    if position.prompts_digest != prompts.digest:
+        different.append("other prompts")
+    if different:
         raise ConfigError(
-            f"{directory} was written with seed={position.seed} and other prompts than this run "
-            f"has (seed={config.seed}): resuming would be a different run. Use another run_dir, or "
-            f"the options it was started with (RUN_DIR/config.json)."
+            f"{directory} was written with {' and '.join(different)}: its samples could not be "
+            f"continued. Use another run_dir, or the options of {config.run_dir}/config.json."
         )
     if position.iteration > config.training.train_iters:
         raise ConfigError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eopd.config import ConfigError, describe_options, load_config
+from megatron_eopd.config import ConfigError, changed_options, describe_options, load_config
 from megatron_eopd.losses.objective import PRESETS
 from megatron_eopd.train import main, parse_arguments
 
@@ -78,9 +78,20 @@ def test_a_missing_option_and_a_broken_file_are_named(tmp_path):
         load_config(tmp_path / "absent.toml")
 
 
-def test_every_option_has_a_docstring_or_is_megatrons_own_word():
-    undocumented = {name for name, _, text in describe_options() if not text}
-    assert undocumented == {"training.adam_beta1", "training.adam_beta2", "training.adam_eps"}
+def test_changed_options_are_listed_with_both_values(toml):
+    old, new = (
+        load_config(toml, [override]).model_dump(mode="json")
+        for override in ("training.lr=1e-6", "objective.name=opd")
+    )
+    assert changed_options(old, new) == ["objective.name: eopd → opd"]
+    assert changed_options({"a": {"b": 1}}, {"a": {"b": 2}, "c": 3}) == [
+        "a.b: 1 → 2",
+        "c: None → 3",
+    ]
+
+
+def test_every_option_has_a_docstring():
+    assert not [name for name, _, text in describe_options() if not text]
 
 
 def test_help_lists_every_option_with_its_default(capsys):

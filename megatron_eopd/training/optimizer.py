@@ -88,4 +88,8 @@ def _scheduler(
         end_wd=training.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # On resume the options win, not what the checkpoint was written with: by default Megatron
+        # would ignore a changed training.lr without a word.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -38,6 +38,28 @@ def check_resume(student_dir, teacher_dir, run_dir):
         leave_groups()
 
 
+def check_changed_options(student_dir, teacher_dir, run_dir):
+    context = context_for(1, 1)
+    for number, training in enumerate(({}, {"lr": 5e-3, "adam_beta2": 0.99, "train_iters": 10})):
+        config = make_config(student_dir, teacher_dir)
+        training = config.training.model_copy(update=training)
+        student, _, _ = build(config.model_copy(update={"training": training}), context)
+        if number == 0:
+            student_after_a_step(student)
+            student.scheduler.step(3)
+            position = checkpoint.make_position(1, config.seed, "digest", context)
+            checkpoint.save(run_dir, student, position, 1, context)
+            lr = student.lr
+        else:
+            checkpoint.load(checkpoint.newest(run_dir), student, context)
+            assert student.lr == pytest.approx(lr / 2), "the same place on a lower curve"
+            assert student.optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+def test_a_resumed_run_obeys_the_options_it_is_given_now(qwen3_dir, teacher_dir, tmp_path):
+    run_ranks(1, tmp_path, check_changed_options, qwen3_dir, teacher_dir, tmp_path / "run")
+
+
 def test_the_next_step_is_the_same_on_every_layout(qwen3_dir, teacher_dir, tmp_path):
     """Bitwise on the layout that saved, within rounding elsewhere, DP 2 included."""
     run_dir = tmp_path / "run"

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eopd.metrics import read_metrics
 from tests.conftest import make_qwen3
@@ -76,7 +77,10 @@ def test_a_run_leaves_everything_that_it_promises(first_run):
     assert "| countdown/reverse_kl |" in done.stdout and str(run_dir / "hf") in done.stdout
     assert (run_dir / "report.md").read_text() in done.stdout
     assert json.loads((run_dir / "config.json").read_text())["training"]["train_iters"] == 3
-    assert list((run_dir / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload().Tags()
+    assert {"loss/total", "eval/countdown/pass@1", "gate/fraction"} <= set(events["scalars"])
+    assert {"entropy/teacher", "entropy/student"} <= set(events["histograms"])
+    assert "evaluation/text_summary" in events["tensors"]
     assert (run_dir / "checkpoints/000003/DONE").is_file()
     assert (run_dir / "rollouts/000002.jsonl").is_file()
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -146,9 +150,11 @@ def test_resume_goes_on_as_if_nothing_had_happened(first_run, tmp_path):
 
 
 def test_a_finished_run_only_reports_again(first_run, tmp_path):
+    """And says which options are not those it was started with."""
     run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
-    done = train(run_dir)
+    done = train(run_dir, "objective.entropy_threshold=0.5")
     assert done.returncode == 0, done.stderr
+    assert "changed option, objective.entropy_threshold: 0.8 → 0.5" in done.stdout
     assert "step" not in done.stdout.split("resumed from")[1].split("# eopd")[0]
     assert timeless(run_dir) == timeless(first_run[0])
 
