@@ -119,8 +119,9 @@ class WeightSyncConfig(Section):
     0's; leaders on other hosts are reached under their host names."""
     port: int = Field(0, ge=0, le=65535)
     """First TCP port of the transfer groups, one per pipeline stage; 0 takes free ones."""
-    bucket_mib: float = Field(256.0, gt=0)
-    """Tensors are gathered and sent in buckets of about this many MiB."""
+    bucket_mib: float = Field(64.0, gt=0)
+    """Tensors are gathered and sent in buckets of about this many MiB; one is packed while another
+    is loaded."""
     timeout_s: float = Field(300.0, gt=0)
     """Longest wait, in seconds, for one weight sync."""
     verify: bool = True

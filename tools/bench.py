@@ -77,8 +77,19 @@ def bench_loss(num_tokens: int = 512, vocab: int = 151_936) -> dict[str, Any]:
     }
 
 
-def bench_sync() -> dict[str, Any]:
-    """Weights of a 61-million-parameter Qwen3 into a real vLLM engine over gloo."""
+def in_buckets(tensors: dict[str, torch.Tensor], bucket_mib: float) -> list[list[tuple]]:
+    buckets, room = [], 0.0
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room:
+            buckets.append([])
+            room = bucket_mib * 2**20
+        buckets[-1].append((name, tensor))
+        room -= tensor.nbytes
+    return buckets
+
+
+def bench_sync(bucket_mib: float = 32.0) -> dict[str, Any]:
+    """Weights of a 58-million-parameter Qwen3 into a real vLLM engine over gloo."""
     with tempfile.TemporaryDirectory() as folder:
         config = Qwen3Config(
             vocab_size=32_000,
@@ -92,9 +103,11 @@ def bench_sync() -> dict[str, Any]:
         )
         model = Qwen3ForCausalLM(config).float()
         model.save_pretrained(folder)
-        tensors = dict(model.state_dict())
-        bucket = tuple(TensorSpec(n, "float32", tuple(t.shape)) for n, t in tensors.items())
-        manifest = Manifest(((bucket,),))
+        buckets = in_buckets(model.state_dict(), bucket_mib)
+        specs = [
+            tuple(TensorSpec(n, "float32", tuple(t.shape)) for n, t in bucket) for bucket in buckets
+        ]
+        manifest = Manifest((tuple(specs),))
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
         )
@@ -107,7 +120,7 @@ def bench_sync() -> dict[str, Any]:
             weight_sync=WeightSyncConfig(),
             manifest=manifest,
             stage_leader=0,
-            export_buckets=lambda: iter([list(tensors.values())]),
+            export_buckets=lambda: ([t for _, t in bucket] for bucket in buckets),
             cpu_group=dist.group.WORLD,
             log_path=Path(folder) / "engine.txt",
         )
@@ -120,6 +133,7 @@ def bench_sync() -> dict[str, Any]:
     copy = copy_gb_per_s(manifest.num_bytes) / 2
     return {
         "bytes": manifest.num_bytes,
+        "buckets": f"{len(buckets)} of up to {bucket_mib:.0f} MiB",
         "seconds": seconds,
         "sync GB/s": manifest.num_bytes / seconds / 1e9,
         "copy GB/s (bytes copied, not read + write)": copy,
