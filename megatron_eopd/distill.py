@@ -1,37 +1,20 @@
-"""The loop of a run. In: a Config, on every rank. Out: a distilled student in RUN_DIR.
+"""The loop of a run. In: a Session, on every rank. Out: a distilled student in it.
 
 It is the chain of records written down: prompts ─▶ rollouts ─▶ scored rollouts ─▶ microbatches ─▶
 step reports ─▶ new weights in the engine.
 """
 
-import json
-import os
-import subprocess
-import sys
-import time
-from datetime import timedelta
-from pathlib import Path
-from typing import NoReturn
-
-import torch.distributed as dist
-
-from megatron_eopd import checkpoint, preflight, report
-from megatron_eopd.config import Config, ConfigError, changed_options
+from megatron_eopd import checkpoint, report
+from megatron_eopd.config import ConfigError
 from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
-from megatron_eopd.evaluation.evaluate import evaluate
-from megatron_eopd.metrics import MetricsWriter, read_metrics
-from megatron_eopd.models.hf_weights import CheckpointError
-from megatron_eopd.parallel.collectives import RemoteError
-from megatron_eopd.parallel.init import ParallelContext, parallel_context
+from megatron_eopd.evaluation.evaluate import Evaluation, evaluate
+from megatron_eopd.metrics import MetricsWriter
 from megatron_eopd.records import Rollout, StepReport
-from megatron_eopd.rollout.engine import EngineError, Sampling
+from megatron_eopd.rollout.engine import Sampling
 from megatron_eopd.rollout.recording import read_rollouts, rollout_file, write_rollouts
-from megatron_eopd.run_log import RunLog, StageTimes
-from megatron_eopd.session import Session, open_session
+from megatron_eopd.run_log import StageTimes
+from megatron_eopd.session import Session
 from megatron_eopd.training.step import NonFiniteError, train_step
-
-EXPECTED_ERRORS = (ConfigError, CheckpointError, EngineError, NonFiniteError, RemoteError)
-"""What a user can act on; told without a traceback."""
 
 
 def train(session: Session, writer: MetricsWriter | None) -> None:
@@ -159,16 +142,7 @@ def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | No
     )
     if not (due and session.held_out):
         return
-    result = evaluate(
-        session.held_out,
-        session.engine,
-        session.teacher,
-        session.token_loss,
-        session.student.model,
-        session.tokenizer,
-        config,
-        session.context,
-    )
+    result = evaluate_student(session)
     shown = " | ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in result.figures.items())
     session.log.line(f"eval {iteration} | {shown}")
     if writer is not None:
@@ -176,6 +150,20 @@ def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | No
         first_of_each = result.samples[:: config.evaluation.samples_per_problem]
         shown = first_of_each[: config.logging.text_samples]
         writer.text(iteration, "evaluation", report.samples_markdown(shown, session.tokenizer))
+
+
+def evaluate_student(session: Session) -> Evaluation:
+    """The held-out problems, with the weights that the engine was given last."""
+    return evaluate(
+        session.held_out,
+        session.engine,
+        session.teacher,
+        session.token_loss,
+        session.student.model,
+        session.tokenizer,
+        session.config,
+        session.context,
+    )
 
 
 def save_if_due(session: Session, iteration: int) -> None:
@@ -188,83 +176,3 @@ def save_if_due(session: Session, iteration: int) -> None:
     )
     keep_last = config.checkpoint.keep_last
     checkpoint.save(config.run_dir, session.student, position, keep_last, session.context)
-
-
-def run(config: Config) -> None:
-    """Check, build, train, report. Every rank of the job calls this."""
-    begin = time.monotonic()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    inputs = preflight.check(config, world_size)
-    with parallel_context(config.parallel, config.seed, config.longest_wait_s) as context:
-        is_first = context.layout.rank == 0
-        log = RunLog(config.run_dir, context.layout.rank)
-        if is_first:
-            _tell_changes(config, inputs.resume_from, log)
-            _save_provenance(config)
-        for name, value in preflight.derived_numbers(config, inputs, world_size).items():
-            log.line(f"{name}: {value}")
-        try:
-            with open_session(config, inputs, context, log) as session:
-                first = session.first_iteration
-                writer = MetricsWriter(config.run_dir, resumed_at=first) if is_first else None
-                train(session, writer)
-                if config.checkpoint.export_hf:
-                    session.exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
-                if writer is not None:
-                    writer.close()
-        except EXPECTED_ERRORS as error:
-            _fail_together(error, log, context)
-        if is_first:
-            hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
-            table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
-            minutes = (time.monotonic() - begin) / 60
-            log.line("\n" + report.write_report(config, table, hf_dir, minutes))
-        log.close()
-
-
-def _fail_together(error: Exception, log: RunLog, context: ParallelContext) -> NoReturn:
-    """Tell the error once, by rank 0, and exit. torchrun ends all ranks with the first that exits,
-    so the others wait until rank 0 has spoken; a rank that failed alone speaks for itself."""
-    if context.layout.rank == 0:
-        log.error(f"error: {error}")
-    try:
-        dist.monitored_barrier(context.cpu_group, timeout=timedelta(seconds=15))
-    except RuntimeError:
-        if context.layout.rank != 0:
-            log.error(f"error on rank {context.layout.rank}: {error}")
-    sys.exit(1)
-
-
-def _tell_changes(config: Config, resume_from: Path | None, log: RunLog) -> None:
-    """A resumed run may have other options, but never in silence."""
-    saved = config.run_dir / "config.json"
-    if resume_from is not None and saved.is_file():
-        new = json.loads(config.model_dump_json())
-        for change in changed_options(json.loads(saved.read_text()), new):
-            log.line(f"WARNING: resumed with a changed option, {change}")
-
-
-def _save_provenance(config: Config) -> None:
-    """The resolved configuration, and the state of the code if it is a git checkout."""
-    (config.run_dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-    here = Path(__file__).resolve().parent
-    for name, command in (("commit.txt", ["rev-parse", "HEAD"]), ("diff.patch", ["diff", "HEAD"])):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=20
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return
-        if done.returncode == 0:
-            (config.run_dir / name).write_text(done.stdout)
-
-
-def dry_run(config: Config, world_size: int | None) -> None:
-    """Check as a run would, and print what it would do with this many ranks (default TP × PP)."""
-    parallel = config.parallel
-    smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    inputs = preflight.check(config, world_size or smallest)
-    print(config.model_dump_json(indent=2))
-    numbers = preflight.derived_numbers(config, inputs, world_size or smallest)
-    for name, value in numbers.items():
-        print(f"{name}: {value}")

@@ -120,6 +120,12 @@ def before_after_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def figures_table(figures: dict[str, float]) -> str:
+    """Markdown: the figures of one evaluation."""
+    rows = [f"| {name.removeprefix('eval/')} | {value:.4f} |" for name, value in figures.items()]
+    return "\n".join(["| held-out figure | value |", "|---|---|", *rows])
+
+
 def write_report(config: Config, table: str, hf_dir: Path | None, minutes: float) -> str:
     """RUN_DIR/report.md; returns its text."""
     run_dir = config.run_dir

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eopd import evaluate, train
 from megatron_eopd.config import ConfigError, changed_options, describe_options, load_config
 from megatron_eopd.losses.objective import PRESETS
-from megatron_eopd.train import main, parse_arguments
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))
@@ -94,9 +94,10 @@ def test_every_option_has_a_docstring():
     assert not [name for name, _, text in describe_options() if not text]
 
 
-def test_help_lists_every_option_with_its_default(capsys):
+@pytest.mark.parametrize("command", [train, evaluate], ids=["train", "evaluate"])
+def test_help_lists_every_option_with_its_default(command, capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
+        command.main(["--help"])
     text = capsys.readouterr().out
     for name, default, _ in describe_options():
         assert f"{name}={default}" in text
@@ -111,7 +112,7 @@ def test_every_preset_can_be_chosen(toml):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_shipped_configurations_pass_a_dry_run(path, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
-    assert main([str(path), "--dry-run", f"run_dir={tmp_path}"]) == 0
+    assert train.main([str(path), "--dry-run", f"run_dir={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     for number in ("parameters / rank", "memory / rank", "microbatches / step", "response tokens"):
         assert number in printed

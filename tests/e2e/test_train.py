@@ -159,6 +159,26 @@ def test_a_finished_run_only_reports_again(first_run, tmp_path):
     assert timeless(run_dir) == timeless(first_run[0])
 
 
+def test_evaluating_a_finished_run_gives_the_figures_of_its_last_evaluation(first_run, tmp_path):
+    run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
+    arguments = [
+        a.replace("megatron_eopd.train", "megatron_eopd.evaluate") for a in command(run_dir)
+    ]
+    done = subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((run_dir / "evaluation-000003.json").read_text())
+    assert figures | {"iteration": 3} == timeless(first_run[0])[-1]
+    assert "| countdown/coverage |" in done.stdout
+    assert timeless(run_dir) == timeless(first_run[0]), "the run itself is left as it was"
+
+
 def assert_same_export(run_dir: Path, other: Path) -> None:
     ours, theirs = (load_file(d / "hf/model.safetensors") for d in (run_dir, other))
     assert ours.keys() == theirs.keys()

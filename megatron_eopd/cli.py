@@ -1,0 +1,58 @@
+"""What the commands have in common: CONFIG.toml section.key=value …, --help, one line per error.
+
+Imports torch and Megatron only once the options are known to be right: --help and a mistyped option
+answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_eopd.config import Config, ConfigError, describe_options, load_config
+
+
+def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose --help ends with the examples and every option of the configuration."""
+    options = "\n".join(
+        f"  {name}={default}\n      {' '.join(text.split())}"
+        for name, default, text in describe_options()
+    )
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"""examples:
+{examples}
+options, with their defaults (section.key=value on the command line, or in the file):
+{options}
+""",
+    )
+    parser.add_argument("config", type=Path, help="TOML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="win over the file"
+    )
+    return parser
+
+
+def run_command(config_path: Path, overrides: Sequence[str], work: Callable[[Config], None]) -> int:
+    """0, or 1 after an error that the user can act on, told in one message without a traceback."""
+    try:
+        config = load_config(config_path, overrides)
+    except ConfigError as error:
+        return _tell(error)
+
+    from megatron_eopd.job import EXPECTED_ERRORS
+
+    try:
+        work(config)
+    except EXPECTED_ERRORS as error:
+        return _tell(error)
+    return 0
+
+
+def _tell(error: Exception) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 1
