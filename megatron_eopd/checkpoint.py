@@ -138,6 +138,9 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     options = [
         {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
     ]
+    for group in state["optimizer"]["param_groups"]:
+        # 0.19 finds the saved group of a parameter by these two: all groups share them.
+        group |= {name: options[0][name] for name in ("max_lr", "min_lr") if name in group}
     tensors = state.pop("param_state")
     assert state.pop("param_state_sharding_type") == "fully_reshardable"
     distributed.load_state_dict(state)
