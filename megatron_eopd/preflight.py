@@ -43,7 +43,9 @@ def check(config: Config, world_size: int) -> Inputs:
         check_divides(read_hf_config(path), layout, who)
         with HFCheckpoint(path):  # opens every file: a truncated one shows here
             pass
-    check_same_vocabulary(config.student.hf_path, config.teacher.hf_path)
+    tokenizer = Tokenizer(config.student.hf_path)
+    teacher_path = config.teacher.hf_path
+    check_same_vocabulary(config.student.hf_path, tokenizer, teacher_path, Tokenizer(teacher_path))
     _check_batches(config, layout)
     if config.rollout.engine == "vllm" and not vllm_available():
         raise ConfigError(
@@ -52,7 +54,6 @@ def check(config: Config, world_size: int) -> Inputs:
         )
     if config.rollout.replay is not None and not config.rollout.replay.is_dir():
         raise ConfigError(f"rollout.replay={config.rollout.replay}: no such directory.")
-    tokenizer = Tokenizer(config.student.hf_path)
     prompts = load_prompts(config.data, tokenizer, config.seed)
     _check_lengths(config, prompts)
     return Inputs(tokenizer, prompts, _resume_from(config, prompts))

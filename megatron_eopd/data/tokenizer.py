@@ -70,13 +70,14 @@ def _stop_ids(hf_path: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     )
 
 
-def check_same_vocabulary(student_path: Path, teacher_path: Path) -> None:
+def check_same_vocabulary(
+    student_path: Path, student: Tokenizer, teacher_path: Path, teacher: Tokenizer
+) -> None:
     """Raise ConfigError unless teacher and student give every token the same id.
 
     The loss compares the two distributions column by column; with different vocabularies it would
     still give numbers, and they would mean nothing.
     """
-    student, teacher = Tokenizer(student_path), Tokenizer(teacher_path)
     sizes = [read_hf_config(path).vocab_size for path in (student_path, teacher_path)]
     if sizes[0] != sizes[1]:
         raise ConfigError(

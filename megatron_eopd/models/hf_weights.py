@@ -71,17 +71,12 @@ def shard(
 ) -> torch.Tensor:
     """Rank's part of the whole HF tensors (or of safetensors slices, which read what is cut)."""
 
-    def rows(whole, start: int, stop: int) -> torch.Tensor:
-        return whole[start:stop]
-
     def part(whole) -> torch.Tensor:
         count = _shape(whole)[0] // size
-        return rows(whole, rank * count, (rank + 1) * count)
+        return whole[rank * count : (rank + 1) * count]
 
     if split is Split.REPLICATED:
         return wholes[0][:]
-    if split is Split.COLUMN:
-        return part(wholes[0])
     if split is Split.ROW:
         count = _shape(wholes[0])[1] // size
         return wholes[0][:, rank * count : (rank + 1) * count]
@@ -90,7 +85,7 @@ def shard(
     if split is Split.VOCAB:
         vocab, count = _shape(wholes[0])[0], padded_vocab // size
         start = min(rank * count, vocab)
-        kept = rows(wholes[0], start, min(start + count, vocab))
+        kept = wholes[0][start : min(start + count, vocab)]
         return torch.nn.functional.pad(kept, (0, 0, 0, count - kept.shape[0]))
     assert split is Split.QKV, split
     groups = heads.num_groups // size
@@ -104,8 +99,6 @@ def join(
     """The whole HF tensors from the shards of all tensor-parallel ranks. Inverse of `shard`."""
     if split is Split.REPLICATED:
         return [shards[0]]
-    if split is Split.COLUMN:
-        return [torch.cat(list(shards))]
     if split is Split.ROW:
         return [torch.cat(list(shards), dim=1)]
     if split is Split.VOCAB:

@@ -12,7 +12,6 @@ class Split(Enum):
     """How a whole HF tensor (or several) becomes one tensor-parallel shard."""
 
     REPLICATED = "every rank holds all of it"
-    COLUMN = "rows of the weight (output features), in equal parts"
     ROW = "columns of the weight (input features), in equal parts"
     VOCAB = "rows, after padding the vocabulary"
     QKV = "query, key, value: by query group, each group's queries then its key and value"
