@@ -1,18 +1,47 @@
 """KL terms of vocab-parallel logits. In: this rank's columns of both. Out: KLTerms, on every rank.
 
-Each rank reduces its own columns to eight numbers per token, one all-gather exchanges them, and
-every rank combines them. The gradient needs only the log-partition functions and the mean
-log-ratio, which the forward has, so the backward pass has no collective.
+Each rank reduces its own columns to eight numbers per token (see kernels/), one all-gather
+exchanges them, and every rank combines them. The gradient needs only what the forward has
+combined, so the backward pass has no collective. Logits of single tokens, the sampled one and the
+top k, ride along in the same all-gather.
 """
-# Shapes: N tokens, V this rank's columns, R tensor-parallel ranks.
-# s, t: student and teacher logits divided by their temperatures. m: maximum. p: probability.
+# Shapes: N tokens, V this rank's columns, R tensor-parallel ranks, K picked tokens.
+# s, t: student and teacher; m: maximum; z: partition function.
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_eopd.losses.divergences import KLTerms
+from megatron_eopd.losses.kernels import LOWEST, kernels_for
+from megatron_eopd.losses.picked_tokens import (
+    TEACHER,
+    Pick,
+    PickedTokens,
+    Support,
+    choose_tokens,
+    pack_candidates,
+)
+from megatron_eopd.losses.shards import LogPartition, Vocabulary, all_gather, merge_shards
+
+IMPOSSIBLE_KL = 1e9
+"""In nats. A divergence beyond it comes from a logit of −inf that only one model has."""
+
+
+class NonFiniteLogitsError(ValueError):
+    """NaN, +inf, or nothing but −inf. The message says how many tokens, of whom, on which rank."""
+
+
+class TokenTerms(NamedTuple):
+    """What one sweep over both models' logits says about each token, on every rank alike."""
+
+    kl: KLTerms
+    picked: PickedTokens
+    log_z: LogPartition
+    non_finite_R2: torch.Tensor
+    """int64: on each tensor-parallel rank, tokens whose student (0) or teacher (1) logits are not
+    finite. Their terms are NaN."""
 
 
 def vocab_parallel_kl_terms(
@@ -23,8 +52,13 @@ def vocab_parallel_kl_terms(
     vocab_size: int | None = None,
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
+    mask: torch.Tensor | None = None,
+    inplace_backward: bool = False,
 ) -> KLTerms:
     """Reverse KL, forward KL and both entropies over the vocabulary of all ranks of `tp_group`.
+
+    Forward: one all-gather. Backward: no collective. Accumulates in float32; keeps a handful of
+    floats per token beside the logits themselves, and rounds the gradient once.
 
     Args:
         student_logits: [..., V_student], any float dtype; rank r of the group holds columns
@@ -33,36 +67,133 @@ def vocab_parallel_kl_terms(
             fine as long as this rank's real columns are the same tokens.
         tp_group: None means that the vocabulary is whole.
         vocab_size: true size; columns at or past it are padding and enter nothing.
+        mask: bool [...]; where it is False the terms and the gradient are 0 and the logits are not
+            read.
+        inplace_backward: write the gradient over `student_logits` in the backward pass, which
+            saves a tensor of their size. Nobody may read those logits afterwards.
 
     Returns:
         KLTerms, each float32 [...]; differentiable in student_logits through reverse_kl and
-        forward_kl. The teacher gets no gradient.
+        forward_kl. The teacher gets no gradient. A token that one model can write and the other
+        cannot (a logit of −inf) makes the divergence infinite.
 
     Raises:
-        ValueError: the leading dims differ, or the real columns of the two are not the same tokens.
+        ValueError: shapes differ, or the real columns of the two are not the same tokens.
+        NonFiniteLogitsError: on every rank of the group.
     """
-    tp_rank = dist.get_rank(tp_group) if tp_group is not None else 0
-    num_columns = _num_real_columns(student_logits, teacher_logits, tp_rank, vocab_size)
-    terms = _KLTerms.apply(
+    terms = vocab_parallel_terms(
+        student_logits,
+        teacher_logits,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        mask=mask,
+        inplace_backward=inplace_backward,
+    )
+    refuse_non_finite_logits(terms.non_finite_R2)
+    return terms.kl
+
+
+def vocab_parallel_terms(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    mask: torch.Tensor | None = None,
+    inplace_backward: bool = False,
+    sampled_ids: torch.Tensor | None = None,
+    top_k: int = 0,
+    top_k_of: Support = "teacher",
+) -> TokenTerms:
+    """As vocab_parallel_kl_terms, with the log-probabilities of single tokens from the same sweep.
+
+    Does not raise on non-finite logits but counts them, so that nothing waits for the device here:
+    give `non_finite_R2` to `refuse_non_finite_logits` where there is time.
+
+    Args:
+        sampled_ids: int64 [...], token ids of the whole vocabulary.
+        top_k: how many tokens of the largest probability ride along, and `top_k_of` whose. The
+            teacher's come out of the sweep; the student's cost one more pass over its logits.
+    """
+    vocabulary = _vocabulary(
+        student_logits,
+        teacher_logits,
+        tp_group,
+        vocab_size,
+        (student_temperature, teacher_temperature),
+    )
+    shape = student_logits.shape[:-1]
+    for name, given in (("mask", mask), ("sampled_ids", sampled_ids)):
+        if given is not None and given.shape != shape:
+            raise ValueError(
+                f"{name} {tuple(given.shape)} must have one entry per token {(*shape,)}"
+            )
+    num_tokens = vocab_size or student_logits.shape[-1] * (
+        dist.get_world_size(tp_group) if tp_group is not None else 1
+    )
+    pick = Pick(
+        None if sampled_ids is None else sampled_ids.flatten(), min(top_k, num_tokens), top_k_of
+    )
+    outputs = _Sweep.apply(
         student_logits,
         teacher_logits.detach(),
-        num_columns,
-        tp_group,
-        student_temperature,
-        teacher_temperature,
+        vocabulary,
+        None if mask is None else mask.flatten(),
+        inplace_backward,
+        pick,
     )
-    return KLTerms(*terms)
+    return TokenTerms(
+        KLTerms(*(term.view(shape) for term in outputs[:4])),
+        PickedTokens.from_columns(outputs[4:8], sampled_ids is not None, shape),
+        LogPartition(*outputs[8:12]),
+        outputs[12],
+    )
 
 
-def _num_real_columns(
-    student: torch.Tensor, teacher: torch.Tensor, tp_rank: int, vocab_size: int | None
-) -> int:
-    """Columns of this rank that are real tokens; they come first."""
+def refuse_non_finite_logits(non_finite_R2: torch.Tensor) -> None:
+    """
+    Raises:
+        NonFiniteLogitsError: when any token was counted.
+    """
+    message = describe_non_finite(non_finite_R2)
+    if message:
+        raise NonFiniteLogitsError(message)
+
+
+def describe_non_finite(non_finite_R2: torch.Tensor) -> str:
+    """Who has non-finite logits, at how many tokens, on which ranks; empty when nobody has."""
+    found = [
+        f"{who} logits of {count} token(s) on tensor-parallel rank {rank}"
+        for rank, counts in enumerate(non_finite_R2.tolist())
+        for who, count in zip(("student", "teacher"), counts, strict=True)
+        if count
+    ]
+    if not found:
+        return ""
+    return f"not finite (NaN, +inf, or −inf for every token): {'; '.join(found)}."
+
+
+def _vocabulary(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    tp_group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+    temperatures: tuple[float, float],
+) -> Vocabulary:
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} "
             f"speak of different tokens: their leading dims must be equal."
         )
+    if not (student.is_floating_point() and teacher.is_floating_point()):
+        raise ValueError(f"logits must be floats, not {student.dtype} and {teacher.dtype}.")
+    if min(temperatures) <= 0:
+        raise ValueError(f"temperatures must be > 0, not {temperatures}.")
+    tp_rank = dist.get_rank(tp_group) if tp_group is not None else 0
 
     def real(width: int) -> tuple[int, int]:
         start = tp_rank * width
@@ -76,132 +207,117 @@ def _num_real_columns(
             f"teacher columns from {teacher_real[0]}, {teacher_real[1]} real (vocab_size="
             f"{vocab_size}). Pad both vocabularies to the same size."
         )
-    return count
+    return Vocabulary(start, count, tp_group, temperatures)
 
 
-class _KLTerms(torch.autograd.Function):
-    """Forward: one all-gather of [N, 8] float32. Backward: no collective.
+class _Sweep(torch.autograd.Function):
+    """Forward: one all-gather of [N, 8 + what rides along] float32. Backward: no collective.
 
     Right because every rank of the group computes the same loss from the same terms: the upstream
     gradient is the same on all ranks, and each rank owns the gradient of its own columns.
     """
 
     @staticmethod
-    def forward(
-        ctx, student_logits, teacher_logits, num_columns, tp_group, student_temp, teacher_temp
-    ):
+    def forward(ctx, student_logits, teacher_logits, vocabulary, mask_N, inplace, pick):
         student_NV, teacher_NV = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
-        sums_N8 = student_NV.new_empty((len(student_NV), 8), dtype=torch.float32)
-        for rows in _row_chunks(student_NV):
-            s = _real_columns(student_NV[rows], num_columns, student_temp)
-            t = _real_columns(teacher_NV[rows], num_columns, teacher_temp)
-            sums_N8[rows] = _shard_sums(s, t)
-        log_ratio, log_z_s, log_z_t, terms = _combine(_gather_sums(sums_N8, tp_group))
-        ctx.save_for_backward(student_logits, teacher_logits, log_ratio, log_z_s, log_z_t)
-        ctx.num_columns, ctx.temperatures = num_columns, (student_temp, teacher_temp)
-        terms = tuple(term.view(student_logits.shape[:-1]) for term in terms)
-        ctx.mark_non_differentiable(*terms[2:])
-        return terms
+        kernels, temperatures = kernels_for(student_NV, teacher_NV), vocabulary.temperatures
+        top_k_in_sweep = pick.top_k if TEACHER in pick.rankings else 0
+        shard = kernels.shard_sums(
+            student_NV, teacher_NV, mask_N, vocabulary.num_columns, temperatures, top_k_in_sweep
+        )
+        candidates_NW = pack_candidates(student_NV, teacher_NV, vocabulary, shard, pick)
+        gathered_RNW = all_gather(
+            torch.cat([shard.sums_N8, candidates_NW], dim=-1), vocabulary.tp_group
+        )
+        sums_RN8, gathered_RNW = gathered_RNW[..., :8], gathered_RNW[..., 8:]
+        sums_N8 = merge_shards(sums_RN8, temperatures)
+        log_ratio_N, log_z, terms = _finish(sums_N8)
+        ids_NK, *picked = choose_tokens(gathered_RNW, pick, log_z, temperatures)
+        if mask_N is not None:
+            terms = [term.where(mask_N, 0.0) for term in terms]
+            picked = [x.where(mask_N.unsqueeze(-1), torch.zeros_like(x)) for x in picked]
+        ctx.save_for_backward(student_logits, teacher_logits, mask_N, ids_NK, log_ratio_N, *log_z)
+        ctx.vocabulary, ctx.inplace, ctx.kernels = vocabulary, inplace, kernels
+        ctx.mark_non_differentiable(*terms[2:], ids_NK, *picked[1:], *log_z)
+        return (*terms, ids_NK, *picked, *log_z, _count_non_finite(sums_RN8, sums_N8, mask_N))
 
     @staticmethod
-    def backward(ctx, grad_reverse, grad_forward, *_):
-        student_logits, teacher_logits, *saved = ctx.saved_tensors
+    def backward(ctx, g_reverse, g_forward, _, __, ___, g_picked_NK, *____):
+        student_logits, teacher_logits, mask_N, ids_NK, log_ratio_N, *log_z = ctx.saved_tensors
         student_NV, teacher_NV = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
-        per_token = [*saved, grad_reverse.reshape(-1, 1), grad_forward.reshape(-1, 1)]
-        grad_NV = torch.zeros_like(student_NV)
-        for rows in _row_chunks(student_NV):
-            s = _real_columns(student_NV[rows], ctx.num_columns, ctx.temperatures[0])
-            t = _real_columns(teacher_NV[rows], ctx.num_columns, ctx.temperatures[1])
-            grad = _grad_of_scaled(s, t, *(x[rows] for x in per_token))
-            # Rounded to the logits' dtype once, here, after everything is multiplied.
-            grad_NV[rows, : ctx.num_columns] = grad / ctx.temperatures[0]
+        g_reverse, g_forward = g_reverse.flatten(), g_forward.flatten()
+        # d log q(id) / ds_j = [j = id] − q_j; the first part is written token by token below.
+        b_N = g_forward - g_reverse * log_ratio_N - g_picked_NK.sum(-1)
+        weights_N7 = torch.stack([*log_z, g_reverse, b_N, g_forward], dim=-1)
+        # Before the sweep, which may overwrite the student's logits.
+        columns_NK, values_NK = _picked_gradient(
+            student_NV, teacher_NV, ctx.vocabulary, weights_N7, ids_NK, g_picked_NK
+        )
+        grad_NV = ctx.kernels.shard_gradient(
+            student_NV,
+            teacher_NV,
+            mask_N,
+            ctx.vocabulary.num_columns,
+            ctx.vocabulary.temperatures,
+            weights_N7,
+            ctx.inplace,
+        )
+        if mask_N is not None:
+            values_NK = values_NK.where(mask_N.unsqueeze(-1), 0.0)
+        grad_NV.scatter_(-1, columns_NK, values_NK.to(grad_NV.dtype))
         return grad_NV.view_as(student_logits), None, None, None, None, None
 
 
-def _row_chunks(logits_NV: torch.Tensor) -> Iterator[slice]:
-    """Rows that are worked on at once: on CPU, what the cache holds with all its temporaries."""
-    elements = 1 << (18 if logits_NV.device.type == "cpu" else 27)
-    step = max(1, elements // max(1, logits_NV.shape[1]))
-    return (slice(first, first + step) for first in range(0, len(logits_NV), step))
-
-
-def _real_columns(logits_NV: torch.Tensor, num_columns: int, temperature: float) -> torch.Tensor:
-    """[N, V] float32 without padding, divided by the temperature."""
-    real = logits_NV[:, :num_columns].float()
-    return real if temperature == 1.0 else real / temperature
-
-
-def _grad_of_scaled(
-    s: torch.Tensor,
-    t: torch.Tensor,
-    log_ratio: torch.Tensor,
-    log_z_s: torch.Tensor,
-    log_z_t: torch.Tensor,
-    weight_r: torch.Tensor,
-    weight_f: torch.Tensor,
-) -> torch.Tensor:
-    """d(weight_r · reverse_kl + weight_f · forward_kl) / ds."""
-    p_s, p_t = (s - log_z_s).exp(), (t - log_z_t).exp()
-    # A column that neither distribution can reach (−inf on both sides) has no log-ratio.
-    difference = torch.where(p_s > 0, s - t, 0.0)
-    return p_s * (weight_r * (difference - log_ratio) + weight_f) - weight_f * p_t
-
-
-# float32 exp() of this difference is 0; −inf would make −inf − (−inf) of an empty shard.
-_LOWEST = -1e30
-
-
-def _shard_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """[N, 8]: m_s, m_t, Σe_s, Σe_t, Σe_s(s−t), Σe_t(t−s), Σe_t·t, Σe_s·s with e = exp(· − m)."""
-    m_s, m_t = (
-        x.amax(-1, keepdim=True).clamp(min=_LOWEST)
-        if x.shape[-1]
-        else x.new_full((len(x), 1), _LOWEST)
-        for x in (s, t)
-    )
-    e_s, e_t = (s - m_s).exp(), (t - m_t).exp()
-
-    def total(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        # 0 · (±inf) is a token that cannot happen: it adds nothing.
-        return torch.where(weights > 0, weights * values, 0.0).sum(-1, keepdim=True)
-
-    return torch.cat(
-        [
-            m_s,
-            m_t,
-            e_s.sum(-1, keepdim=True),
-            e_t.sum(-1, keepdim=True),
-            total(e_s, s - t),
-            total(e_t, t - s),
-            total(e_t, t),
-            total(e_s, s),
-        ],
-        dim=-1,
-    )
-
-
-def _gather_sums(sums_N8: torch.Tensor, tp_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[R, N, 8]: every rank's sums, on every rank."""
-    if tp_group is None:
-        return sums_N8.unsqueeze(0)
-    gathered = [torch.empty_like(sums_N8) for _ in range(dist.get_world_size(tp_group))]
-    dist.all_gather(gathered, sums_N8, group=tp_group)
-    return torch.stack(gathered)
-
-
-def _combine(sums_RN8: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple]:
-    """E_s[s−t], log Z_s, log Z_t (each [N, 1]) and the four terms ([N]), from all shards' sums."""
-    m_s, m_t, z_s, z_t, d_s, d_t, a_t, a_s = sums_RN8.unsqueeze(-2).unbind(-1)  # each [R, N, 1]
-    max_s, max_t = m_s.amax(0), m_t.amax(0)
-    scale_s, scale_t = (m_s - max_s).exp(), (m_t - max_t).exp()
-    z_s, d_s, a_s = ((scale_s * x).sum(0) for x in (z_s, d_s, a_s))
-    z_t, d_t, a_t = ((scale_t * x).sum(0) for x in (z_t, d_t, a_t))
-    log_z_s, log_z_t = max_s + z_s.log(), max_t + z_t.log()
+def _finish(sums_N8: torch.Tensor) -> tuple[torch.Tensor, LogPartition, list[torch.Tensor]]:
+    """E_q[s − t], the partition functions and the four terms, each [N]."""
+    max_s, max_t, z_s, z_t, d_s, d_t, a_t, a_s = sums_N8.unbind(-1)
+    log_z_s, log_z_t = z_s.log(), z_t.log()
     log_ratio = d_s / z_s
-    terms = (
-        log_ratio - log_z_s + log_z_t,
-        d_t / z_t - log_z_t + log_z_s,
-        log_z_t - a_t / z_t,
-        log_z_s - a_s / z_s,
+    reverse_kl = log_ratio - log_z_s + log_z_t
+    forward_kl = log_z_s - log_z_t - d_t / z_t
+    terms = [x.where(~(x > IMPOSSIBLE_KL), torch.inf) for x in (reverse_kl, forward_kl)]
+    terms += [log_z_t - a_t / z_t, log_z_s - a_s / z_s]
+    return log_ratio, LogPartition(max_s, max_t, log_z_s, log_z_t), terms
+
+
+def _count_non_finite(
+    sums_RN8: torch.Tensor, sums_N8: torch.Tensor, mask_N: torch.Tensor | None
+) -> torch.Tensor:
+    """int64 [R, 2]; a token without any finite logit is counted on rank 0."""
+    counts = []
+    for own in ([0, 2, 7], [1, 3, 6]):  # maximum, Σe, Σe·x: of the student, of the teacher
+        bad_RN = ~sums_RN8[..., own].isfinite().all(-1)
+        bad_RN[0] |= sums_N8[:, own[0]] <= LOWEST
+        if mask_N is not None:
+            bad_RN &= mask_N
+        counts.append(bad_RN.sum(-1))
+    return torch.stack(counts, dim=-1)
+
+
+def _picked_gradient(
+    student_NV: torch.Tensor,
+    teacher_NV: torch.Tensor,
+    vocabulary: Vocabulary,
+    weights_N7: torch.Tensor,
+    ids_NK: torch.Tensor,
+    g_picked_NK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(columns, values), both [N, K]: the whole gradient at the picked tokens, in float32.
+
+    A token that another rank owns stands for column 0 and gets what column 0 has to get anyway, so
+    writing it loses nothing; tokens picked twice share the sum.
+    """
+    max_s, max_t, log_z_s, log_z_t, a, b, f = weights_N7.unsqueeze(-1).unbind(1)
+    if not vocabulary.num_columns:
+        ids_NK, g_picked_NK = ids_NK[:, :0], g_picked_NK[:, :0]
+    columns_NK, owned_NK = vocabulary.columns_of(ids_NK)
+    s, t = (
+        (x.gather(-1, columns_NK).float().clamp(min=LOWEST) - maximum) / temperature
+        for x, maximum, temperature in zip(
+            (student_NV, teacher_NV), (max_s, max_t), vocabulary.temperatures, strict=True
+        )
     )
-    return log_ratio, log_z_s, log_z_t, tuple(term.squeeze(-1) for term in terms)
+    same_NKK = (columns_NK.unsqueeze(-1) == columns_NK.unsqueeze(-2)) & owned_NK.unsqueeze(-2)
+    at_token_NK = (same_NKK * g_picked_NK.unsqueeze(-2)).sum(-1)
+    dense_NK = (s - log_z_s).exp() * (a * (s - t) + b) - f * (t - log_z_t).exp()
+    return columns_NK, (dense_NK + at_token_NK) / vocabulary.temperatures[0]
