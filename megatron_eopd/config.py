@@ -9,10 +9,21 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from megatron_eopd.presets import PRESETS, Parts
 
 
 class ConfigError(ValueError):
@@ -21,6 +32,21 @@ class ConfigError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_unsets(cls, value: Any, info: ValidationInfo) -> Any:
+        """The word none unsets an option, except where it is one of the option's own values."""
+        annotation = cls.model_fields[info.field_name].annotation
+        return None if value == "none" and "none" not in _words_of(annotation) else value
+
+
+def _words_of(annotation: Any) -> set[Any]:
+    """The values of every Literal in a type."""
+    words = set()
+    for part in get_args(annotation):
+        words |= _words_of(part) if get_args(part) else {part}
+    return words
 
 
 class StudentConfig(Section):
@@ -132,17 +158,118 @@ class WeightSyncConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["eopd", "opd", "fkl"] = "eopd"
-    """Preset. `eopd`: reverse KL + weight · 1[H ≥ threshold] · forward KL; `opd`: reverse KL only;
-    `fkl`: forward KL only. All over the full vocabulary."""
+    name: Literal[
+        "eopd",
+        "eopd_paper",
+        "eopd_mix",
+        "opd",
+        "opd_sampled",
+        "vopd",
+        "fkl",
+        "fixed_mix",
+        "jsd",
+        "skewed_kl",
+        "skewed_reverse_kl",
+    ] = "eopd"
+    """Preset; docs/objectives.md has the formulas. `eopd`: reverse KL + α · 1[H ≥ τ] · forward KL,
+    exact over the full vocabulary; `eopd_paper`: the same with the paper's sampled and top-k
+    estimators; `eopd_mix`: (1 − λ) · reverse + λ · forward KL, λ = α · sigmoid((H − τ)/width);
+    `opd`, `opd_sampled`, `vopd`: reverse KL only; `fkl`: forward KL only; `fixed_mix`: (1 − α) ·
+    reverse + α · forward KL; `jsd`: generalised Jensen-Shannon; `skewed_kl`, `skewed_reverse_kl`:
+    KL to a mixture of both models. The next five options replace single parts of it."""
+    reverse_kl: Literal["full", "sampled", "vopd", "topk", "skewed", "none"] | None = None
+    """Estimator of KL(student ‖ teacher). `full`: exact; `sampled`: clipped surrogate on the
+    sampled token; `vopd`: the same with a control variate; `topk`; `skewed`. Default: the
+    preset's."""
+    forward_kl: Literal["full", "topk", "skewed", "jsd", "none"] | None = None
+    """Estimator of KL(teacher ‖ student), or `jsd` in its place. Default: the preset's."""
+    gate: Literal["hard", "sigmoid", "quantile", "always", "never"] | None = None
+    """When forward KL joins. `hard`: H ≥ entropy_threshold; `sigmoid`: gradually around it;
+    `quantile`: for the tokens of the step whose H is at or above its `gate_quantile`. Default: the
+    preset's."""
+    combine: Literal["add", "interpolate"] | None = None
+    """`add`: reverse + α · gate · forward; `interpolate`: (1 − α · gate) · reverse + α · gate ·
+    forward. Default: the preset's."""
+    forward_kl_weight: float | None = Field(None, ge=0)
+    """α, the weight of forward KL where the gate is open. Default: 0.5 for `fixed_mix`, else 1."""
     entropy_threshold: float = 0.8
-    """Teacher entropy, in nats, at or above which forward KL joins the loss."""
-    forward_kl_weight: float = Field(1.0, ge=0)
-    """α, the weight of forward KL where the gate is open."""
+    """τ: teacher entropy, in nats, at or above which forward KL joins the loss."""
+    final_forward_kl_weight: float | None = Field(None, ge=0)
+    """α at the end of the schedule. Default: α does not move."""
+    final_entropy_threshold: float | None = None
+    """τ at the end of the schedule. Default: τ does not move."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How α and τ go to their final values."""
+    schedule_steps: int | None = Field(None, gt=0)
+    """Optimizer steps until they are there. Default: all of the run."""
+    gate_width: float = Field(0.1, gt=0)
+    """Of the `sigmoid` gate, in nats: half a width from τ it is open to 38 % or 62 %."""
+    gate_quantile: float = Field(0.8, ge=0, le=1)
+    """Of the `quantile` gate: share of the tokens of an optimizer step that stay closed. Costs one
+    more pass of the teacher's LM head."""
+    clip_ratio: float = Field(0.2, gt=0, lt=1)
+    """ε of the `sampled` and `vopd` estimators: ratios outside [1 − ε, 1 + ε] are clipped."""
+    top_k: int = Field(16, gt=0)
+    """Tokens in the support of `topk` estimators and of the topk/* metrics."""
+    top_k_support: Literal["teacher", "student", "union"] = "teacher"
+    """Whose most probable tokens the support has. Other than the teacher's costs one more pass over
+    the student's logits."""
+    top_k_normalization: Literal["teacher", "student", "both", "neither", "tail"] = "teacher"
+    """Which side is renormalised on the support; `tail`: none, and a bucket holds the rest."""
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """β of `jsd`: weight of the teacher in the mixture, and of KL(teacher ‖ mixture)."""
+    skew: float = Field(0.1, gt=0, lt=1)
+    """λ of `skewed`: weight of the first model in KL(first ‖ λ · first + (1 − λ) · second)."""
+    token_weight: Literal["uniform", "position"] = "uniform"
+    """`position`: tokens weigh 0.25 at the start of a response and about 1 from 60 % of it on."""
+    ignored_token_ids: tuple[int, ...] = ()
+    """Sampled tokens that have no loss. They still count as valid tokens in every mean."""
     student_temperature: float | None = Field(None, gt=0)
     """Divides the student's logits in the loss. Default: the rollout temperature."""
     teacher_temperature: float | None = Field(None, gt=0)
     """Divides the teacher's logits in the loss. Default: the rollout temperature."""
+    head: Literal["materialized", "chunked"] = "materialized"
+    """`chunked`: LM heads, loss and gradient go chunk by chunk of tokens, so that the logits of a
+    microbatch never exist at once. Saves memory, not time."""
+    head_chunk_size: int | None = Field(None, gt=0)
+    """Tokens per chunk of the `chunked` head. Default: 4096 on GPU, 256 on CPU."""
+    inplace_backward: bool = False
+    """Write the gradient over the student's logits, which saves a tensor of their size. The
+    `chunked` head does so anyway."""
+
+    @property
+    def parts(self) -> Parts:
+        """The preset's, with those that were set by their own option."""
+        own = {part.name: getattr(self, part.name) for part in fields(Parts)}
+        set_ones = {name: value for name, value in own.items() if value is not None}
+        return replace(PRESETS[self.name], **set_ones)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "ObjectiveConfig":
+        parts = self.parts
+        weights = (parts.forward_kl_weight, self.final_forward_kl_weight or 0.0)
+        if parts.combine == "interpolate" and max(weights) > 1:
+            raise ValueError(
+                f"forward_kl_weight={weights[0]} (final {self.final_forward_kl_weight}) with "
+                f"combine=interpolate would give reverse KL the weight 1 − {max(weights)} < 0. Set "
+                f"weights of at most 1, or combine=add."
+            )
+        if parts.reverse_kl == "none" and (parts.forward_kl == "none" or parts.gate == "never"):
+            raise ValueError(
+                f"reverse_kl={parts.reverse_kl}, forward_kl={parts.forward_kl}, gate={parts.gate} "
+                f"leave nothing to minimise. Set reverse_kl=full, or forward_kl=full and "
+                f"gate=always."
+            )
+        if parts.forward_kl == "none" and parts.combine == "interpolate":
+            raise ValueError(
+                "combine=interpolate needs two terms, but forward_kl=none. Set combine=add."
+            )
+        if self.inplace_backward and parts.reads_logits_again:
+            raise ValueError(
+                f"inplace_backward=true overwrites logits that reverse_kl={parts.reverse_kl} or "
+                f"forward_kl={parts.forward_kl} reads once more. Set inplace_backward=false."
+            )
+        return self
 
 
 class TrainingConfig(Section):
@@ -229,6 +356,11 @@ class Config(Section):
         return self.rollout.batch_size // self.training.global_batch_size
 
     @property
+    def optimizer_steps(self) -> int:
+        """Of the whole run."""
+        return self.training.train_iters * self.optimizer_steps_per_iteration
+
+    @property
     def longest_wait_s(self) -> float:
         """The longest that the ranks may have to wait for one engine call, in seconds."""
         rollout = self.rollout
@@ -257,6 +389,13 @@ class Config(Section):
                 f"training.global_batch_size={training.global_batch_size}, so the last optimizer "
                 f"step of an iteration would be short. Set rollout.batch_size="
                 f"{_multiple(rollout.batch_size, training.global_batch_size)}."
+            )
+        reverse_kl, student = self.objective.parts.reverse_kl, self.student_temperature
+        if reverse_kl in ("sampled", "vopd") and student != rollout.temperature:
+            raise ValueError(
+                f"objective.reverse_kl={reverse_kl} compares the student at "
+                f"objective.student_temperature={student} with the engine's log-probabilities at "
+                f"rollout.temperature={rollout.temperature}. Set both to the same value."
             )
         if self.parallel.sequence_parallel and self.parallel.tensor_model_parallel_size == 1:
             raise ValueError(
@@ -308,12 +447,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """TOML's own reading of the value; a bare word is a string, so paths need no quotes, and the
-    bare word none unsets an option."""
+    """TOML's own reading of the value; a bare word is a string, so paths need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return None if text == "none" else text
+        return text
 
 
 def _explain(error: ValidationError, toml_path: Path) -> str:

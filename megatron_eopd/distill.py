@@ -78,7 +78,8 @@ def train_on(
     session: Session, rollouts: list[Rollout], iteration: int, times: StageTimes
 ) -> list[StepReport]:
     """The optimizer steps of one iteration, each on its own part of the rollouts."""
-    size = session.config.training.global_batch_size
+    config = session.config
+    size = config.training.global_batch_size
     reports = []
     for first in range(0, len(rollouts), size):
         step_rollouts = rollouts[first : first + size]
@@ -86,7 +87,7 @@ def train_on(
             scored = session.teacher.score(rank_part(step_rollouts, session.context.layout))
         microbatches = make_microbatches(
             scored,
-            session.config.training.micro_batch_size,
+            config.training.micro_batch_size,
             padded_length(step_rollouts, session.context.layout),
             session.context.device,
         )
@@ -97,12 +98,13 @@ def train_on(
                     session.token_loss,
                     microbatches,
                     session.context,
+                    step=iteration * config.optimizer_steps_per_iteration + len(reports),
                     # Only here does the student still have the weights that wrote the rollouts.
                     compare_engine=first == 0,
                 )
         except NonFiniteError:
             if session.context.layout.rank == 0:
-                path = session.config.run_dir / "rollouts" / f"{iteration:06d}-nonfinite.jsonl"
+                path = config.run_dir / "rollouts" / f"{iteration:06d}-nonfinite.jsonl"
                 write_rollouts(path, step_rollouts, session.tokenizer)
             raise
         reports.append(step_report)

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,22 @@ Sums = dict[str, tuple[float, float]]
 """Metric name → (sum, count) over tokens."""
 
 
+class Reduced(NamedTuple):
+    """Means of all ranks of a group, before the last division."""
+
+    sums: Sums
+    values: dict[str, list[float]]
+    """Name → every single value."""
+    tallies: dict[str, list]
+    """Name → counts, as nested lists."""
+
+
 class Means:
     """Named means, kept as (sum, count) on the device; per-token values kept for histograms."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._tallies: dict[str, torch.Tensor] = {}
         self._values: dict[str, list[torch.Tensor]] = {}
 
     def add(self, name: str, values_N: torch.Tensor, mask_N: torch.Tensor | None = None) -> None:
@@ -36,19 +47,26 @@ class Means:
         """Every single value, for percentiles and a histogram."""
         self._values.setdefault(name, []).append(values_N)
 
-    def reduce(self, group: dist.ProcessGroup) -> tuple[Sums, dict[str, list[float]]]:
-        """(sums, values) over the group, every rank of which must have added the same names.
+    def tally(self, name: str, counts: torch.Tensor) -> None:
+        """Counts of any shape, added up as they are."""
+        self._tallies[name] = self._tallies.get(name, 0) + counts
 
-        One all-reduce of the sums, one all-gather of the values.
+    def reduce(self, group: dist.ProcessGroup) -> Reduced:
+        """Over the group, every rank of which must have added the same names.
+
+        One all-reduce of the sums and of each tally, one all-gather of the values.
         """
         names = sorted(self._sums)
         table = torch.stack([self._sums[name] for name in names])
         dist.all_reduce(table, group=group)
         sums = {n: (total, count) for n, (total, count) in zip(names, table.tolist(), strict=True)}
+        for name in sorted(self._tallies):
+            dist.all_reduce(self._tallies[name], group=group)
         own = {name: torch.cat(parts).tolist() for name, parts in self._values.items()}
         gathered: list = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, own, group=group)
-        return sums, {name: [x for part in gathered for x in part[name]] for name in own}
+        values = {name: [x for part in gathered for x in part[name]] for name in own}
+        return Reduced(sums, values, {name: t.tolist() for name, t in self._tallies.items()})
 
 
 def divide(sums: Iterable[Sums]) -> dict[str, float]:

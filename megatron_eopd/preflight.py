@@ -175,7 +175,7 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         "prompts / iteration": f"{rollout.batch_size // rollout.samples_per_prompt} × "
         f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
         "optimizer steps": f"{config.optimizer_steps_per_iteration} / iteration × "
-        f"{training.train_iters} = {config.optimizer_steps_per_iteration * training.train_iters}",
+        f"{training.train_iters} = {config.optimizer_steps}",
         "response tokens / step": f"at most {training.global_batch_size} × "
         f"{rollout.max_response_length} = {tokens:,}",
         "microbatches / step / rank": f"{micro} × {training.micro_batch_size} samples",

@@ -64,6 +64,8 @@ class MicroBatch:
     response token: the row *before* the token, so `row = (t - 1)·B + b`."""
     target_ids_N: torch.Tensor
     rollout_logprobs_N: torch.Tensor
+    positions_N: torch.Tensor
+    """Where in its response each token stands: 0 the first, 1 the last."""
     teacher_hidden_NH: torch.Tensor | None
     """As ScoredRollout.teacher_hidden_TH, concatenated over the sequences."""
 

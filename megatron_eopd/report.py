@@ -10,7 +10,6 @@ import torch
 
 from megatron_eopd.config import Config
 from megatron_eopd.data.tokenizer import Tokenizer
-from megatron_eopd.losses.objective import PRESETS
 from megatron_eopd.metrics import divide, percentile
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.rollout.engine import SyncReport
@@ -38,8 +37,6 @@ def iteration_scalars(
         "weight_sync/bytes": sync.num_bytes,
         "weight_sync/version": sync.version,
     }
-    if PRESETS[config.objective.name].forward_kl == "entropy_gate":
-        scalars["gate/threshold"] = config.objective.entropy_threshold
     scalars |= _rollout_scalars(rollouts) | _memory_scalars()
     scalars |= {f"time/{stage}": seconds for stage, seconds in times.seconds.items()}
     scalars["time/total"] = times.total

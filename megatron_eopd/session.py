@@ -24,7 +24,7 @@ from megatron_eopd.rollout.vllm_engine import VllmEngine, vllm_available
 from megatron_eopd.run_log import RunLog
 from megatron_eopd.teacher import ColocatedTeacher
 from megatron_eopd.training.optimizer import Trainable, make_trainable
-from megatron_eopd.training.step import TokenLoss
+from megatron_eopd.training.token_loss import TokenLoss
 from megatron_eopd.weight_sync.verify import check_probe
 
 PROBE_SEQUENCES, PROBE_TOKENS = 4, 16

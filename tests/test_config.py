@@ -6,7 +6,7 @@ import pytest
 
 from megatron_eopd import evaluate, train
 from megatron_eopd.config import ConfigError, changed_options, describe_options, load_config
-from megatron_eopd.losses.objective import PRESETS
+from megatron_eopd.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))

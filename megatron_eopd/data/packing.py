@@ -53,6 +53,9 @@ def _make_microbatch(
         prediction_rows_N=torch.cat(rows).to(device),
         target_ids_N=_flat([r.response_ids for r in rollouts], torch.long, device),
         rollout_logprobs_N=_flat([r.response_logprobs for r in rollouts], torch.float32, device),
+        positions_N=torch.cat(
+            [torch.linspace(0, 1, len(r.response_ids), device=device) for r in rollouts]
+        ),
         teacher_hidden_NH=torch.cat(hidden) if hidden[0] is not None else None,
     )
 

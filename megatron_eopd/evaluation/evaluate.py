@@ -17,7 +17,8 @@ from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, Sampling
 from megatron_eopd.teacher import ColocatedTeacher
-from megatron_eopd.training.step import TokenLoss, measure
+from megatron_eopd.training.step import measure
+from megatron_eopd.training.token_loss import TokenLoss
 
 REPORTED_K = (1, 4, 8, 16)
 EVALUATION_SEED = 0x5EED
@@ -69,8 +70,7 @@ def evaluate(
         padded_length(rollouts, context.layout),
         context.device,
     )
-    sums, _ = measure(token_loss, model, batches, context)
-    means = divide([sums])
+    means = divide([measure(token_loss, model, batches, context).sums])
     for figure, name in (
         ("reverse_kl", "loss/reverse_kl"),
         ("forward_kl", "loss/forward_kl"),

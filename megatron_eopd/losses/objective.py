@@ -1,51 +1,87 @@
-"""The per-token objective: a reverse-KL part, a gate on the teacher's entropy, a forward-KL part.
+"""The per-token objective, composed of the parts in estimators.py as the options say.
 
-    loss = [reverse KL] + α · gate(H) · [forward KL]
+    add           loss = w · { reverse + α · gate(H) · forward }
+    interpolate   loss = w · { (1 − λ) · reverse + λ · forward },   λ = α · gate(H)
 
-A preset says which parts are on (method: Entropy-aware On-Policy Distillation, arXiv 2603.07079,
-with full-vocabulary terms in the place of the paper's sampled and top-k ones).
+A preset names the parts, and every part can be replaced by its own option. α and the gate's
+threshold τ may move with the step number.
 """
-# Shapes: N valid response tokens.
+# Shapes: N valid response tokens, V this rank's columns of the vocabulary.
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 
 from megatron_eopd.config import ObjectiveConfig
-from megatron_eopd.losses.divergences import KLTerms
+from megatron_eopd.losses.estimators import (
+    FORWARD_KL,
+    GATES,
+    REVERSE_KL,
+    TOKEN_WEIGHTS,
+    TokenSignals,
+)
 
 
 @dataclass(frozen=True)
-class Preset:
-    reverse_kl: bool
-    forward_kl: Literal["always", "entropy_gate", "never"]
+class Coefficients:
+    """α and τ of one optimizer step."""
+
+    forward_kl_weight: float
+    entropy_threshold: float
 
 
-PRESETS = {
-    "eopd": Preset(reverse_kl=True, forward_kl="entropy_gate"),
-    "opd": Preset(reverse_kl=True, forward_kl="never"),
-    "fkl": Preset(reverse_kl=False, forward_kl="always"),
-}
+def coefficients_at(objective: ObjectiveConfig, step: int, num_steps: int) -> Coefficients:
+    """After `step` optimizer steps of a run of `num_steps`: from the initial to the final values
+    over `objective.schedule_steps`, and constant from there on."""
+    done = min(step / max(objective.schedule_steps or num_steps, 1), 1.0)
+    if objective.schedule == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+
+    def between(start: float, end: float | None) -> float:
+        return start if end is None else start + done * (end - start)
+
+    return Coefficients(
+        between(objective.parts.forward_kl_weight, objective.final_forward_kl_weight),
+        between(objective.entropy_threshold, objective.final_entropy_threshold),
+    )
+
+
+class TokenLosses(NamedTuple):
+    loss_N: torch.Tensor
+    """float32, in nats. The caller divides their sum by the number of valid tokens of all ranks
+    and microbatches."""
+    gate_N: torch.Tensor
+    """How far each token's gate is open, 0 to 1."""
 
 
 def token_objective(
-    terms: KLTerms, objective: ObjectiveConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss_N, gate_N), float32: each token's loss in nats, and how far its gate is open (0 to 1).
+    signals: TokenSignals,
+    objective: ObjectiveConfig,
+    coefficients: Coefficients,
+    weight_N: torch.Tensor | None = None,
+) -> TokenLosses:
+    """Each token's loss. The gate at a token comes from the teacher's entropy at that token."""
+    parts = objective.parts
+    entropy_N = signals.kl.teacher_entropy
+    gate_N = GATES[parts.gate](entropy_N, coefficients.entropy_threshold, objective)
+    share_N = coefficients.forward_kl_weight * gate_N
+    loss_N = torch.zeros_like(entropy_N)
+    if (reverse_kl := REVERSE_KL[parts.reverse_kl]) is not None:
+        rest_N = 1 - share_N if parts.combine == "interpolate" else 1.0
+        loss_N = loss_N + rest_N * reverse_kl(signals, objective)
+    if (forward_kl := FORWARD_KL[parts.forward_kl]) is not None:
+        loss_N = loss_N + share_N * forward_kl(signals, objective)
+    return TokenLosses(loss_N if weight_N is None else weight_N * loss_N, gate_N)
 
-    The gate at a token comes from the teacher's entropy at that same token. The caller divides the
-    sum of loss_N by the number of valid tokens of all ranks and microbatches.
-    """
-    preset = PRESETS[objective.name]
-    gate_N = _gate(terms.teacher_entropy, preset, objective)
-    loss_N = objective.forward_kl_weight * gate_N * terms.forward_kl
-    if preset.reverse_kl:
-        loss_N = loss_N + terms.reverse_kl
-    return loss_N, gate_N
 
-
-def _gate(entropy_N: torch.Tensor, preset: Preset, objective: ObjectiveConfig) -> torch.Tensor:
-    if preset.forward_kl == "entropy_gate":
-        return (entropy_N >= objective.entropy_threshold).float()
-    return torch.full_like(entropy_N, float(preset.forward_kl == "always"))
+def token_weights(
+    position_N: torch.Tensor, sampled_ids_N: torch.Tensor, objective: ObjectiveConfig
+) -> torch.Tensor | None:
+    """float32 [N]; None when every token has weight 1."""
+    if objective.token_weight == "uniform" and not objective.ignored_token_ids:
+        return None
+    weight_N = TOKEN_WEIGHTS[objective.token_weight](position_N)
+    ignored = torch.tensor(objective.ignored_token_ids, device=sampled_ids_N.device)
+    return weight_N.masked_fill(torch.isin(sampled_ids_N, ignored), 0.0)

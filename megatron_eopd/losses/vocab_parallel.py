@@ -38,6 +38,7 @@ class TokenTerms(NamedTuple):
 
     kl: KLTerms
     picked: PickedTokens
+    vocabulary: Vocabulary
     log_z: LogPartition
     non_finite_R2: torch.Tensor
     """int64: on each tensor-parallel rank, tokens whose student (0) or teacher (1) logits are not
@@ -149,6 +150,7 @@ def vocab_parallel_terms(
     return TokenTerms(
         KLTerms(*(term.view(shape) for term in outputs[:4])),
         PickedTokens.from_columns(outputs[4:8], sampled_ids is not None, shape),
+        vocabulary,
         LogPartition(*outputs[8:12]),
         outputs[12],
     )
@@ -264,6 +266,8 @@ class _Sweep(torch.autograd.Function):
         )
         if mask_N is not None:
             values_NK = values_NK.where(mask_N.unsqueeze(-1), 0.0)
+        if ctx.inplace:  # written by kernels, unseen by autograd: another reader must fail loudly
+            torch.autograd.graph.increment_version(student_logits)
         grad_NV.scatter_(-1, columns_NK, values_NK.to(grad_NV.dtype))
         return grad_NV.view_as(student_logits), None, None, None, None, None
 

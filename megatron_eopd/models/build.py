@@ -58,13 +58,16 @@ class CausalLM(GPTModel):
 
     def lm_head(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Vocab-parallel logits [N, V]. Backward: one all-reduce of the hidden states' gradient."""
-        weight = None
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
         # Unlike the layers before it, the head gets whole sequences: see pick_rows.
         self.output_layer.sequence_parallel = False
-        logits_1NV, _ = self.output_layer(hidden_NH.unsqueeze(0), weight=weight)
+        logits_1NV, _ = self.output_layer(hidden_NH.unsqueeze(0), weight=self.lm_head_weight())
         return logits_1NV.squeeze(0)
+
+    def lm_head_weight(self) -> torch.Tensor:
+        """This rank's rows of the LM head, [V, H]; the embedding's where the two are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
 
 def read_hf_config(hf_path: Path) -> PretrainedConfig:

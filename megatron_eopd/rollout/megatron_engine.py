@@ -143,6 +143,7 @@ def _batch(
         prediction_rows_N=torch.tensor(rows, device=context.device),
         target_ids_N=torch.tensor(targets, device=context.device),
         rollout_logprobs_N=torch.zeros(len(rows), device=context.device),
+        positions_N=torch.zeros(len(rows), device=context.device),
         teacher_hidden_NH=None,
     )
 

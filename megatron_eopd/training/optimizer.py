@@ -51,7 +51,7 @@ def make_trainable(model: CausalLM, config: Config, context: ParallelContext) ->
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = wrapped.no_sync
     model.config.grad_scale_func = optimizer.scale_loss
-    steps = training.train_iters * config.optimizer_steps_per_iteration
+    steps = config.optimizer_steps
     return Trainable(model, wrapped, optimizer, _scheduler(optimizer, training, steps))
 
 

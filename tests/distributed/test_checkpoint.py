@@ -25,13 +25,13 @@ def check_resume(student_dir, teacher_dir, run_dir):
         batches = microbatches_of(rollouts, teacher, config, context)
         if number == 0:
             for _ in range(2):
-                train_step(student, token_loss, batches, context)
+                train_step(student, token_loss, batches, context, step=0)
             position = checkpoint.make_position(2, config.seed, "digest", context)
             checkpoint.save(run_dir, student, position, 3, context)
         else:
             position = checkpoint.load(checkpoint.newest(run_dir), student, context)
             assert position.iteration == 2 and position.layout == {"tp": 2, "pp": 1, "dp": 1}
-        report = train_step(student, token_loss, batches, context)
+        report = train_step(student, token_loss, batches, context, step=0)
         if context.layout.rank == 0:
             row = [divide([report.sums])["loss/total"], report.grad_norm, report.lr]
             (run_dir / f"{number}.json").write_text(json.dumps(row))

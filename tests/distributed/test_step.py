@@ -10,14 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from megatron_eopd.config import Config
 from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
-from megatron_eopd.losses import dense_kl_terms, token_objective
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import build_model, read_hf_config
 from megatron_eopd.models.hf_weights import load_hf_weights
 from megatron_eopd.rollout.recording import read_rollouts
 from megatron_eopd.teacher import ColocatedTeacher
 from megatron_eopd.training.optimizer import make_trainable
-from megatron_eopd.training.step import NonFiniteError, TokenLoss, train_step
+from megatron_eopd.training.step import NonFiniteError, train_step
+from megatron_eopd.training.token_loss import TokenLoss
+from tests.dense_objective import dense_token_loss
 from tests.distributed.test_models import random_rollouts
 from tests.ranks import context_for, leave_groups, run_ranks
 
@@ -76,23 +77,27 @@ def microbatches_of(rollouts, teacher, config, context):
     )
 
 
-def check_layouts(base_config, rollouts, layouts, out_dir):
+def check_layouts(configs, rollouts, layouts, out_dir):
     """Two steps on the same batch; the second also shows that the weights moved alike."""
     for tp, pp, dp, sp, micro_batch_size in layouts:
         context = context_for(tp, pp, sequence_parallel=sp)
         assert context.layout.dp == dp
-        training = base_config.training.model_copy(update={"micro_batch_size": micro_batch_size})
-        config = base_config.model_copy(update={"training": training})
-        student, teacher, token_loss = build(config, context)
-        batches = microbatches_of(rollouts, teacher, config, context)
-        reports = [train_step(student, token_loss, batches, context) for _ in range(2)]
-        if context.layout.rank == 0:
-            means = [divide([report.sums]) for report in reports]
-            row = [
-                [m["loss/total"], r.grad_norm, m["gate/fraction"]]
-                for m, r in zip(means, reports, strict=True)
-            ]
-            (out_dir / f"{tp}-{pp}-{dp}-{sp}-{micro_batch_size}.json").write_text(json.dumps(row))
+        for number, base_config in enumerate(configs):
+            training = base_config.training.model_copy(
+                update={"micro_batch_size": micro_batch_size}
+            )
+            config = base_config.model_copy(update={"training": training})
+            student, teacher, token_loss = build(config, context)
+            batches = microbatches_of(rollouts, teacher, config, context)
+            reports = [train_step(student, token_loss, batches, context, step=n) for n in range(2)]
+            if context.layout.rank == 0:
+                means = [divide([report.sums]) for report in reports]
+                row = [
+                    [m["loss/total"], r.grad_norm, m["gate/fraction"]]
+                    for m, r in zip(means, reports, strict=True)
+                ]
+                name = f"{number}-{tp}-{pp}-{dp}-{sp}-{micro_batch_size}.json"
+                (out_dir / name).write_text(json.dumps(row))
         leave_groups()
 
 
@@ -102,37 +107,56 @@ def transformers_step(config, rollouts) -> tuple[float, float, float]:
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
         for path in (config.student.hf_path, config.teacher.hf_path)
     )
-    losses, gates = [], []
+    student_logits, teacher_logits = [], []
     for rollout in rollouts:
         tokens = torch.tensor([rollout.prompt.prompt_ids + rollout.response_ids])
         first = len(rollout.prompt.prompt_ids) - 1
-        terms = dense_kl_terms(
-            student(tokens).logits[0, first:-1],
-            teacher(tokens).logits[0, first:-1],
-            student_temperature=config.student_temperature,
-            teacher_temperature=config.teacher_temperature,
-        )
-        loss, gate = token_objective(terms, config.objective)
-        losses.append(loss)
-        gates.append(gate)
-    loss = torch.cat(losses).mean()
-    loss.backward()
+        student_logits.append(student(tokens).logits[0, first:-1])
+        teacher_logits.append(teacher(tokens).logits[0, first:-1].detach())
+    teacher_logits = torch.cat(teacher_logits)
+    objective = config.objective
+    tau = objective.entropy_threshold
+    if objective.parts.gate == "quantile":
+        log_p = (teacher_logits / config.teacher_temperature).log_softmax(-1)
+        tau = (-(log_p.exp() * log_p).sum(-1)).quantile(objective.gate_quantile).item()
+    loss, gate = dense_token_loss(
+        torch.cat(student_logits),
+        teacher_logits,
+        torch.tensor([i for r in rollouts for i in r.response_ids]),
+        torch.tensor([x for r in rollouts for x in r.response_logprobs], dtype=torch.float64),
+        torch.cat([torch.linspace(0, 1, len(r.response_ids)).double() for r in rollouts]),
+        objective,
+        alpha=objective.parts.forward_kl_weight,
+        tau=tau,
+        student_temperature=config.student_temperature,
+        teacher_temperature=config.teacher_temperature,
+    )
+    loss.mean().backward()
     grad_norm = math.sqrt(sum(p.grad.square().sum().item() for p in student.parameters()))
-    return loss.item(), grad_norm, torch.cat(gates).mean().item()
+    return loss.mean().item(), grad_norm, gate.mean().item()
 
 
-def assert_layouts_agree(config, rollouts, layouts, tmp_path) -> str:
-    """Run every layout, compare with the dense float64 step; gives back a table of both."""
+def assert_layouts_agree(configs, rollouts, layouts, tmp_path) -> str:
+    """Run every layout, compare with the dense float64 step; gives back tables of both."""
     for world in {math.prod(layout[:3]) for layout in layouts}:
         here = [layout for layout in layouts if math.prod(layout[:3]) == world]
-        run_ranks(world, tmp_path, check_layouts, config, rollouts, here, tmp_path)
+        run_ranks(world, tmp_path, check_layouts, configs, rollouts, here, tmp_path)
+    return "".join(
+        assert_layouts_agree_on(number, config, rollouts, layouts, tmp_path)
+        for number, config in enumerate(configs)
+    )
+
+
+def assert_layouts_agree_on(number, config, rollouts, layouts, tmp_path) -> str:
     loss, grad_norm, gate = transformers_step(config, rollouts)
-    assert 0.05 < gate < 0.95, "the batch must hold open and closed gates"
+    if config.objective.parts.is_gated:
+        assert 0.05 < gate < 0.95, "the batch must hold open and closed gates"
     second = None
-    table = "\n  TP PP DP SP  mb        loss   grad norm\n"
+    table = f"\n  {config.objective.model_dump(exclude_defaults=True)}"
+    table += "\n  TP PP DP SP  mb        loss   grad norm\n"
     table += f"  dense float64     {loss:.7f}  {grad_norm:.7f}\n"
     for tp, pp, dp, sp, mb in layouts:
-        steps = json.loads((tmp_path / f"{tp}-{pp}-{dp}-{sp}-{mb}.json").read_text())
+        steps = json.loads((tmp_path / f"{number}-{tp}-{pp}-{dp}-{sp}-{mb}.json").read_text())
         table += f"  {tp:2} {pp:2} {dp:2} {sp:2} {mb:3}     {steps[0][0]:.7f}  {steps[0][1]:.7f}\n"
         assert steps[0] == pytest.approx([loss, grad_norm, gate], rel=1e-5), table
         assert steps[1][0] < loss, "a step on the batch lowers its loss"
@@ -149,7 +173,7 @@ def test_layouts_agree_with_transformers(
     """Loss and gradient norm within 1e-5 relative of the dense float64 step, on every layout."""
     config = make_config(tied_qwen3_dir if tied else qwen3_dir, teacher_dir)
     rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
-    table = assert_layouts_agree(config, rollouts, LAYOUTS, tmp_path)
+    table = assert_layouts_agree([config], rollouts, LAYOUTS, tmp_path)
     with capsys.disabled():
         print(f"\n  random models, tied={tied}{table}")
 
@@ -164,9 +188,46 @@ def test_a_recorded_batch_gives_one_step_on_every_layout(tmp_path, capsys):
         training={"global_batch_size": 32, "lr": 1e-3, "train_iters": 10, "adam_eps": 1e-3},
     )
     rollouts = read_rollouts(Path(__file__).parent / "recorded/000000.jsonl")
-    table = assert_layouts_agree(config, rollouts, RECORDED_LAYOUTS, tmp_path)
+    table = assert_layouts_agree([config], rollouts, RECORDED_LAYOUTS, tmp_path)
     with capsys.disabled():
         print(f"\n  recorded batch, toy models{table}")
+
+
+OBJECTIVES = [
+    {"name": "eopd_paper", "top_k": 4},
+    {"name": "eopd_mix", "head": "chunked", "head_chunk_size": 5},
+    {"name": "eopd", "head": "chunked", "head_chunk_size": 7},
+    {"name": "eopd", "gate": "quantile", "gate_quantile": 0.6},
+    {"name": "eopd", "inplace_backward": True, "token_weight": "position"},
+    {"name": "eopd", "ignored_token_ids": list(range(0, VOCAB, 30))},
+    {"name": "vopd", "head": "chunked", "head_chunk_size": 1000},
+    {"name": "jsd", "jsd_beta": 0.3, "head": "chunked", "head_chunk_size": 5},
+    {"name": "skewed_kl"},
+    {"name": "opd", "reverse_kl": "topk", "top_k_support": "union", "top_k_normalization": "tail"},
+]
+OBJECTIVE_LAYOUTS = [(1, 1, 2, False, 4), (2, 1, 1, True, 8), (1, 2, 1, False, 4)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_objective_and_head_agree_with_transformers(
+    tied, qwen3_dir, tied_qwen3_dir, teacher_dir, tmp_path, capsys
+):
+    """Loss and gradient norm of other objectives, with both heads, over DP, TP with sequence
+    parallelism and PP, microbatches included, within 1e-5 of the dense float64 step."""
+    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
+    student_dir = tied_qwen3_dir if tied else qwen3_dir
+    configs = [
+        make_config(
+            student_dir,
+            teacher_dir,
+            objective={"entropy_threshold": 2.8, "gate_width": 0.5} | options,
+        )
+        for options in OBJECTIVES
+        if not tied or options.get("head") == "chunked"
+    ]
+    table = assert_layouts_agree(configs, rollouts, OBJECTIVE_LAYOUTS, tmp_path)
+    with capsys.disabled():
+        print(f"\n  random models, tied={tied}{table}")
 
 
 def check_variants(student_dir, teacher_dir, variants, out_dir):
@@ -177,7 +238,7 @@ def check_variants(student_dir, teacher_dir, variants, out_dir):
         config = make_config(student_dir, teacher_dir, **changed)
         student, teacher, token_loss = build(config, context)
         batches = microbatches_of(rollouts, teacher, config, context)
-        reports = [train_step(student, token_loss, batches, context) for _ in range(2)]
+        reports = [train_step(student, token_loss, batches, context, step=n) for n in range(2)]
         if context.layout.rank == 0:
             row = [[divide([r.sums])["loss/total"], r.grad_norm] for r in reports]
             (out_dir / f"variant-{number}.json").write_text(json.dumps(row))
@@ -221,7 +282,7 @@ def check_non_finite(student_dir, teacher_dir):
     if context.layout.is_last_stage:
         batches[1].teacher_hidden_NH[0] = torch.nan
     with pytest.raises(NonFiniteError, match="not changed"):
-        train_step(student, token_loss, batches, context)
+        train_step(student, token_loss, batches, context, step=0)
     for old, new in zip(before, student.model.parameters(), strict=True):
         assert torch.equal(old, new)
 

@@ -98,7 +98,9 @@ def shard_gradient(
     weights_N7: torch.Tensor,
     inplace: bool,
 ) -> torch.Tensor:
-    out_NV = student_NV if inplace else _empty_like(student_NV)
+    # Odd strides are not worth a kernel: then the gradient gets memory of its own after all.
+    in_rows = student_NV.stride(-1) == 1
+    out_NV = student_NV if inplace and in_rows else _empty(student_NV.shape, student_NV.dtype)
     out_NV[:, num_columns:] = 0
     if mask_N is not None:
         out_NV[~mask_N] = 0
@@ -110,10 +112,10 @@ def shard_gradient(
     return out_NV
 
 
-def _empty_like(logits_NV: torch.Tensor) -> torch.Tensor:
+def _empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """On huge pages where the system lets us ask for them: a gradient of a real vocabulary is fresh
     memory, and touching it page by page would cost as much as the sweep."""
-    empty = torch.empty_like(logits_NV)
+    empty = torch.empty(shape, dtype=dtype)
     start, end = empty.data_ptr(), empty.data_ptr() + empty.nbytes
     start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
     if end > start and hasattr(mmap, "MADV_HUGEPAGE"):

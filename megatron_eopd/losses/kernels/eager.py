@@ -24,7 +24,7 @@ def shard_sums(
     sums_N8 = student_NV.new_zeros((num_tokens, 8), dtype=torch.float32)
     values_NK = student_NV.new_full((num_tokens, top_k), LOWEST, dtype=torch.float32)
     columns_NK = student_NV.new_zeros((num_tokens, top_k), dtype=torch.int64)
-    for rows in _row_chunks(student_NV, mask_N):
+    for rows in row_chunks(student_NV, mask_N):
         student, teacher = student_NV[rows, :num_columns], teacher_NV[rows, :num_columns]
         sums_N8[rows] = _sums(student, teacher, temperatures)
         if top_k:
@@ -57,7 +57,7 @@ def shard_gradient(
     out_NV[:, num_columns:] = 0
     if mask_N is not None:
         out_NV[~mask_N] = 0
-    for rows in _row_chunks(student_NV, mask_N):
+    for rows in row_chunks(student_NV, mask_N):
         max_s, max_t, log_z_s, log_z_t, a, b, f = weights_N7[rows].unsqueeze(-1).unbind(1)
         s = _centred(student_NV[rows, :num_columns], max_s, temperatures[0])
         t = _centred(teacher_NV[rows, :num_columns], max_t, temperatures[1])
@@ -81,8 +81,8 @@ def _centred(logits_CV: torch.Tensor, maximum: torch.Tensor, temperature: float)
     return centred if temperature == 1.0 else centred.div_(temperature)
 
 
-def _row_chunks(
-    logits_NV: torch.Tensor, mask_N: torch.Tensor | None
+def row_chunks(
+    logits_NV: torch.Tensor, mask_N: torch.Tensor | None = None
 ) -> Iterator[slice | torch.Tensor]:
     """Rows that are worked on at once: on CPU, what the cache holds with all its temporaries."""
     elements = 1 << (18 if logits_NV.device.type == "cpu" else 27)

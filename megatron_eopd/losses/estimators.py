@@ -1,0 +1,184 @@
+"""The terms of an objective: estimators of reverse and forward KL, gates, and token weights.
+
+To add an objective, write a function here, put it into its table, and name it in config.py. What
+it may use is in TokenSignals; the sweeps over the vocabulary stay as they are.
+
+p: teacher, q: student, q_old: the student that wrote the tokens, x: the sampled token, H: the
+teacher's entropy.
+"""
+# Shapes: N tokens, K top-k tokens.
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_eopd.config import ObjectiveConfig
+from megatron_eopd.losses.divergences import KLTerms
+from megatron_eopd.losses.kernels import LOWEST
+from megatron_eopd.losses.picked_tokens import PickedTokens
+from megatron_eopd.losses.vocab_sum import Integrand
+
+
+@dataclass(frozen=True)
+class TokenSignals:
+    """What is known of each token: everything an estimator may use."""
+
+    kl: KLTerms
+    """Exact, over the full vocabulary. Each [N]."""
+    picked: PickedTokens
+    """log q and log p of the sampled token [N] and of the top k [N, K]."""
+    rollout_logprobs_N: torch.Tensor
+    """log q_old(x), as the engine that sampled x reported it."""
+    sum_over_vocab: Callable[[Integrand], torch.Tensor]
+    """Σ_v h(log q(v), log p(v)) as [N], for any pointwise h; one more sweep each."""
+
+
+Estimator = Callable[[TokenSignals, ObjectiveConfig], torch.Tensor]
+
+
+def full_reverse_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
+    """KL(q ‖ p)."""
+    return signals.kl.reverse_kl
+
+
+def full_forward_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
+    """KL(p ‖ q)."""
+    return signals.kl.forward_kl
+
+
+def sampled_reverse_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
+    """max(−r·A, −clip(r, 1 − ε, 1 + ε)·A) with A = log p(x) − log q_old(x), r = q(x) / q_old(x).
+
+    The paper's L_OPD (arXiv 2603.07079): A is an advantage, a constant; taken as a loss itself its
+    gradient would not see the teacher.
+    """
+    advantage_N = signals.picked.sampled_teacher_logprobs - signals.rollout_logprobs_N
+    return _clipped_surrogate(signals, advantage_N, objective.clip_ratio)
+
+
+def vopd_reverse_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
+    """As `sampled`, with A + KL(q ‖ p) for A: the mean of A over x ~ q is −KL(q ‖ p), so this
+    advantage has mean 0, and the gradient the same mean with less variance (vOPD)."""
+    advantage_N = signals.picked.sampled_teacher_logprobs - signals.rollout_logprobs_N
+    return _clipped_surrogate(signals, advantage_N + signals.kl.reverse_kl, objective.clip_ratio)
+
+
+def _clipped_surrogate(
+    signals: TokenSignals, advantage_N: torch.Tensor, clip_ratio: float
+) -> torch.Tensor:
+    advantage_N = advantage_N.detach()
+    ratio_N = (signals.picked.sampled_student_logprobs - signals.rollout_logprobs_N).exp()
+    clipped_N = ratio_N.clamp(1 - clip_ratio, 1 + clip_ratio)
+    return torch.maximum(-ratio_N * advantage_N, -clipped_N * advantage_N)
+
+
+def top_k_reverse_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
+    """Σ_{v ∈ S} q(v)·[log q(v) − log p(v)], S and its normalisation as the options say."""
+    student, teacher = _on_support(signals.picked, objective.top_k_normalization)
+    return (student.exp() * (student - teacher)).sum(-1)
+
+
+def top_k_forward_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
+    """Σ_{v ∈ S} p(v)·[log p(v) − log q(v)]; by default the paper's: S the teacher's top k, p
+    renormalised on S, q over the full vocabulary. Never clamped: a negative value has a gradient.
+    """
+    student, teacher = _on_support(signals.picked, objective.top_k_normalization)
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def _on_support(picked: PickedTokens, normalization: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """log q and log p on the support, [N, K], or [N, K + 1] with a bucket for all other tokens."""
+    student, teacher = (
+        x.where(picked.top_valid, LOWEST)
+        for x in (picked.top_student_logprobs, picked.top_teacher_logprobs)
+    )
+    if normalization == "tail":
+        return _with_tail(student), _with_tail(teacher)
+    if normalization in ("student", "both"):
+        student = student.log_softmax(-1)
+    if normalization in ("teacher", "both"):
+        teacher = teacher.log_softmax(-1)
+    return student, teacher
+
+
+SMALLEST_TAIL = 1e-6
+"""float32 does not know a rest of 1 − Σ more exactly."""
+
+
+def _with_tail(logprobs_NK: torch.Tensor) -> torch.Tensor:
+    inside_N1 = logprobs_NK.logsumexp(-1, keepdim=True).clamp(max=math.log1p(-SMALLEST_TAIL))
+    return torch.cat([logprobs_NK, torch.log(-torch.expm1(inside_N1))], dim=-1)
+
+
+def skewed_forward_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
+    """KL(p ‖ λ·p + (1 − λ)·q), λ = objective.skew (DistiLLM, arXiv 2402.03898)."""
+
+    def integrand(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        return log_p.exp() * (log_p - _log_mixture(log_p, log_q, objective.skew))
+
+    return signals.sum_over_vocab(integrand)
+
+
+def skewed_reverse_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
+    """KL(q ‖ λ·q + (1 − λ)·p), λ = objective.skew (DistiLLM)."""
+
+    def integrand(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        return log_q.exp() * (log_q - _log_mixture(log_q, log_p, objective.skew))
+
+    return signals.sum_over_vocab(integrand)
+
+
+def jensen_shannon(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
+    """β·KL(p ‖ m) + (1 − β)·KL(q ‖ m), m = β·p + (1 − β)·q, β = objective.jsd_beta (GKD, arXiv
+    2306.13649)."""
+    beta = objective.jsd_beta
+
+    def integrand(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        log_m = _log_mixture(log_p, log_q, beta)
+        return beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
+
+    return signals.sum_over_vocab(integrand)
+
+
+def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, share_of_a: float) -> torch.Tensor:
+    return torch.logaddexp(log_a + math.log(share_of_a), log_b + math.log1p(-share_of_a))
+
+
+REVERSE_KL: dict[str, Estimator | None] = {
+    "full": full_reverse_kl,
+    "sampled": sampled_reverse_kl,
+    "vopd": vopd_reverse_kl,
+    "topk": top_k_reverse_kl,
+    "skewed": skewed_reverse_kl,
+    "none": None,
+}
+FORWARD_KL: dict[str, Estimator | None] = {
+    "full": full_forward_kl,
+    "topk": top_k_forward_kl,
+    "skewed": skewed_forward_kl,
+    "jsd": jensen_shannon,
+    "none": None,
+}
+
+Gate = Callable[[torch.Tensor, float, ObjectiveConfig], torch.Tensor]
+"""(teacher entropy [N], threshold in nats, options) → how far the gate is open [N], 0 to 1."""
+
+GATES: dict[str, Gate] = {
+    "hard": lambda entropy_N, threshold, _: (entropy_N >= threshold).float(),
+    "sigmoid": lambda entropy_N, threshold, objective: torch.sigmoid(
+        (entropy_N - threshold) / objective.gate_width
+    ),
+    # Hard, too: its threshold is a quantile of the step's entropies.
+    "quantile": lambda entropy_N, threshold, _: (entropy_N >= threshold).float(),
+    "always": lambda entropy_N, *_: torch.ones_like(entropy_N),
+    "never": lambda entropy_N, *_: torch.zeros_like(entropy_N),
+}
+
+TOKEN_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "uniform": torch.ones_like,
+    # Answers count more than what leads to them: 0.25 at the start, 1 from 60 % of the response on.
+    "position": lambda position_N: 0.25 + 0.75 * torch.sigmoid((position_N - 0.30) / 0.10),
+}
+"""Relative position of each token in its response, 0 to 1 → its weight [N]."""

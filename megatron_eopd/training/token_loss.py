@@ -1,0 +1,208 @@
+"""The loss of a microbatch on the student's last stage. In: hidden states. Out: a sum over tokens.
+
+Both LM heads see only the rows that predict a response token. With the chunked head the same
+function of logits runs once per chunk of tokens instead of once per microbatch.
+"""
+# Shapes: S tokens, B sequences, H hidden size, N valid response tokens of a microbatch, C of them
+# in a chunk, V this rank's columns of the vocabulary.
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from megatron_eopd.config import Config
+from megatron_eopd.losses.chunked_head import chunked_head_loss
+from megatron_eopd.losses.estimators import TokenSignals
+from megatron_eopd.losses.objective import (
+    Coefficients,
+    TokenLosses,
+    coefficients_at,
+    token_objective,
+    token_weights,
+)
+from megatron_eopd.losses.vocab_parallel import TokenTerms, vocab_parallel_terms
+from megatron_eopd.losses.vocab_sum import sum_over_vocab
+from megatron_eopd.metrics import Means
+from megatron_eopd.models.build import CausalLM
+from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
+from megatron_eopd.records import MicroBatch
+
+TeacherHead = Callable[[torch.Tensor], torch.Tensor]
+"""Teacher hidden states [N, H] → vocab-parallel logits [N, V] with the student's vocabulary cut."""
+
+NON_FINITE = "non_finite"
+"""The tally of tokens with non-finite logits, [R, 2] per tensor-parallel rank and model."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What one optimizer step asks of the loss."""
+
+    coefficients: Coefficients
+    compare_engine: bool
+    """Also measure the engine's log-probabilities against the student's, which makes sense only
+    while the student still has the weights that sampled the batch."""
+
+
+class TokenLoss:
+    """From hidden states to the summed loss of a microbatch, in nats."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        teacher_head: TeacherHead,
+        config: Config,
+        vocab_size: int,
+        context: ParallelContext,
+    ) -> None:
+        self._model = model
+        self._teacher_head = teacher_head
+        self._config = config
+        self._vocab_size = vocab_size
+        self._groups = context.groups
+        self._is_last_stage = context.layout.is_last_stage
+        default_chunk = 4096 if context.device.type == "cuda" else 256
+        self._chunk_size = config.objective.head_chunk_size or default_chunk
+
+    def settings(
+        self, microbatches: Sequence[MicroBatch], step: int, compare_engine: bool
+    ) -> StepSettings:
+        """For the optimizer step after `step` others. Collective over the data-parallel ranks of
+        the last stage where the gate is a quantile of the step's entropies."""
+        objective = self._config.objective
+        coefficients = coefficients_at(objective, step, self._config.optimizer_steps)
+        if objective.parts.gate == "quantile" and self._is_last_stage:
+            threshold = self._entropy_quantile(microbatches, objective.gate_quantile)
+            coefficients = replace(coefficients, entropy_threshold=threshold)
+        return StepSettings(coefficients, compare_engine)
+
+    def __call__(
+        self, batch: MicroBatch, hidden_SBH: torch.Tensor, means: Means, settings: StepSettings
+    ) -> torch.Tensor:
+        """The sum over tokens of the objective, float32 scalar; fills `means`."""
+        hidden_NH = self._model.pick_rows(hidden_SBH, batch.prediction_rows_N)
+        objective = self._config.objective
+        loss_of_rows = partial(self._loss_of_rows, batch, means, settings)
+        if objective.head == "materialized":
+            logits_NV = self._model.lm_head(hidden_NH)
+            return loss_of_rows(logits_NV, slice(None), inplace=objective.inplace_backward)
+        return chunked_head_loss(
+            hidden_NH,
+            self._model.lm_head_weight(),
+            # Nobody else sees a chunk's logits.
+            partial(loss_of_rows, inplace=not objective.parts.reads_logits_again),
+            chunk_size=self._chunk_size,
+            tp_group=self._groups.tp,
+        )
+
+    def _loss_of_rows(
+        self,
+        batch: MicroBatch,
+        means: Means,
+        settings: StepSettings,
+        logits_CV: torch.Tensor,
+        rows: slice,
+        inplace: bool,
+    ) -> torch.Tensor:
+        objective = self._config.objective
+        target_ids_C = batch.target_ids_N[rows]
+        teacher_logits_CV = self._teacher_head(batch.teacher_hidden_NH[rows])
+        terms = self._terms(
+            logits_CV,
+            teacher_logits_CV,
+            sampled_ids=target_ids_C,
+            top_k=objective.top_k,
+            top_k_of=objective.top_k_support,
+            inplace_backward=inplace,
+        )
+        signals = TokenSignals(
+            terms.kl,
+            terms.picked,
+            batch.rollout_logprobs_N[rows],
+            lambda integrand: sum_over_vocab(integrand, logits_CV, teacher_logits_CV, terms),
+        )
+        weight_C = token_weights(batch.positions_N[rows], target_ids_C, objective)
+        losses = token_objective(signals, objective, settings.coefficients, weight_C)
+        with torch.no_grad():
+            means.tally(NON_FINITE, terms.non_finite_R2)
+            _add_loss_metrics(means, losses, terms, target_ids_C)
+            if objective.parts.is_gated:
+                threshold = torch.full_like(losses.gate_N, settings.coefficients.entropy_threshold)
+                means.add("gate/threshold", threshold)
+            if settings.compare_engine:
+                logprobs_C = self._engine_view(terms, logits_CV, target_ids_C)
+                _add_mismatch(means, logprobs_C - signals.rollout_logprobs_N)
+        return losses.loss_N.sum()
+
+    def _terms(self, logits: torch.Tensor, teacher_logits: torch.Tensor, **asked) -> TokenTerms:
+        return vocab_parallel_terms(
+            logits,
+            teacher_logits,
+            tp_group=self._groups.tp,
+            vocab_size=self._vocab_size,
+            student_temperature=self._config.student_temperature,
+            teacher_temperature=self._config.teacher_temperature,
+            **asked,
+        )
+
+    def _engine_view(
+        self, terms: TokenTerms, logits_CV: torch.Tensor, target_ids_C: torch.Tensor
+    ) -> torch.Tensor:
+        """The student's log-probabilities of the sampled tokens at the engine's temperature."""
+        temperature = self._config.rollout.temperature
+        if temperature == self._config.student_temperature:
+            return terms.picked.sampled_student_logprobs
+        return vocab_parallel_logprobs(
+            logits_CV,
+            target_ids_C,
+            tp_group=self._groups.tp,
+            vocab_size=self._vocab_size,
+            temperature=temperature,
+        )
+
+    @torch.no_grad()
+    def _entropy_quantile(self, microbatches: Sequence[MicroBatch], fraction: float) -> float:
+        """Of the teacher's entropy, over the tokens of all microbatches and data-parallel ranks."""
+        entropies: list[torch.Tensor] = []
+        for batch in microbatches:
+            for hidden_CH in batch.teacher_hidden_NH.split(self._chunk_size):
+                logits_CV = self._teacher_head(hidden_CH)
+                entropies.append(self._terms(logits_CV, logits_CV).kl.teacher_entropy)
+        parts: list = [None] * dist.get_world_size(self._groups.dp)
+        own = torch.cat(entropies).tolist() if entropies else []
+        dist.all_gather_object(parts, own, group=self._groups.dp)
+        values = torch.tensor([x for part in parts for x in part])
+        return torch.quantile(values, fraction, interpolation="higher").item()
+
+
+def _add_loss_metrics(
+    means: Means, losses: TokenLosses, terms: TokenTerms, target_ids_N: torch.Tensor
+) -> None:
+    kl, picked = terms.kl, terms.picked
+    gated_N = losses.gate_N >= 0.5
+    means.add("loss/total", losses.loss_N)
+    for name, values_N in (("reverse_kl", kl.reverse_kl), ("forward_kl", kl.forward_kl)):
+        means.add(f"loss/{name}", values_N)
+        means.add(f"loss/{name}_gated", values_N, gated_N)
+        means.add(f"loss/{name}_ungated", values_N, ~gated_N)
+    means.add("gate/fraction", losses.gate_N)
+    means.add("entropy/teacher_mean", kl.teacher_entropy)
+    means.add("entropy/student_mean", kl.student_entropy)
+    means.add("entropy/student_gated", kl.student_entropy, gated_N)
+    means.keep("entropy/teacher", kl.teacher_entropy)
+    means.keep("entropy/student", kl.student_entropy)
+    mass_N = (picked.top_teacher_logprobs.exp() * picked.top_valid).sum(-1)
+    inside_N = ((picked.top_ids == target_ids_N.unsqueeze(-1)) & picked.top_valid).any(-1)
+    means.add("topk/teacher_mass", mass_N)
+    means.add("topk/sampled_outside", (~inside_N).float())
+
+
+def _add_mismatch(means: Means, difference_N: torch.Tensor) -> None:
+    difference_N = difference_N.abs()
+    means.add("mismatch/logprob_abs_mean", difference_N)
+    means.add("mismatch/mult_prob_error", difference_N.exp())
+    means.keep("mismatch/logprob_abs", difference_N)

@@ -1,0 +1,316 @@
+"""The objective's identities, schedules, gates and weights; and what a faulty construction does."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_eopd.config import ConfigError, ObjectiveConfig, load_config
+from megatron_eopd.losses import dense_kl_terms, vocab_parallel_kl_terms, vocab_parallel_terms
+from megatron_eopd.losses.estimators import FORWARD_KL, GATES, REVERSE_KL, TokenSignals
+from megatron_eopd.losses.objective import (
+    Coefficients,
+    coefficients_at,
+    token_objective,
+    token_weights,
+)
+from megatron_eopd.losses.vocab_sum import sum_over_vocab
+from megatron_eopd.presets import PRESETS
+
+# Shapes: N tokens, V vocabulary.
+N, V = 64, 40
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(N, V, generator=generator)
+    teacher = torch.randn(N, V, generator=generator) * torch.linspace(0.5, 5, N).unsqueeze(-1)
+    return student.requires_grad_(), teacher
+
+
+IDS = torch.arange(N) % V
+
+
+def evaluate(logits, *, rollout_logprobs=None, weight=None, alpha=None, tau=None, **options):
+    """(loss_N, gate_N, gradient) of an objective on whole logits."""
+    student, teacher = logits
+    objective = ObjectiveConfig.model_validate({"entropy_threshold": 2.0} | options)
+    terms = vocab_parallel_terms(
+        student,
+        teacher,
+        sampled_ids=IDS[: len(student)],
+        top_k=objective.top_k,
+        top_k_of=objective.top_k_support,
+    )
+    if rollout_logprobs is None:
+        rollout_logprobs = terms.picked.sampled_student_logprobs.detach()
+    signals = TokenSignals(
+        terms.kl, terms.picked, rollout_logprobs, lambda h: sum_over_vocab(h, *logits, terms)
+    )
+    coefficients = coefficients_at(objective, 0, 1)
+    if tau is not None:
+        coefficients = Coefficients(coefficients.forward_kl_weight, tau)
+    loss, gate = token_objective(signals, objective, coefficients, weight)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    return loss.detach(), gate, gradient
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a[0], b[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(a[2], b[2], rtol=tolerance, atol=tolerance)
+
+
+def test_tables_and_presets_name_the_same_parts():
+    for parts in PRESETS.values():
+        assert parts.reverse_kl in REVERSE_KL and parts.forward_kl in FORWARD_KL
+        assert parts.gate in GATES and parts.combine in ("add", "interpolate")
+
+
+# Identities of the method.
+
+
+def test_eopd_without_a_threshold_is_opd(logits):
+    """τ = ∞ never opens the gate."""
+    never = evaluate(logits, name="eopd", tau=math.inf)
+    opd = evaluate(logits, name="opd")
+    assert torch.equal(never[0], opd[0]) and never[1].sum() == 0 and opd[1].sum() == 0
+
+
+def test_eopd_below_every_entropy_adds_forward_kl_everywhere(logits):
+    """τ = −1 opens it for every token: the two KLs are added, reverse KL stays."""
+    both = evaluate(logits, name="eopd", tau=-1.0)
+    terms = dense_kl_terms(*logits)
+    torch.testing.assert_close(both[0], terms.reverse_kl + terms.forward_kl, rtol=1e-5, atol=1e-5)
+    assert (both[1] == 1).all()
+    fkl = evaluate(logits, name="fkl")
+    torch.testing.assert_close(fkl[0], terms.forward_kl, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_over_the_vocabulary_sums_to_0(logits):
+    for name in PRESETS:
+        gradient = evaluate(logits, name=name)[2]
+        assert gradient.sum(-1).abs().max() < 1e-5 * gradient.abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize("normalization", ["teacher", "student", "both", "neither", "tail"])
+def test_top_k_with_k_of_the_whole_vocabulary_is_full(logits, normalization):
+    options = {"gate": "always", "top_k": V, "top_k_normalization": normalization}
+    full = evaluate(logits, name="eopd", gate="always")
+    cut = evaluate(logits, name="eopd", reverse_kl="topk", forward_kl="topk", **options)
+    close(cut, full, tolerance=3e-5)
+
+
+def test_eopd_mix_with_a_narrow_gate_switches_between_the_two_kls(logits):
+    mix = evaluate(logits, name="eopd_mix", gate_width=1e-4)
+    terms = dense_kl_terms(*logits)
+    open_N = terms.teacher_entropy >= 2.0
+    assert 0 < open_N.sum() < N
+    expected = torch.where(open_N, terms.forward_kl, terms.reverse_kl)
+    torch.testing.assert_close(mix[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fixed_mix_at_its_ends_is_one_of_the_two(logits):
+    close(evaluate(logits, name="fixed_mix", forward_kl_weight=0.0), evaluate(logits, name="opd"))
+    close(evaluate(logits, name="fixed_mix", forward_kl_weight=1.0), evaluate(logits, name="fkl"))
+
+
+def test_jsd_and_skewed_kl_become_kl_at_their_ends(logits):
+    """JSD/β → forward KL as β → 0, JSD/(1 − β) → reverse KL as β → 1; skewed KL likewise."""
+    logits = tuple(x[:16].detach() for x in logits)  # mild: q/p beyond 1/β would bend the limit
+    logits[0].requires_grad_()
+    terms = dense_kl_terms(*(x.double() for x in logits))
+    forward = evaluate(logits, name="jsd", jsd_beta=1e-3)[0] / 1e-3
+    reverse = evaluate(logits, name="jsd", jsd_beta=1 - 1e-3)[0] / 1e-3
+    torch.testing.assert_close(forward.double(), terms.forward_kl, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(reverse.double(), terms.reverse_kl, rtol=0.05, atol=0.02)
+    skewed = evaluate(logits, name="skewed_kl", skew=1e-4)[0]
+    torch.testing.assert_close(skewed.double(), terms.forward_kl, rtol=1e-2, atol=1e-3)
+    skewed = evaluate(logits, name="skewed_reverse_kl", skew=1e-4)[0]
+    torch.testing.assert_close(skewed.double(), terms.reverse_kl, rtol=1e-2, atol=1e-3)
+
+
+def test_sampled_gradient_has_the_mean_of_the_full_gradient_and_vopd_the_lower_variance():
+    """Averaged over every token of the vocabulary with weight q, on the policy: exactly the
+    gradient of reverse KL, with and without the control variate."""
+    generator = torch.Generator().manual_seed(0)
+    one_student = torch.randn(1, V, generator=generator)
+    one_teacher = torch.randn(1, V, generator=generator)
+    logits = (one_student.repeat(V, 1).requires_grad_(), one_teacher.repeat(V, 1))
+    q = one_student.softmax(-1).squeeze(0)
+    variances = {}
+    ids = torch.arange(V)
+    terms = vocab_parallel_terms(*logits, sampled_ids=ids)
+    on_policy = terms.picked.sampled_student_logprobs.detach()
+    full = vocab_parallel_kl_terms(*logits).reverse_kl.sum()
+    (expected,) = torch.autograd.grad(full, logits[0])
+    for name in ("sampled", "vopd"):
+        objective = ObjectiveConfig(name="opd", reverse_kl=name)
+        signals = TokenSignals(terms.kl, terms.picked, on_policy, lambda h: h)
+        loss = REVERSE_KL[name](signals, objective).sum()
+        (gradient,) = torch.autograd.grad(loss, logits[0], retain_graph=True)
+        mean = (q.unsqueeze(-1) * gradient).sum(0)
+        torch.testing.assert_close(mean, expected[0], rtol=1e-4, atol=1e-6)
+        variances[name] = (q.unsqueeze(-1) * (gradient - mean).square()).sum().item()
+    assert variances["vopd"] < 0.9 * variances["sampled"]
+
+
+def test_gate_follows_the_entropy_of_the_same_token(logits):
+    """Token by token: the loss differs from reverse KL exactly where the teacher is unsure; shifted
+    by one position the gate would open for other tokens."""
+    loss, gate, _ = evaluate(logits, forward_kl_weight=0.5)
+    terms = dense_kl_terms(*logits)
+    unsure = terms.teacher_entropy >= 2.0
+    assert torch.equal(gate.bool(), unsure)
+    expected = terms.reverse_kl + 0.5 * unsure * terms.forward_kl
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    shifted = terms.reverse_kl + 0.5 * unsure.roll(1) * terms.forward_kl
+    assert (loss - shifted).abs().max() > 0.1
+
+
+# Schedules and weights.
+
+
+def test_schedules_move_alpha_and_tau_and_then_stay():
+    objective = ObjectiveConfig(
+        entropy_threshold=2.0,
+        final_entropy_threshold=1.0,
+        final_forward_kl_weight=0.0,
+        schedule_steps=10,
+    )
+    at = [coefficients_at(objective, step, num_steps=100) for step in (0, 5, 10, 50)]
+    assert [c.entropy_threshold for c in at] == [2.0, 1.5, 1.0, 1.0]
+    assert [c.forward_kl_weight for c in at] == [1.0, 0.5, 0.0, 0.0]
+    cosine = objective.model_copy(update={"schedule": "cosine", "schedule_steps": None})
+    assert coefficients_at(cosine, 25, 100).entropy_threshold == pytest.approx(1.853553)
+    still = coefficients_at(ObjectiveConfig(name="fixed_mix"), 7, 10)
+    assert still == Coefficients(0.5, 0.8)
+
+
+def test_token_weights():
+    """The position weight is 0.25 + 0.75·σ((pos − 0.30) / 0.10); ignored tokens weigh nothing."""
+    position, ids = torch.tensor([0.0, 0.3, 1.0]), torch.tensor([5, 6, 7])
+    assert token_weights(position, ids, ObjectiveConfig()) is None
+    weights = token_weights(
+        position, ids, ObjectiveConfig(token_weight="position", ignored_token_ids=(7,))
+    )
+    assert weights.tolist() == pytest.approx([0.25 + 0.75 / (1 + math.exp(3)), 0.625, 0.0])
+
+
+def test_contradicting_parts_are_refused_with_the_option_to_set(tmp_path):
+    toml = tmp_path / "run.toml"
+    toml.write_text('run_dir = "r"\n[student]\nhf_path = "s"\n[teacher]\nhf_path = "t"\n')
+    for overrides, message in (
+        (["name=eopdd"], "name"),
+        (["name=eopd_mix", "forward_kl_weight=1.5"], "weights of at most 1"),
+        (["name=opd", "reverse_kl=none"], "nothing to minimise"),
+        (["name=opd", "combine=interpolate"], "Set combine=add"),
+        (["name=jsd", "inplace_backward=true"], "inplace_backward=false"),
+        (["name=opd_sampled", "student_temperature=0.5"], "the same value"),
+        (["top_k=0"], "top_k"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(toml, [f"objective.{o}" for o in overrides])
+
+
+# Traps: what a faulty construction would give is far from what ours gives.
+
+
+def test_a_detached_log_ratio_is_an_advantage_not_a_loss(logits):
+    """k1 = log q − log p as a loss has a gradient that never sees the teacher; ours does."""
+    student, teacher = logits
+    gradients = []
+    for scale in (1.0, -3.0):
+        log_q = student.log_softmax(-1)[torch.arange(N), IDS]
+        log_p = (scale * teacher).log_softmax(-1)[torch.arange(N), IDS]
+        (faulty,) = torch.autograd.grad((log_q - log_p).sum(), student)
+        ours = evaluate((student, scale * teacher), name="opd_sampled")[2]
+        gradients.append((faulty, ours))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert (gradients[0][1] - gradients[1][1]).abs().max() > 0.1
+
+
+def test_clipping_is_one_sided_as_in_ppo(logits):
+    """Ratios beyond 1 ± ε lose their gradient only where following it would lead further away."""
+    student, teacher = logits
+    log_q = student.log_softmax(-1)[torch.arange(N), IDS].detach()
+    log_p = teacher.log_softmax(-1)[torch.arange(N), IDS]
+    for ratio in (0.5, 2.0):
+        old = log_q - math.log(ratio)
+        gradient = evaluate(logits, name="opd_sampled", rollout_logprobs=old)[2]
+        has_gradient = gradient.abs().amax(-1) > 1e-9
+        advantage = log_p - old
+        assert torch.equal(has_gradient, advantage < 0 if ratio > 1 else advantage > 0)
+
+
+def test_renormalising_the_student_inside_the_top_k_takes_the_pressure_off_the_tail(logits):
+    """With k = 1 and both sides renormalised the KL is identically 0; the paper's form, the teacher
+    only, still pulls probability into the support."""
+    both = evaluate(logits, name="fkl", forward_kl="topk", top_k=1, top_k_normalization="both")
+    paper = evaluate(logits, name="fkl", forward_kl="topk", top_k=1)
+    assert both[0].abs().max() < 1e-6 and both[2].abs().max() < 1e-6
+    assert (paper[2].abs().amax(-1) > 0.1).all()
+
+
+def test_a_negative_truncated_kl_keeps_its_gradient(logits):
+    """Without renormalisation a truncated KL is often negative; clamped at 0 it would be mute."""
+    loss, _, gradient = evaluate(
+        logits, name="opd", reverse_kl="topk", top_k=2, top_k_normalization="neither"
+    )
+    negative = loss < 0
+    assert negative.sum() > 5
+    assert (gradient[negative].abs().amax(-1) > 1e-4).all()
+
+
+def test_top_k_gradient_weighs_the_teachers_mass(logits):
+    """Σ p (log p − log q) over a support of teacher mass m: the gradient is m·q − p on the support,
+    not q − p, which is off by tens of percent."""
+    student, teacher = logits
+    ours = evaluate(logits, name="fkl", forward_kl="topk", top_k=8, top_k_normalization="neither")[
+        2
+    ]
+    p, q = teacher.softmax(-1), student.detach().softmax(-1)
+    support = torch.zeros_like(p).scatter(-1, teacher.topk(8).indices, 1.0)
+    mass = (p * support).sum(-1, keepdim=True)
+    torch.testing.assert_close(ours, mass * q - support * p, rtol=1e-5, atol=1e-6)
+    faulty = support * (q - p)
+    assert (faulty - ours).norm() > 0.1 * ours.norm()
+
+
+def test_bfloat16_probabilities_would_ruin_confident_rows():
+    """q − p of probabilities rounded to bf16 is tens of percent off where both are near 1; ours is
+    within one rounding of float64."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(8, 200, generator=generator)
+    teacher = student + 0.1 * torch.randn(8, 200, generator=generator)
+    student[:, 0] += 12
+    teacher[:, 0] += 12
+    student, teacher = student.bfloat16(), teacher.bfloat16()
+    dense = student.double().requires_grad_()
+    dense_kl_terms(dense, teacher.double()).forward_kl.sum().backward()
+    leaf = student.clone().requires_grad_()
+    vocab_parallel_kl_terms(leaf, teacher).forward_kl.sum().backward()
+    faulty = student.float().softmax(-1).bfloat16() - teacher.float().softmax(-1).bfloat16()
+
+    def error(gradient):
+        return ((gradient.double() - dense.grad).norm() / dense.grad.norm()).item()
+
+    assert error(leaf.grad) < 2**-8 and error(faulty) > 0.2
+
+
+def test_temperature_divides_both_models(logits):
+    """A teacher at T = 1 beside a student at the rollout temperature is another target."""
+    teacher = logits[1]
+    same = vocab_parallel_kl_terms(
+        teacher, teacher, student_temperature=0.6, teacher_temperature=0.6
+    )
+    mixed = vocab_parallel_kl_terms(teacher, teacher, student_temperature=0.6)
+    assert same.reverse_kl.abs().max() < 1e-5 and mixed.reverse_kl.max() > 0.05
+
+
+def test_forward_leaves_the_logits_alone(logits):
+    """Overwriting them in the forward would break every later reader, also with in-place on."""
+    student, teacher = logits
+    copies = student.detach().clone(), teacher.clone()
+    vocab_parallel_kl_terms(student, teacher, inplace_backward=True)
+    assert torch.equal(student, copies[0]) and torch.equal(teacher, copies[1])
