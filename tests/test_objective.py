@@ -213,6 +213,59 @@ def test_contradicting_parts_are_refused_with_the_option_to_set(tmp_path):
             load_config(toml, [f"objective.{o}" for o in overrides])
 
 
+@pytest.mark.parametrize(
+    ("preset", "changed"),
+    [
+        ("eopd", {"reverse_kl": "none"}),
+        ("eopd", {"forward_kl": "none"}),
+        ("eopd", {"gate": "sigmoid"}),
+        ("eopd_mix", {"combine": "add"}),
+        ("eopd", {"forward_kl_weight": 0.5}),
+        ("eopd", {"entropy_threshold": 1.0}),
+        ("eopd", {"final_entropy_threshold": 1.0}),
+        ("eopd", {"final_forward_kl_weight": 0.5}),
+        ("eopd", {"final_entropy_threshold": 1.0, "schedule_steps": 1}),
+        ("eopd", {"final_entropy_threshold": 1.0, "schedule": "cosine"}),
+        ("eopd_mix", {"gate_width": 0.3}),
+        ("opd_sampled", {"clip_ratio": 0.5}),
+        ("eopd_paper", {"top_k": 4}),
+        ("eopd_paper", {"top_k_support": "student"}),
+        ("eopd_paper", {"top_k_normalization": "tail"}),
+        ("jsd", {"jsd_beta": 0.3}),
+        ("skewed_kl", {"skew": 0.3}),
+        ("opd", {"token_weight": "position"}),
+        ("opd", {"ignored_token_ids": [3]}),
+    ],
+)
+def test_no_option_is_read_and_then_forgotten(preset, changed, logits):
+    """Every option of the objective changes the loss of its preset."""
+    values = []
+    without_schedule = {k: v for k, v in changed.items() if not k.startswith("schedule")}
+    for options in ({} if changed == without_schedule else without_schedule, changed):
+        objective = ObjectiveConfig.model_validate(
+            {"name": preset, "entropy_threshold": 2.0} | options
+        )
+        weight = token_weights(torch.linspace(0, 1, N), IDS, objective)
+        at_half = coefficients_at(objective, 1, 3)
+        student, teacher = logits
+        terms = vocab_parallel_terms(
+            student,
+            teacher,
+            sampled_ids=IDS,
+            top_k=objective.top_k,
+            top_k_of=objective.top_k_support,
+        )
+        off_policy = terms.picked.sampled_student_logprobs.detach() - 0.7
+        signals = TokenSignals(
+            terms.kl,
+            terms.picked,
+            off_policy,
+            lambda h, terms=terms: sum_over_vocab(h, *logits, terms),
+        )
+        values.append(token_objective(signals, objective, at_half, weight).loss_N)
+    assert not torch.allclose(*values), changed
+
+
 # Traps: what a faulty construction would give is far from what ours gives.
 
 
