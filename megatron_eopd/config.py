@@ -235,7 +235,18 @@ class ObjectiveConfig(Section):
     """Tokens per chunk of the `chunked` head. Default: 4096 on GPU, 256 on CPU."""
     inplace_backward: bool = False
     """Write the gradient over the student's logits, which saves a tensor of their size. The
-    `chunked` head does so anyway."""
+    `chunked` head does so anyway where it can."""
+
+    def chunk_size(self, on_gpu: bool) -> int:
+        """Tokens per chunk of the chunked head."""
+        # On a GPU smaller chunks would spend their time on the weight gradient's float32 sum.
+        return self.head_chunk_size or (4096 if on_gpu else 256)
+
+    @property
+    def overwrites_logits(self) -> bool:
+        """Whether the gradient is written over the student's logits."""
+        chunked = self.head == "chunked" and not self.parts.reads_logits_again
+        return chunked or self.inplace_backward
 
     @property
     def parts(self) -> Parts:

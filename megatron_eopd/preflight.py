@@ -142,6 +142,14 @@ def parameters_per_stage(
     return per_stage
 
 
+def _logit_count(config: Config) -> int:
+    """Rows of logits that exist at once: the student's, the teacher's, and their gradient."""
+    rows = config.training.micro_batch_size * config.rollout.max_response_length
+    if config.objective.head == "chunked":
+        rows = min(rows, config.objective.chunk_size(torch.cuda.is_available()))
+    return rows * (2 if config.objective.overwrites_logits else 3)
+
+
 def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str, str]:
     """What --dry-run prints beside the configuration. The memory is without activations."""
     layout = Layout.from_config(config.parallel, world_size, rank=0)
@@ -158,13 +166,12 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
     weight_bytes = getattr(torch, config.model.dtype).itemsize
     # Megatron's distributed optimizer: moments, and float32 master weights of bfloat16 ones.
     optimizer_bytes = (8 if weight_bytes == 4 else 12) / layout.dp
-    logit_rows = training.micro_batch_size * rollout.max_response_length
     memory = {
         "weights": student * weight_bytes,
         "gradients": student * 4,
         "optimizer": student * optimizer_bytes,
         "teacher weights": teacher * weight_bytes,
-        "logits of student and teacher": 2 * logit_rows * columns // layout.tp * weight_bytes,
+        "logits": _logit_count(config) * columns // layout.tp * weight_bytes,
     }
     gib = {name: size / 2**30 for name, size in memory.items()}
     parts = ", ".join(f"{name} {size:.3g}" for name, size in gib.items())

@@ -65,8 +65,7 @@ class TokenLoss:
         self._vocab_size = vocab_size
         self._groups = context.groups
         self._is_last_stage = context.layout.is_last_stage
-        default_chunk = 4096 if context.device.type == "cuda" else 256
-        self._chunk_size = config.objective.head_chunk_size or default_chunk
+        self._chunk_size = config.objective.chunk_size(context.device.type == "cuda")
 
     def settings(
         self, microbatches: Sequence[MicroBatch], step: int, compare_engine: bool
@@ -88,13 +87,11 @@ class TokenLoss:
         objective = self._config.objective
         loss_of_rows = partial(self._loss_of_rows, batch, means, settings)
         if objective.head == "materialized":
-            logits_NV = self._model.lm_head(hidden_NH)
-            return loss_of_rows(logits_NV, slice(None), inplace=objective.inplace_backward)
+            return loss_of_rows(self._model.lm_head(hidden_NH), slice(None))
         return chunked_head_loss(
             hidden_NH,
             self._model.lm_head_weight(),
-            # Nobody else sees a chunk's logits.
-            partial(loss_of_rows, inplace=not objective.parts.reads_logits_again),
+            loss_of_rows,
             chunk_size=self._chunk_size,
             tp_group=self._groups.tp,
         )
@@ -106,7 +103,6 @@ class TokenLoss:
         settings: StepSettings,
         logits_CV: torch.Tensor,
         rows: slice,
-        inplace: bool,
     ) -> torch.Tensor:
         objective = self._config.objective
         target_ids_C = batch.target_ids_N[rows]
@@ -117,7 +113,7 @@ class TokenLoss:
             sampled_ids=target_ids_C,
             top_k=objective.top_k,
             top_k_of=objective.top_k_support,
-            inplace_backward=inplace,
+            inplace_backward=objective.overwrites_logits,
         )
         signals = TokenSignals(
             terms.kl,
