@@ -58,6 +58,7 @@ test: lint $(OVERLAY)/installed
 	$(BIN)/python -m pytest tests --ignore=tests/distributed --ignore=tests/triton
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/distributed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+	$(if $(HAS_GPU),$(BIN)/python -m pytest tests/triton -m gpu)
 	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/e2e -k leaves_everything
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/distributed
 

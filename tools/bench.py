@@ -1,11 +1,12 @@
-"""Benchmarks for the device at hand: the loss, the weight sync, a training iteration.
+"""Benchmarks for the device at hand: the loss, the LM heads, the weight sync, an iteration.
 
-Prints one table and writes JSON. Every figure stands beside a plain memory copy measured in the
+Prints tables and writes JSON. Every figure stands beside a plain memory copy measured in the
 same run, because absolute times of a shared machine say little.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -18,20 +19,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_head import bench_head
+from bench_loss import add_options, bench_loss, markdown
 from tqdm import tqdm
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_eopd.config import RolloutConfig, WeightSyncConfig
-from megatron_eopd.losses import dense_kl_terms, vocab_parallel_kl_terms
 from megatron_eopd.metrics import read_metrics
-from megatron_eopd.parallel.init import free_port
-from megatron_eopd.rollout.vllm_engine import VllmEngine
-from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
 
 EXAMPLES = """examples:
-  python tools/bench.py                        everything, a few minutes
-  python tools/bench.py --only loss            one of loss, sync, step
+  python tools/bench.py                        everything
+  python tools/bench.py --only sync            one of loss, head, sync, step
   python tools/bench.py --output bench.json    where the JSON goes
+  python tools/bench.py --only loss --cases float32 tp2 --contenders ours modelopt
+  python tools/bench.py --only loss --cases plot --plot docs/images/loss_bench.png
 """
 QUICKSTART = "examples/quickstart/eopd.toml"
 
@@ -53,30 +52,6 @@ def copy_gb_per_s(num_bytes: int) -> float:
     return 2 * num_bytes / median_seconds(lambda: target.copy_(source)) / 1e9
 
 
-def bench_loss(num_tokens: int = 512, vocab: int = 151_936) -> dict[str, Any]:
-    """Reverse KL + forward KL with gradient, float32, vocabulary whole; ours against autograd."""
-    student = torch.randn(num_tokens, vocab, requires_grad=True)
-    teacher = torch.randn(num_tokens, vocab)
-
-    def run(terms_of: Callable) -> None:
-        student.grad = None
-        terms = terms_of(student, teacher)
-        (terms.reverse_kl + terms.forward_kl).sum().backward()
-
-    ours = median_seconds(lambda: run(vocab_parallel_kl_terms), repeats=3)
-    autograd = median_seconds(lambda: run(dense_kl_terms), repeats=3)
-    # 20 bytes a pair: two float32 logits read forward and backward, one gradient written.
-    gb_per_s = 20 * num_tokens * vocab / ours / 1e9
-    return {
-        "shape": f"N = {num_tokens}, V = {vocab:,}, float32, TP 1",
-        "seconds": ours,
-        "autograd of the dense formula, seconds": autograd,
-        "speed-up": autograd / ours,
-        "GB/s at 20 B per pair": gb_per_s,
-        "copy GB/s": copy_gb_per_s(student.numel() * 4),
-    }
-
-
 def in_buckets(tensors: dict[str, torch.Tensor], bucket_mib: float) -> list[list[tuple]]:
     buckets, room = [], 0.0
     for name, tensor in tensors.items():
@@ -90,6 +65,14 @@ def in_buckets(tensors: dict[str, torch.Tensor], bucket_mib: float) -> list[list
 
 def bench_sync(bucket_mib: float = 32.0) -> dict[str, Any]:
     """Weights of a 58-million-parameter Qwen3 into a real vLLM engine over gloo."""
+    # Seconds of imports that the other benchmarks do without.
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from megatron_eopd.config import RolloutConfig, WeightSyncConfig
+    from megatron_eopd.parallel.init import free_port
+    from megatron_eopd.rollout.vllm_engine import VllmEngine
+    from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
+
     with tempfile.TemporaryDirectory() as folder:
         config = Qwen3Config(
             vocab_size=32_000,
@@ -159,7 +142,15 @@ def bench_step(iterations: int = 12) -> dict[str, Any]:
     return {name: statistics.median(row[name] for row in rows) for name in names}
 
 
-BENCHMARKS = {"loss": bench_loss, "sync": bench_sync, "step": bench_step}
+def figures_table(name: str, figures: dict[str, Any]) -> str:
+    lines = ["| benchmark | figure | value |", "|---|---|---|"]
+    for figure, value in figures.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        lines.append(f"| {name} | {figure} | {shown} |")
+    return "\n".join(lines)
+
+
+BENCHMARKS = ("loss", "head", "sync", "step")
 
 
 def main() -> None:
@@ -170,22 +161,28 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=BENCHMARKS, help="one benchmark instead of all")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"), help="JSON file")
+    add_options(parser)
     arguments = parser.parse_args()
-    chosen = [arguments.only] if arguments.only else list(BENCHMARKS)
-    results = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s) per process, "
-        f"torch {torch.__version__}"
-    }
-    for name in tqdm(chosen, unit="benchmark"):
-        results[name] = BENCHMARKS[name]()
+    chosen = [arguments.only] if arguments.only else BENCHMARKS
+    run = {"loss": lambda: bench_loss(arguments), "head": bench_head}
+    run |= {"sync": bench_sync, "step": bench_step}
+    # Where fresh memory comes in small pages, whoever allocates most pays most.
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    results = {"device": device(), "torch": torch.__version__, "GLIBC_TUNABLES": tunables}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"| benchmark | figure | value |  ({results['machine']})\n|---|---|---|")
-    for name in chosen:
-        for figure, value in results[name].items():
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            print(f"| {name} | {figure} | {shown} |")
-    print(f"written to {arguments.output}")
+    for name in tqdm(chosen, unit="benchmark"):
+        results[name] = run[name]()
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+        table = markdown(results[name]) if name == "loss" else figures_table(name, results[name])
+        tqdm.write(f"{table}\n")
+    about = f"{results['device']}, torch {results['torch']}, GLIBC_TUNABLES={tunables or 'unset'}"
+    print(f"{about}; written to {arguments.output}")
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU"
 
 
 if __name__ == "__main__":
