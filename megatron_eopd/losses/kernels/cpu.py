@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _warn_slow(reason: str) -> None:
-    warnings.warn(f"the loss runs about 5 times slower on CPU: {reason}", stacklevel=3)
+    warnings.warn(f"the loss runs about 4 times slower on CPU: {reason}", stacklevel=3)
 
 
 def _function(sweep: str, student: torch.Tensor, teacher: torch.Tensor) -> Callable:
