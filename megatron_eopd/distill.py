@@ -37,7 +37,7 @@ def train(session: Session, writer: MetricsWriter | None) -> None:
             reports = train_on(session, rollouts, iteration, times)
             with times("sync"):
                 sync = session.push_weights(version=iteration + 1)
-            scalars = report.iteration_scalars(rollouts, reports, sync, times, config)
+            scalars = report.iteration_scalars(rollouts, reports, sync, times)
             publish(session, iteration + 1, scalars, rollouts, reports, writer)
             bar.update()
 

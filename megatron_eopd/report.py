@@ -21,7 +21,6 @@ def iteration_scalars(
     reports: Sequence[StepReport],
     sync: SyncReport,
     times: StageTimes,
-    config: Config,
 ) -> dict[str, float]:
     """Everything that metrics.jsonl and TensorBoard show of one training iteration."""
     teacher_entropy = histograms(reports)["entropy/teacher"]
