@@ -52,3 +52,8 @@ def kernels_for(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> M
 
         return triton_gpu
     return cpu if cpu.handles(student_logits, teacher_logits) else eager
+
+
+def with_unit_stride(logits_NV: torch.Tensor) -> torch.Tensor:
+    """Compiled sweeps walk along rows, whose entries must lie next to each other."""
+    return logits_NV if logits_NV.stride(-1) == 1 else logits_NV.contiguous()

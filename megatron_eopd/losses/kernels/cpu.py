@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_eopd.losses.kernels import LOWEST, ShardSums
+from megatron_eopd.losses.kernels import LOWEST, ShardSums, with_unit_stride
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = (
@@ -82,7 +82,7 @@ def shard_sums(
     sums_N8 = torch.zeros(num_tokens, 8)
     values_NK = torch.full((num_tokens, top_k), LOWEST)
     columns_NK = torch.zeros(num_tokens, top_k, dtype=torch.int64)
-    student_NV, teacher_NV = _with_unit_stride(student_NV), _with_unit_stride(teacher_NV)
+    student_NV, teacher_NV = with_unit_stride(student_NV), with_unit_stride(teacher_NV)
     results = (sums_N8.data_ptr(), top_k, values_NK.data_ptr(), columns_NK.data_ptr())
     function = _function("sums", student_NV, teacher_NV)
     _over_rows(function, student_NV, teacher_NV, mask_N, num_columns, temperatures, results)
@@ -104,7 +104,7 @@ def shard_gradient(
     out_NV[:, num_columns:] = 0
     if mask_N is not None:
         out_NV[~mask_N] = 0
-    student_NV, teacher_NV = _with_unit_stride(student_NV), _with_unit_stride(teacher_NV)
+    student_NV, teacher_NV = with_unit_stride(student_NV), with_unit_stride(teacher_NV)
     weights_N7 = weights_N7.contiguous()
     results = (weights_N7.data_ptr(), out_NV.data_ptr(), out_NV.stride(0))
     function = _function("gradient", student_NV, teacher_NV)
@@ -122,10 +122,6 @@ def _empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         # Advice only: what it answers changes nothing.
         ctypes.CDLL(None).madvise(_pointer(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
     return empty
-
-
-def _with_unit_stride(logits_NV: torch.Tensor) -> torch.Tensor:
-    return logits_NV if logits_NV.stride(-1) == 1 else logits_NV.contiguous()
 
 
 def _over_rows(

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_eopd.losses.kernels import LOWEST, ShardSums
+from megatron_eopd.losses.kernels import LOWEST, ShardSums, with_unit_stride
 from megatron_eopd.losses.shards import merge_shards
 
 LOAD_BYTES = 16
@@ -67,7 +67,7 @@ def shard_sums(
     columns_NK = student_NV.new_zeros((num_tokens, top_k), dtype=torch.int64)
     if not num_tokens:
         return ShardSums(student_NV.new_zeros((0, 8), dtype=torch.float32), values_NK, columns_NK)
-    student_NV, teacher_NV = _with_unit_stride(student_NV), _with_unit_stride(teacher_NV)
+    student_NV, teacher_NV = with_unit_stride(student_NV), with_unit_stride(teacher_NV)
     mask_N = None if mask_N is None else mask_N.contiguous()
     num_segments, segment_columns = _segments(student_NV, num_columns)
     sums_RN8 = student_NV.new_empty((num_segments, num_tokens, 8), dtype=torch.float32)
@@ -129,7 +129,7 @@ def shard_gradient(
     # As on CPU: with odd strides the gradient gets memory of its own after all.
     in_rows = student_NV.stride(-1) == 1
     out_NV = student_NV if inplace and in_rows else student_NV.new_empty(student_NV.shape)
-    student_NV, teacher_NV = _with_unit_stride(student_NV), _with_unit_stride(teacher_NV)
+    student_NV, teacher_NV = with_unit_stride(student_NV), with_unit_stride(teacher_NV)
     num_tokens, width = student_NV.shape
     num_blocks = triton.cdiv(width, GRADIENT_BLOCK)
     if not out_NV.numel():
@@ -154,10 +154,6 @@ def shard_gradient(
             enable_fp_fusion=True,
         )
     return out_NV
-
-
-def _with_unit_stride(logits_NV: torch.Tensor) -> torch.Tensor:
-    return logits_NV if logits_NV.stride(-1) == 1 else logits_NV.contiguous()
 
 
 def _segments(logits_NV: torch.Tensor, num_columns: int) -> tuple[int, int]:
