@@ -52,11 +52,17 @@ def _words_of(annotation: Any) -> set[Any]:
 class StudentConfig(Section):
     hf_path: Path
     """Hugging Face directory of the student; its config.json gives the architecture."""
+    tokenizer: Path | None = None
+    """A SentencePiece model file, or the directory of a Hugging Face tokenizer. Default:
+    `hf_path`."""
 
 
 class TeacherConfig(Section):
     hf_path: Path
     """Hugging Face directory of the frozen teacher. Must share the student's token vocabulary."""
+    tokenizer: Path | None = None
+    """As `student.tokenizer`, to check that both give every token the same id. Default:
+    `hf_path`."""
     placement: Literal["colocated"] = "colocated"
     """`colocated`: the teacher sits on the student's ranks, with the student's layout."""
     payload: Literal["hidden"] = "hidden"
@@ -94,10 +100,38 @@ class DataConfig(Section):
     """A jsonl file with `{"prompt": …, "answer": …}` a line, or a built-in task: `countdown`."""
     apply_chat_template: bool = False
     """Wrap each prompt as a user turn of the student tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, as a table or one by one, for Qwen3
+    `data.chat_template_kwargs.enable_thinking=false`. A name that the template does not read is an
+    error."""
+    prompt_suffix: str = ""
+    """Appended to every prompt, before the chat template. In double quotes TOML wants `\\\\boxed`;
+    in single quotes it takes `\\boxed`, and no `\\n`."""
     max_prompt_length: int = Field(1024, gt=0)
     """In tokens; a longer prompt is an error that names its line."""
     shuffle: bool = True
     """Draw prompts in a seeded random order, anew each epoch."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _has_a_template(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if value and not info.data.get("apply_chat_template"):
+            raise ValueError(
+                "would be ignored with data.apply_chat_template=false. Set it to true."
+            )
+        return value
+
+    @field_validator("prompt_suffix")
+    @classmethod
+    def _is_what_was_meant(cls, value: str) -> str:
+        # In double quotes "\boxed" is a backspace and "oxed" to TOML, "\text" a tab and "ext".
+        control = [c for c in value if ord(c) < 32 and c != "\n"]
+        if control:
+            raise ValueError(
+                f"holds the control character {control[0]!r}. Write each backslash twice, or put "
+                f"the text in single quotes."
+            )
+        return value
 
 
 class RolloutConfig(Section):
@@ -112,6 +146,9 @@ class RolloutConfig(Section):
     """Sampling temperature. The loss divides both models' logits by it as well."""
     max_response_length: int = Field(4096, gt=0)
     """In tokens; a response that reaches it is cut and counted as truncated."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a response, of student and teacher. Default: eos_token_id of each model's
+    generation_config.json, config.json or tokenizer, which must agree."""
     replay: Path | None = None
     """Folder of recorded rollouts to train on instead of generating."""
     record: bool = False
@@ -454,10 +491,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {section!r} is an option, not a section.")
-    tree[key] = _parse_value(text)
+    tree[key] = parse_value(text)
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """TOML's own reading of the value; a bare word is a string, so paths need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from megatron_eopd import checkpoint
 from megatron_eopd.config import Config, ConfigError
 from megatron_eopd.data.prompts import PromptSet, load_prompts
-from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary
+from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
 from megatron_eopd.models.build import check_divides, read_hf_config, uses_transformer_engine
 from megatron_eopd.models.families import family_of
 from megatron_eopd.models.families.base import Split
@@ -43,9 +43,16 @@ def check(config: Config, world_size: int) -> Inputs:
         check_divides(read_hf_config(path), layout, who)
         with HFCheckpoint(path):  # opens every file: a truncated one shows here
             pass
-    tokenizer = Tokenizer(config.student.hf_path)
-    teacher_path = config.teacher.hf_path
-    check_same_vocabulary(config.student.hf_path, tokenizer, teacher_path, Tokenizer(teacher_path))
+    tokenizer, teacher_tokenizer = (
+        load_tokenizer(
+            model.tokenizer or model.hf_path,
+            model_path=model.hf_path,
+            vocab_size=read_hf_config(model.hf_path).vocab_size,
+            stop_ids=config.rollout.stop_token_ids,
+        )
+        for model in (config.student, config.teacher)
+    )
+    check_same_vocabulary(tokenizer, teacher_tokenizer)
     _check_batches(config, layout)
     if config.rollout.engine == "vllm" and not vllm_available():
         raise ConfigError(

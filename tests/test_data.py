@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_eopd.config import ConfigError
+from megatron_eopd.config import ConfigError, DataConfig, load_config
 from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
-from megatron_eopd.data.prompts import PromptSet
-from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.data.prompts import PromptSet, load_prompts
+from megatron_eopd.data.tokenizer import load_tokenizer
+from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 from megatron_eopd.records import Prompt, Rollout, ScoredRollout
 from megatron_eopd.rollout.engine import sample_seed
@@ -111,15 +112,99 @@ def test_every_sample_has_a_seed_of_its_own():
 def test_chat_template_wraps_the_prompt_up_to_the_answer(tmp_path):
     model = shutil.copytree(MODELS / "student", tmp_path / "model")
     with pytest.raises(ConfigError, match="no chat template"):
-        Tokenizer(model).encode_chat("1 2")
+        load_tokenizer(model).encode_chat("1 2")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = (
         "{% for m in messages %}<bos> {{ m.content }} ;{% endfor %}"
         "{% if add_generation_prompt %} :{% endif %}"
     )
     tokenizer.save_pretrained(model)
-    ours = Tokenizer(model)
+    ours = load_tokenizer(model)
     assert ours.encode_chat("1 2") == ours.encode("<bos> 1 2 ; :")
+
+
+TEMPLATE = (
+    "{% for m in messages %}<bos> {{ m.content }} ;{% endfor %}{{ mood }}"
+    "{% if add_generation_prompt %} :{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tmp_path):
+    """The student's, with a template that reads one variable, `mood`."""
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "student")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return load_tokenizer(tmp_path / "chat", model_path=MODELS / "student")
+
+
+@pytest.fixture
+def toml(tmp_path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text('run_dir = "r"\n[student]\nhf_path = "s"\n[teacher]\nhf_path = "t"\n')
+    return path
+
+
+def test_training_and_evaluation_encode_prompts_alike(chat_tokenizer, toml):
+    """Suffix inside the template, template options, and the answer left alone, on both paths."""
+    config = load_config(
+        toml,
+        [
+            "data.apply_chat_template=true",
+            'data.chat_template_kwargs.mood=" 9"',
+            'data.prompt_suffix=" 7"',
+            "evaluation.task=countdown",
+            "evaluation.num_problems=3",
+        ],
+    )
+    held_out = held_out_prompts(config, chat_tokenizer)
+    assert len(held_out) == 3
+    for prompt in [*held_out, *load_prompts(config.data, chat_tokenizer, seed=1).batch(0, 3)]:
+        problem = prompt.text.removesuffix(" 7")
+        assert prompt.answer == problem.removesuffix(" :")
+        assert prompt.prompt_ids == chat_tokenizer.encode(f"<bos> {problem} 7 ; 9 :")
+    tight = config.data.model_copy(update={"max_prompt_length": 11})
+    with pytest.raises(ConfigError, match="countdown problem 0: 12 tokens"):
+        load_prompts(tight, chat_tokenizer, seed=1)
+
+
+def test_a_mistyped_template_option_stops_the_run(chat_tokenizer):
+    data = DataConfig(apply_chat_template=True, chat_template_kwargs={"moot": "x"})
+    with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs\.moot.* It reads mood\."):
+        load_prompts(data, chat_tokenizer, seed=1)
+
+
+def test_template_options_come_from_a_table_and_from_the_command_line(toml):
+    toml.write_text(
+        toml.read_text() + "[data]\napply_chat_template = true\n"
+        "prompt_suffix = ' Within \\boxed{}.'\n"
+        "[data.chat_template_kwargs]\nenable_thinking = true\nbudget = 5\n"
+    )
+    data = load_config(toml, ["data.chat_template_kwargs.enable_thinking=false"]).data
+    assert data.chat_template_kwargs == {"enable_thinking": False, "budget": 5}
+    assert data.prompt_suffix == " Within \\boxed{}."
+    data = load_config(toml, [r'data.prompt_suffix="\nWithin \\boxed{}."']).data
+    assert data.prompt_suffix == "\nWithin \\boxed{}."
+    with pytest.raises(ConfigError, match=r"kwargs=.*would be ignored with data\.apply_chat_templ"):
+        load_config(toml, ["data.apply_chat_template=false"])
+
+
+@pytest.mark.parametrize("command", ["boxed", "frac", "text"])
+def test_a_backslash_that_toml_took_for_itself_is_told(toml, command):
+    r"""In double quotes \b is a backspace, \f a form feed, \t a tab."""
+    with pytest.raises(ConfigError, match=r"data\.prompt_suffix=.*Write each backslash twice"):
+        load_config(toml, [rf'data.prompt_suffix="\{command}{{}}"'])
+
+
+def test_prompt_files_may_hold_any_text(tmp_path):
+    """U+2028 ends a line for Python's text files, not for JSON; an answer may be null or absent."""
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "1\u2028 2", "answer": None}, {"prompt": "3"}, {"prompt": "4", "answer": 5}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n\n".join(lines), encoding="utf-8-sig")
+    data = DataConfig(prompts=str(path), shuffle=False)
+    prompts = load_prompts(data, load_tokenizer(MODELS / "student"), seed=1).batch(0, 3)
+    assert [(p.text, p.answer) for p in prompts] == [("1\u2028 2", ""), ("3", ""), ("4", "5")]
 
 
 def test_stop_ids_come_from_the_generation_config_first(tmp_path):
@@ -127,13 +212,13 @@ def test_stop_ids_come_from_the_generation_config_first(tmp_path):
     model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
     path = model / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [109, 107]}))
-    assert Tokenizer(model).stop_ids == (109, 107)
+    assert load_tokenizer(model).stop_ids == (109, 107)
     path.unlink()
-    assert Tokenizer(model).stop_ids == (109,)
+    assert load_tokenizer(model).stop_ids == (109,)
 
 
 def test_recorded_rollouts_come_back_as_they_were(tmp_path):
-    tokenizer = Tokenizer(MODELS / "student")
+    tokenizer = load_tokenizer(MODELS / "student")
     rollouts = [make_rollout(0, 3, 4), make_rollout(0, 2, 2)]
     write_rollouts(tmp_path / "000007.jsonl", rollouts, tokenizer)
     assert read_rollouts(tmp_path / "000007.jsonl") == rollouts
@@ -143,7 +228,7 @@ def test_recorded_rollouts_come_back_as_they_were(tmp_path):
 
 def test_a_damaged_recording_names_the_line(tmp_path):
     path = tmp_path / "000000.jsonl"
-    write_rollouts(path, [make_rollout(0, 3, 4)], Tokenizer(MODELS / "student"))
+    write_rollouts(path, [make_rollout(0, 3, 4)], load_tokenizer(MODELS / "student"))
     path.write_text(path.read_text() + '{"prompt": {}}\n')
     with pytest.raises(ConfigError, match=r"000000\.jsonl line 2: not a recorded rollout"):
         read_rollouts(path)

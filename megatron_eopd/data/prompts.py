@@ -6,13 +6,15 @@ without having stored anything.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_eopd.config import ConfigError, DataConfig
 from megatron_eopd.data import countdown
+from megatron_eopd.data.jsonl import read_jsonl
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.records import Prompt
 
@@ -75,11 +77,20 @@ def countdown_rows(split: str) -> Iterator[tuple[str, str, str]]:
         yield f"countdown problem {number}", problem.prompt_text(), problem.answer_text()
 
 
+def prompt_encoder(data: DataConfig, tokenizer: Tokenizer) -> Callable[[str], tuple[int, ...]]:
+    """What turns the text of a prompt into ids: one path for training, evaluation and tools."""
+    if data.apply_chat_template:
+        return partial(tokenizer.encode_chat, **data.chat_template_kwargs)
+    return tokenizer.encode
+
+
 def encode_prompts(
     rows: Iterator[tuple[str, str, str]], data: DataConfig, tokenizer: Tokenizer
 ) -> Iterator[Prompt]:
-    encode = tokenizer.encode_chat if data.apply_chat_template else tokenizer.encode
+    """Prompts as the model sees them; `text` is with the suffix and without the template."""
+    encode = prompt_encoder(data, tokenizer)
     for index, (where, text, answer) in enumerate(rows):
+        text += data.prompt_suffix
         prompt_ids = encode(text)
         if not 0 < len(prompt_ids) <= data.max_prompt_length:
             raise ConfigError(
@@ -94,16 +105,11 @@ def _jsonl_rows(path: str) -> Iterator[tuple[str, str, str]]:
         raise ConfigError(
             f"data.prompts={path}: no such file, and no built-in task of that name (countdown)."
         )
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        if line.strip():
-            yield _row(f"{path} line {number}", line)
-
-
-def _row(where: str, line: str) -> tuple[str, str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not valid JSON ({error}): {line[:80]!r}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ConfigError(f'{where}: expected {{"prompt": "…", "answer": "…"}}, got {line[:80]!r}')
-    return where, row["prompt"], str(row.get("answer", ""))
+    for where, row in read_jsonl(Path(path)):
+        prompt, answer = row.get("prompt"), row.get("answer")
+        if not isinstance(prompt, str):
+            raise ConfigError(
+                f'{where}: expected {{"prompt": "…", "answer": "…"}}, got {str(row)[:80]}. '
+                f"tools/prepare_data.py makes such files from others."
+            )
+        yield where, prompt, "" if answer is None else str(answer)

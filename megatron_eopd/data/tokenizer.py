@@ -1,93 +1,275 @@
-"""The tokenizer of a Hugging Face directory, behind the few verbs that this project needs."""
+"""Text to token ids and back. In: a Hugging Face directory or a SentencePiece model file.
+
+Data, rollouts and evaluation know `Tokenizer` only. A model may have more columns than its
+tokenizer has ids, never fewer: Qwen3's ids end at 151,668, and the model has 151,936 columns.
+"""
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
+
+# Private, and the only reading of a template that knows every tag and function which transformers
+# adds to Jinja. It is jinja2.meta.find_undeclared_variables in that environment.
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from megatron_eopd.config import ConfigError
-from megatron_eopd.models.build import read_hf_config
+
+_HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+_FILES_WITH_EOS = ("generation_config.json", "config.json")
 
 
-class Tokenizer:
-    def __init__(self, hf_path: Path) -> None:
-        """
-        Raises:
-            ConfigError: the directory holds no tokenizer.
-        """
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(hf_path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{hf_path}: no tokenizer can be loaded ({error}). Copy tokenizer.json and "
-                f"tokenizer_config.json there."
-            ) from None
-        self.stop_ids = _stop_ids(hf_path, self._tokenizer.eos_token_id)
+class Tokenizer(ABC):
+    """The few verbs that this project needs of a tokenizer. Made by `load_tokenizer`."""
 
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+
+    def __init__(
+        self, path: Path, model_path: Path, vocab_size: int | None, stop_ids: Sequence[int]
+    ) -> None:
+        self.path = path
+        self.model_path = model_path
+        self.num_ids = 1 + max(self._id_of_token().values())
+        """One more than the largest id. Not `len`: added tokens may leave gaps."""
+        self.vocab_size = vocab_size or self.num_ids
+        """Columns of the model."""
+        self._given_stop_ids = tuple(stop_ids)
+
+    @abstractmethod
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text))
+        """Exactly the ids that the tokenizer's own library gives."""
 
-    def encode_chat(self, user_text: str) -> tuple[int, ...]:
-        """One user turn of the chat template, up to where the assistant begins."""
-        if self._tokenizer.chat_template is None:
-            raise ConfigError(
-                "data.apply_chat_template=true, but the student's tokenizer has no chat template. "
-                "Set data.apply_chat_template=false."
-            )
-        turns = [{"role": "user", "content": user_text}]
-        ids = self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=False
-        )
-        return tuple(ids)
+    @abstractmethod
+    def encode_chat(self, user_text: str, /, **options: Any) -> tuple[int, ...]:
+        """One user turn of the chat template, up to where the assistant begins.
+
+        Raises:
+            ConfigError: there is no template, or it reads no variable of an option's name.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+    @abstractmethod
+    def _id_of_token(self) -> dict[str, int]:
+        """The whole vocabulary."""
+
+    @abstractmethod
+    def _decode(self, token_ids: list[int]) -> str:
+        """As `decode`; the ids lie in [0, num_ids)."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        """Text without special tokens. Padded columns of the model, which it can sample, have none.
+
+        Raises:
+            ConfigError: an id that the model has no column for.
+        """
+        outside = [i for i in token_ids if not 0 <= i < self.vocab_size]
+        if outside:
+            raise ConfigError(
+                f"{self.path}: token id {outside[0]} is not in 0 to {self.vocab_size - 1}. It was "
+                f"written with another tokenizer: set student.tokenizer to that one."
+            )
+        return self._decode([i for i in token_ids if i < self.num_ids])
 
     @property
     def digest(self) -> str:
         """Equal for tokenizers that give every token the same id."""
-        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        vocabulary = sorted(self._id_of_token().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: those given, or else the first that are named by the model's
+        generation_config.json, its config.json, the tokenizer.
+
+        Raises:
+            ConfigError: none of them names any.
+        """
+        candidates = [self._given_stop_ids or None]
+        candidates += [_named_eos(self.model_path / name) for name in _FILES_WITH_EOS]
+        for ids in (*candidates, self.eos_id):
+            if ids is not None:
+                return (ids,) if isinstance(ids, int) else tuple(ids)
+        raise ConfigError(
+            f"{self.model_path}: no end-of-sequence id in generation_config.json, config.json or "
+            f"the tokenizer {self.path}. Set rollout.stop_token_ids."
+        )
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A directory with tokenizer.json, or whatever else transformers can read."""
+
+    def __init__(
+        self, path: Path, model_path: Path, vocab_size: int | None, stop_ids: Sequence[int]
+    ) -> None:
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(path)
+        # A damaged file raises whatever comes of it: KeyError, TypeError, a bare Exception.
+        except Exception as error:
+            raise ConfigError(
+                f"{path}: no tokenizer can be loaded ({error!r}). Copy tokenizer.json and "
+                f"tokenizer_config.json there, or set student.tokenizer."
+            ) from None
+        # Without tokenizer.json transformers makes one that is still to be trained.
+        if len(self._tokenizer) == len(self._tokenizer.added_tokens_decoder):
+            raise ConfigError(
+                f"{path}: the tokenizer there has special tokens only. Copy tokenizer.json there."
+            )
+        self.bos_id = self._tokenizer.bos_token_id
+        self.eos_id = self._tokenizer.eos_token_id
+        self.pad_id = self._tokenizer.pad_token_id
+        super().__init__(path, model_path, vocab_size, stop_ids)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text))
+
+    def encode_chat(self, user_text: str, /, **options: Any) -> tuple[int, ...]:
+        unknown = options.keys() - self._template_variables
+        if unknown:
+            # Jinja ignores a variable that no template reads: a typo would be a different run.
+            raise ConfigError(
+                f"data.chat_template_kwargs.{min(unknown)}: the chat template of {self.path} reads "
+                f"no such variable. It reads {', '.join(sorted(self._template_variables))}."
+            )
+        turns = [{"role": "user", "content": user_text}]
+        ids = self._tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False, **options
+        )
+        return tuple(ids)
+
+    @cached_property
+    def _template_variables(self) -> frozenset[str]:
+        """What the chat template reads, less what is set here and by the tokenizer."""
+        if self._tokenizer.chat_template is None:
+            raise ConfigError(
+                f"data.apply_chat_template=true, but {self.path} has no chat template. Set "
+                f"data.apply_chat_template=false."
+            )
+        own = {"messages", "add_generation_prompt", *self._tokenizer.special_tokens_map}
+        return _get_template_variables(self._tokenizer.get_chat_template()) - own
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _id_of_token(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
 
     def __len__(self) -> int:
         return len(self._tokenizer)
 
 
-def _stop_ids(hf_path: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """Ids that end a response, from generation_config.json, config.json or the tokenizer."""
-    candidates: list = []
-    if (Path(hf_path) / "generation_config.json").is_file():
-        candidates.append(GenerationConfig.from_pretrained(hf_path).eos_token_id)
-    candidates += [read_hf_config(hf_path).eos_token_id, tokenizer_eos]
-    for ids in candidates:
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
-    raise ConfigError(
-        f"{hf_path}: no end-of-sequence id in generation_config.json, config.json or the "
-        f"tokenizer. Set eos_token_id in generation_config.json."
-    )
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file. It adds no beginning-of-sequence token, and has no template."""
+
+    def __init__(
+        self, path: Path, model_path: Path, vocab_size: int | None, stop_ids: Sequence[int]
+    ) -> None:
+        try:
+            self._processor = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"{path}: not a SentencePiece model ({error}). Give a .model file that "
+                f"SentencePiece wrote, or the directory of a Hugging Face tokenizer."
+            ) from None
+        self.bos_id = _present(self._processor.bos_id())
+        self.eos_id = _present(self._processor.eos_id())
+        self.pad_id = _present(self._processor.pad_id())
+        super().__init__(path, model_path, vocab_size, stop_ids)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._processor.encode(text))
+
+    def encode_chat(self, user_text: str, /, **options: Any) -> tuple[int, ...]:
+        raise ConfigError(
+            f"data.apply_chat_template=true, but {self.path} is a SentencePiece model, which has "
+            f"no chat template. Set data.apply_chat_template=false, or student.tokenizer to a "
+            f"Hugging Face directory with a template."
+        )
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._processor.decode(token_ids)
+
+    def _id_of_token(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(i): i for i in range(len(self._processor))}
+
+    def __len__(self) -> int:
+        return len(self._processor)
 
 
-def check_same_vocabulary(
-    student_path: Path, student: Tokenizer, teacher_path: Path, teacher: Tokenizer
-) -> None:
-    """Raise ConfigError unless teacher and student give every token the same id.
+def load_tokenizer(
+    path: Path,
+    *,
+    model_path: Path | None = None,
+    vocab_size: int | None = None,
+    stop_ids: Sequence[int] = (),
+) -> Tokenizer:
+    """A file is a SentencePiece model. So is a directory with tokenizer.model and neither
+    tokenizer.json nor tokenizer_config.json; any other directory is Hugging Face's.
+
+    `model_path` has generation_config.json and config.json, by default it is the tokenizer's own
+    directory; `vocab_size` is the model's, by default the tokenizer's; `stop_ids` replace those
+    that would be found.
+
+    Raises:
+        ConfigError: there is nothing at that path, or no tokenizer.
+    """
+    path = Path(path)
+    if path.is_file():
+        return SentencePieceTokenizer(path, model_path or path.parent, vocab_size, stop_ids)
+    if not path.is_dir():
+        raise ConfigError(
+            f"{path}: no such file or directory. Give a SentencePiece .model file or the directory "
+            f"of a Hugging Face tokenizer."
+        )
+    model_path = model_path or path
+    has_hf_files = any((path / name).is_file() for name in _HF_FILES)
+    if (path / "tokenizer.model").is_file() and not has_hf_files:
+        return SentencePieceTokenizer(path / "tokenizer.model", model_path, vocab_size, stop_ids)
+    return HuggingFaceTokenizer(path, model_path, vocab_size, stop_ids)
+
+
+def _named_eos(path: Path) -> int | list[int] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a JSON object ({error}).") from None
+
+
+def _present(token_id: int) -> int | None:
+    """SentencePiece says −1 for a special token that a model does without."""
+    return token_id if token_id >= 0 else None
+
+
+def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer) -> None:
+    """Raise ConfigError unless teacher and student give every token the same id, and have columns
+    for all of them.
 
     The loss compares the two distributions column by column; with different vocabularies it would
     still give numbers, and they would mean nothing.
     """
-    sizes = [read_hf_config(path).vocab_size for path in (student_path, teacher_path)]
-    if sizes[0] != sizes[1]:
+    if student.vocab_size != teacher.vocab_size:
         raise ConfigError(
-            f"vocab_size is {sizes[0]} in {student_path} (student) and {sizes[1]} in "
-            f"{teacher_path} (teacher). Distillation compares them column by column: use models "
-            f"that share a vocabulary."
+            f"vocab_size is {student.vocab_size} in {student.model_path} (student) and "
+            f"{teacher.vocab_size} in {teacher.model_path} (teacher). Distillation compares them "
+            f"column by column: use models that share a vocabulary."
         )
+    for who, tokenizer in (("student", student), ("teacher", teacher)):
+        _check_fits(who, tokenizer)
     if student.digest != teacher.digest:
         raise ConfigError(
-            f"the tokenizers of {student_path} (student, {len(student)} tokens) and {teacher_path} "
+            f"the tokenizers {student.path} (student, {len(student)} tokens) and {teacher.path} "
             f"(teacher, {len(teacher)} tokens) give tokens different ids. Use models that share a "
             f"vocabulary."
         )
@@ -95,5 +277,21 @@ def check_same_vocabulary(
         raise ConfigError(
             f"the student ends a response with ids {student.stop_ids}, the teacher with "
             f"{teacher.stop_ids}: at every end of a response the teacher would score a token it "
-            f"never writes. Set the same eos_token_id in both generation_config.json files."
+            f"never writes. Set rollout.stop_token_ids to those that shall end a response."
+        )
+
+
+def _check_fits(who: str, tokenizer: Tokenizer) -> None:
+    """A prompt or a stop id that the model has no column for must not reach it."""
+    if tokenizer.num_ids > tokenizer.vocab_size:
+        raise ConfigError(
+            f"the ids of the {who}'s tokenizer {tokenizer.path} go up to {tokenizer.num_ids - 1}, "
+            f"but vocab_size is {tokenizer.vocab_size} in {tokenizer.model_path}/config.json. Set "
+            f"{who}.tokenizer to the one that the model was trained with."
+        )
+    outside = [i for i in tokenizer.stop_ids if not 0 <= i < tokenizer.num_ids]
+    if outside:
+        raise ConfigError(
+            f"a response of the {who} would end with id {outside[0]}, but the ids of "
+            f"{tokenizer.path} are 0 to {tokenizer.num_ids - 1}. Set rollout.stop_token_ids."
         )

@@ -1,0 +1,297 @@
+"""Tokenizers: the ids and texts of their own libraries, and errors that say what to set."""
+
+import base64
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
+
+from megatron_eopd import preflight
+from megatron_eopd.config import ConfigError, load_config
+from megatron_eopd.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    check_same_vocabulary,
+    load_tokenizer,
+)
+from tests.real_data import real_data
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "examples/quickstart/models"
+QWEN3_COLUMNS = 151_936
+
+CORPUS = [
+    "",
+    " ",
+    "\n",
+    "\t\t  \r\n \u00a0\u3000x",
+    "The quick brown fox jumps over the lazy dog.",
+    "  leading, trailing and   inner spaces  ",
+    "def f(x: int) -> int:\n\treturn x**2 + 1  # naïve\n\n\n",
+    "0 1 12 123 1234567890 3.14159 1,000,000 ½ ²",
+    r"Let $x^2 + \frac{1}{2} = \boxed{42}$; don't we'll I'M",
+    "中文、日本語、한국어, العربية, עברית, हिन्दी, ไทย",
+    "é e\u0301 ﬁ Å Å \u212b",  # composed, decomposed, compatibility
+    "🙂👩‍👩‍👧‍👦🇫🇷 \U0001f9d1🏽‍🚀",
+    "<|im_start|>user\nhi<|im_end|>\n<think>\n\n</think> <|endoftext|>",
+    "<s> </s> <unk> <0x0A> [INST] ▁ ▁▁",
+    "a\x00b\x07\ufeff\ufffd\u200b",
+    "word " * 500,
+]
+SPECIAL = ("<|", "<think", "</think", "<tool", "</tool")
+
+texts = st.text() | st.text(alphabet=" \n\tab1.,'é🙂中\u0301▁<>|s/")
+thorough = settings(deadline=None, max_examples=300)
+
+
+# Caches for the property tests, which cannot take function-scoped fixtures.
+@pytest.fixture(scope="module")
+def qwen3():
+    return load_tokenizer(real_data("tokenizer_qwen3"), vocab_size=QWEN3_COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def qwen3_library():
+    return tokenizers.Tokenizer.from_file(str(real_data("tokenizer_qwen3/tokenizer.json")))
+
+
+@pytest.fixture(scope="module")
+def spm_file() -> Path:
+    return real_data("tokenizer_spm/tokenizer.model.v1")
+
+
+@pytest.fixture(scope="module")
+def spm(spm_file):
+    return load_tokenizer(spm_file)
+
+
+@pytest.fixture(scope="module")
+def spm_library(spm_file):
+    return SentencePieceProcessor(model_file=str(spm_file))
+
+
+# --- Hugging Face -------------------------------------------------------------------------------
+
+
+def test_qwen3_encodes_and_decodes_as_transformers_does(qwen3, qwen3_library):
+    theirs = AutoTokenizer.from_pretrained(real_data("tokenizer_qwen3"))
+    assert (qwen3.bos_id, qwen3.eos_id, qwen3.pad_id) == (None, 151_645, 151_643)
+    assert len(qwen3) == qwen3.num_ids == 151_669 and qwen3.stop_ids == (151_645,)
+    for text in CORPUS:
+        ids = qwen3.encode(text)
+        assert list(ids) == theirs.encode(text) == qwen3_library.encode(text).ids
+        assert qwen3.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_qwen3_has_the_ids_of_the_tiktoken_ranks(qwen3):
+    """The same vocabulary, as another library and another file have it."""
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    lines = real_data("tokenizer_qwen3/qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    theirs = tiktoken.Encoding("qwen", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    for text in CORPUS:
+        if any(special in text for special in SPECIAL):
+            continue
+        # Qwen3's tokenizer composes accents first.
+        assert list(qwen3.encode(text)) == theirs.encode(unicodedata.normalize("NFC", text))
+
+
+@thorough
+@given(text=texts)
+def test_qwen3_round_trips_up_to_the_composition_of_accents(qwen3, qwen3_library, text):
+    ids = qwen3.encode(text)
+    assert list(ids) == qwen3_library.encode(text).ids
+    assert qwen3.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_thinking": True}, {"enable_thinking": False}])
+def test_chat_template_takes_options_as_in_transformers(qwen3, options):
+    theirs = AutoTokenizer.from_pretrained(real_data("tokenizer_qwen3"))
+    for text in CORPUS:
+        expected = theirs.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=False,
+            **options,
+        )
+        assert list(qwen3.encode_chat(text, **options)) == expected
+    ends_thinking = qwen3.encode_chat("x", **options)[-4:] == qwen3.encode(
+        "<think>\n\n</think>\n\n"
+    )
+    assert ends_thinking == (options == {"enable_thinking": False})
+
+
+@pytest.mark.parametrize(
+    "name", ["enable_thinkin", "tokenize", "add_generation_prompt", "user_text"]
+)
+def test_an_option_that_the_template_does_not_read_is_an_error(qwen3, name):
+    """Jinja would ignore it, and transformers has parameters of its own by some such names."""
+    with pytest.raises(ConfigError, match=rf"kwargs\.{name}: .* reads .*enable_thinking"):
+        qwen3.encode_chat("x", **{name: False})
+
+
+def test_a_variable_with_a_default_in_the_template_counts_as_read(tmp_path):
+    model = shutil.copytree(MODELS / "student", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% set style = style | default('5') %}{% if not word is defined %}{% set word = '6' %}"
+        "{% endif %}{{ style }} {{ word }} {{ messages[0].content }}"
+    )
+    tokenizer.save_pretrained(model)
+    ours = load_tokenizer(model)
+    assert ours.encode_chat("1") == ours.encode("5 6 1")
+    assert ours.encode_chat("1", style="7", word="8") == ours.encode("7 8 1")
+    with pytest.raises(ConfigError, match=r"kwargs\.wrod: .* It reads style, word"):
+        ours.encode_chat("1", wrod="8")
+
+
+# --- SentencePiece ------------------------------------------------------------------------------
+
+
+def test_sentencepiece_encodes_and_decodes_as_its_library_does(spm, spm_library):
+    assert (spm.bos_id, spm.eos_id, spm.pad_id) == (1, 2, None)
+    assert len(spm) == spm.num_ids == 32_000 and spm.stop_ids == (2,)
+    for text in CORPUS:
+        ids = spm.encode(text)
+        assert list(ids) == spm_library.encode(text)
+        assert spm.decode(ids) == spm_library.decode(list(ids))
+    assert spm.decode((1, *spm.encode("Hello"), 2)) == "Hello"
+
+
+@thorough
+@given(text=texts)
+def test_sentencepiece_round_trips_but_for_its_own_space_sign(spm, spm_library, text):
+    ids = spm.encode(text)
+    assert list(ids) == spm_library.encode(text)
+    assert spm.decode(ids) == text.replace("▁", " ")
+
+
+def test_sentencepiece_has_no_chat_template(spm):
+    with pytest.raises(ConfigError, match=r"Set data\.apply_chat_template=false, or stud"):
+        spm.encode_chat("x")
+
+
+# --- which one, and with which ids --------------------------------------------------------------
+
+
+def test_a_file_is_sentencepiece_and_a_directory_is_what_it_holds(spm_file, tmp_path):
+    shutil.copy(spm_file, tmp_path / "tokenizer.model")
+    (tmp_path / "config.json").write_text('{"eos_token_id": [2, 28705]}')
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        tokenizer = load_tokenizer(path)
+        assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.stop_ids == (2, 28705)
+    shutil.copy(MODELS / "student/tokenizer.json", tmp_path)
+    shutil.copy(MODELS / "student/tokenizer_config.json", tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), HuggingFaceTokenizer)
+
+
+def test_equal_vocabularies_are_recognised_whatever_holds_them(spm, spm_file, tmp_path):
+    assert load_tokenizer(shutil.copy(spm_file, tmp_path)).digest == spm.digest
+    student, teacher = (load_tokenizer(MODELS / name) for name in ("student", "teacher"))
+    assert student.digest == teacher.digest != spm.digest
+
+
+def test_a_model_may_have_more_columns_than_its_tokenizer_has_ids(qwen3, spm_file):
+    """As Qwen3 does: it can sample such an id, and that must not stop a run."""
+    check_same_vocabulary(qwen3, qwen3)
+    padded = load_tokenizer(spm_file, vocab_size=32_064)
+    check_same_vocabulary(padded, padded)
+    for tokenizer in (qwen3, padded):
+        word = tokenizer.encode("word")
+        last = tokenizer.vocab_size - 1
+        assert (
+            tokenizer.decode((*word, tokenizer.num_ids, last)) == tokenizer.decode(word) == "word"
+        )
+        for token_id in (-1, last + 1):
+            with pytest.raises(ConfigError, match=f"token id {token_id} is not in 0 to {last}"):
+                tokenizer.decode((*word, token_id))
+
+
+def test_given_stop_ids_come_before_all_others():
+    assert load_tokenizer(MODELS / "student").stop_ids == (109,)
+    assert load_tokenizer(MODELS / "student", stop_ids=(3, 4)).stop_ids == (3, 4)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def test_what_is_no_tokenizer_is_named(spm_file, tmp_path):
+    with pytest.raises(ConfigError, match=r"/nowhere: no such file or directory"):
+        load_tokenizer(Path("/nowhere"))
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        load_tokenizer(tmp_path)
+    # Without tokenizer.json a chat would be special tokens and nothing between them.
+    shutil.copy(real_data("tokenizer_qwen3/tokenizer_config.json"), tmp_path)
+    with pytest.raises(ConfigError, match=r"special tokens only. Copy tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        load_tokenizer(tmp_path)
+    for content in (b"", b"text", spm_file.read_bytes()[:-1000]):
+        path = tmp_path / "broken.model"
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"broken\.model: not a SentencePiece model"):
+            load_tokenizer(path)
+
+
+def test_a_tokenizer_without_an_end_of_sequence(tmp_path):
+    model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
+    for name in ("generation_config.json", "config.json"):
+        (model / name).unlink()
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
+    with pytest.raises(ConfigError, match=r"no end-of-sequence id.*Set rollout\.stop_token_ids"):
+        load_tokenizer(model).stop_ids  # noqa: B018, reading it is what is tested
+    assert load_tokenizer(model, stop_ids=(5,)).stop_ids == (5,)
+
+
+@pytest.fixture
+def check(monkeypatch, tmp_path):
+    """Runs the checks before a start of the quick start with overrides."""
+    monkeypatch.chdir(ROOT)
+
+    def start(*overrides: str) -> preflight.Inputs:
+        config = load_config(
+            ROOT / "examples/quickstart/eopd.toml",
+            [f"run_dir={tmp_path / 'run'}", "rollout.engine=megatron", *overrides],
+        )
+        return preflight.check(config, 2)
+
+    return start
+
+
+def test_a_tokenizer_larger_than_the_model(check, spm_file):
+    with pytest.raises(ConfigError, match=r"up to 31999, but vocab_size is 112.*student\.tokeniz"):
+        check(f"student.tokenizer={spm_file}")
+    with pytest.raises(ConfigError, match=r"up to 31999, but vocab_size is 112.*teacher\.tokeniz"):
+        check(f"teacher.tokenizer={spm_file}")
+
+
+def test_tokenizers_may_stand_apart_from_the_models(check, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODELS / "student" / name, tmp_path)
+    inputs = check(f"student.tokenizer={tmp_path}", f"teacher.tokenizer={tmp_path}")
+    assert inputs.tokenizer.path == tmp_path and inputs.tokenizer.stop_ids == (109,)
+
+
+def test_stop_ids_of_the_run_settle_a_disagreement(check, tmp_path):
+    """A base student ends otherwise than an instructed teacher."""
+    teacher = Path(shutil.copytree(MODELS / "teacher", tmp_path / "teacher"))
+    (teacher / "generation_config.json").write_text('{"eos_token_id": 107}')
+    with pytest.raises(ConfigError, match=r"\(109,\), the teacher with \(107,\).*stop_token_ids"):
+        check(f"teacher.hf_path={teacher}")
+    inputs = check(f"teacher.hf_path={teacher}", "rollout.stop_token_ids=[109, 107]")
+    assert inputs.tokenizer.stop_ids == (109, 107)
+    with pytest.raises(ConfigError, match=r"end with id 112, but the ids .* are 0 to 111"):
+        check("rollout.stop_token_ids=[112]")
