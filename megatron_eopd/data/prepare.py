@@ -1,0 +1,384 @@
+"""Data sets into prompt files. In: rows of jsonl, parquet or hub data sets. Out: one jsonl file,
+`{"prompt": …, "answer": …}` a line, and a count of what was left out and why.
+
+Rows stream through in their order; in memory stay a digest and the answer of each distinct prompt.
+Every row is counted once, under the first reason of `Fate` that holds for it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from megatron_eopd.config import ConfigError
+from megatron_eopd.data.jsonl import read_jsonl
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""(where it stands, columns) of each row."""
+
+COLUMN_CHECK_ROWS = 1000
+"""A column counts as missing when none of a source's first rows has it. Rows of a jsonl file may
+differ, and a mistyped name should not cost a pass over millions of them."""
+
+BATCH_ROWS = 1000
+"""Read at once from parquet; whole row groups of a large file would take gigabytes."""
+
+ABSENT = object()
+"""What `look_up` finds where there is no such column; None is a column without a value."""
+
+
+class Fate(StrEnum):
+    NOT_ONE_TURN = "chat without exactly one user turn"
+    NO_PROMPT = "empty prompt"
+    NO_ANSWER = "no answer"
+    NOT_UNICODE = "not valid Unicode"
+    DUPLICATE = "duplicate, same answer"
+    OTHER_ANSWER = "duplicate, other answer"
+    HELD_OUT = "begins like an evaluation prompt"
+    TOO_LONG = "too long"
+    KEPT = "kept"
+
+
+# --- what the columns of a data set mean --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where prompt and answer stand. Names may be dotted: reward_model.ground_truth."""
+
+    prompt: str
+    """Text, or a list of chat messages, whose user message is taken."""
+    answers: tuple[tuple[str, Callable[[str], str]], ...]
+    """(column, what gets the answer out of it): the first that gives any wins. Empty: prompts
+    only."""
+    clean: Callable[[str], str] = str
+    """Takes a data set's own instructions off the prompt."""
+    keep: tuple[str, ...] = ()
+    """Columns that are copied as they are."""
+
+    def read(self, where: str, row: dict[str, Any]) -> "Example":
+        prompt = _prompt_text(f"{where}, column {self.prompt}", look_up(row, self.prompt))
+        answer = ""
+        for name, extract in self.answers:
+            answer = answer or extract(_answer_text(f"{where}, column {name}", look_up(row, name)))
+        kept = {name: look_up(row, name) for name in self.keep}
+        return Example(
+            prompt=None if prompt is None else self.clean(prompt).strip(),
+            answer=answer.strip() if self.answers else None,
+            kept={name: value for name, value in kept.items() if value is not ABSENT},
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: str | None
+    """None: a chat that has no user turn, or several."""
+    answer: str | None
+    """Empty where there is none; None where none is wanted."""
+    kept: dict[str, Any]
+
+    def line(self) -> str:
+        answer = {} if self.answer is None else {"answer": self.answer}
+        # default=str: parquet has dates and decimals, which JSON has not.
+        return json.dumps(
+            self.kept | {"prompt": self.prompt} | answer, ensure_ascii=False, default=str
+        )
+
+
+def look_up(row: Any, name: str) -> Any:
+    """The value at a dotted name, in which numbers index lists; ABSENT where there is none."""
+    if isinstance(row, dict) and name in row:
+        return row[name]
+    value = row
+    for key in name.split("."):
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return ABSENT
+    return value
+
+
+def _prompt_text(where: str, value: Any) -> str | None:
+    if value is None or value is ABSENT:
+        return ""
+    if isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value):
+        turns = [message.get("content") for message in value if message["role"] == "user"]
+        if len(turns) != 1:
+            return None
+        value = turns[0]
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"{where}: neither text nor chat messages (role, content), but {str(value)[:80]}. Name "
+            f"another column with --prompt-column."
+        )
+    return value
+
+
+def _answer_text(where: str, value: Any) -> str:
+    if value is None or value is ABSENT or value != value:  # NaN: how pandas writes a missing one
+        return ""
+    if not isinstance(value, str | int | float):
+        raise ConfigError(
+            f"{where}: neither text nor a number, but {str(value)[:80]}. Name what is inside it "
+            f"with --answer-column, for example answer.0 or answer.value."
+        )
+    return str(value)
+
+
+# --- presets ------------------------------------------------------------------------------------
+
+
+def after_hashes(solution: str) -> str:
+    """GSM8K's gold answer, behind the last ####, without the commas of 1,000; or nothing."""
+    return solution.rpartition("####")[2].replace(",", "") if "####" in solution else ""
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+
+
+def last_boxed(solution: str) -> str:
+    """What the last closed box of a solution holds, nested boxes included; or nothing.
+
+    Boxes are \\boxed{…}, \\fbox{…} and, as in the MATH data, `\\boxed 5` up to the formula's end.
+    """
+    content, end = "", 0
+    while match := _BOX.search(solution, end):
+        start = end = match.end()
+        if solution[start : start + 1] == "{":
+            closing = _closing_brace(solution, start)
+            if closing is not None:
+                content, end = solution[start + 1 : closing], closing
+        elif match[0][-1].isspace():
+            content = re.split(r"\$|\\\)|\\\]|\n", solution[start:], maxsplit=1)[0]
+    return content
+
+
+def _closing_brace(text: str, opening: int) -> int | None:
+    """Where the brace at `opening` is closed. \\{ and \\} are characters, not braces."""
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    return None
+
+
+DAPO_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+
+def without_dapo_instructions(prompt: str) -> str:
+    return prompt.strip().removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER)
+
+
+PRESETS = {
+    "prompts": Columns("prompt", (("answer", str),)),
+    "gsm8k": Columns("question", (("answer", after_hashes),)),
+    "math": Columns("problem", (("answer", str), ("solution", last_boxed))),
+    "dapo_math": Columns(
+        "prompt", (("reward_model.ground_truth", str),), clean=without_dapo_instructions
+    ),
+}
+"""`prompts` is the form that this module writes."""
+
+
+# --- rows of a source ---------------------------------------------------------------------------
+
+
+def open_rows(source: str, columns: Columns) -> Rows:
+    """Rows of a file, or of a data set of the hub or a directory, NAME[:CONFIG[:SPLIT]].
+
+    Raises:
+        ConfigError: it cannot be read, or has no such columns.
+    """
+    path = Path(source)
+    kind = path.suffix.lower()
+    if kind == ".parquet" and path.is_file():
+        rows = _data_set_rows(
+            source, "parquet", data_files=str(path), split="train", batch_size=BATCH_ROWS
+        )
+    elif kind in (".jsonl", ".json") and path.is_file():
+        rows = read_jsonl(path)
+    elif path.is_file() or kind in (".jsonl", ".json", ".parquet") or not source:
+        raise ConfigError(
+            f"{source or 'empty name'}: {'not' if path.is_file() else 'no such file, and not'} a "
+            f".jsonl or .parquet file or the name of a data set."
+        )
+    else:
+        name, config, split = ([*source.split(":"), "", ""])[:3]
+        rows = _data_set_rows(source, name, config or None, split=split or "train")
+    return _with_columns(source, rows, columns)
+
+
+def _data_set_rows(source: str, *arguments: Any, **options: Any) -> Rows:
+    # Here, not above: it takes a second, and jsonl files do without.
+    import datasets
+
+    try:
+        data_set = datasets.load_dataset(*arguments, **options, streaming=True)
+        # In Arrow batches: one row after the other takes ten times as long.
+        batches = data_set.with_format("arrow").iter(BATCH_ROWS)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield f"{source} row {number}", row
+    # ArrowInvalid and a split that does not exist are ValueErrors, no network is an OSError.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"{source}: cannot be read ({error}).") from None
+
+
+def _with_columns(source: str, rows: Rows, columns: Columns) -> Rows:
+    head = list(islice(rows, COLUMN_CHECK_ROWS))
+    if not head:
+        raise ConfigError(f"{source}: no rows in it.")
+    answers = tuple(name for name, _ in columns.answers)  # one of them is enough
+    for names in [(columns.prompt,), answers, *((name,) for name in columns.keep)]:
+        if names and all(look_up(row, name) is ABSENT for _, row in head for name in names):
+            present = sorted({name for _, row in head for name in _names(row)})
+            raise ConfigError(
+                f"{source}: no column {' or '.join(names)}. There are {', '.join(present)}. Name "
+                f"them with --prompt-column, --answer-column or --preset, or as --exclude "
+                f"COLUMN={source}."
+            )
+    return chain(head, rows)
+
+
+def _names(row: dict[str, Any]) -> Iterator[str]:
+    """Dotted names of all columns."""
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            yield from (f"{name}.{inner}" for inner in _names(value))
+        else:
+            yield name
+
+
+# --- which rows are kept ------------------------------------------------------------------------
+
+
+def duplicate_key(prompt: str) -> bytes:
+    """Equal for prompts that differ in white space or in the composition of accents only. Case and
+    punctuation count: in mathematics they make another problem."""
+    text = " ".join(unicodedata.normalize("NFC", prompt).split())
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def overlap_key(prompt: str, length: int) -> str:
+    """Equal for prompts whose first `length` letters and digits are the same but for case.
+
+    A prompt that has fewer is compared as a whole and with its punctuation, because 2 + 3 and 2 − 3
+    differ in nothing else.
+    """
+    text = unicodedata.normalize("NFKC", prompt).casefold()
+    letters = "".join(re.findall(r"[^\W_]+", text))
+    return letters[:length] if len(letters) >= length else "".join(text.split())
+
+
+def overlap_keys(source: str, columns: Columns, length: int) -> set[str]:
+    """Of every prompt of an evaluation set."""
+    columns = replace(columns, answers=(), keep=())
+    examples = (columns.read(*row) for row in open_rows(source, columns))
+    keys = {overlap_key(example.prompt, length) for example in examples if example.prompt}
+    if not keys:
+        raise ConfigError(f"{source}: no prompts in column {columns.prompt}, nothing to exclude.")
+    return keys
+
+
+@dataclass
+class Selection:
+    """Decides over one row after the other."""
+
+    held_out: set[str] = field(default_factory=set)
+    """Overlap keys of the evaluation sets, made with `prefix_length`."""
+    prefix_length: int = 100
+    count_tokens: Callable[[str], int] | None = None
+    """None: any length is right."""
+    max_prompt_length: int = 0
+    """In tokens."""
+    _answer_of: dict[bytes, str | None] = field(default_factory=dict, init=False)
+
+    def fate(self, example: Example) -> Fate:
+        prompt, answer = example.prompt, example.answer
+        if prompt is None:
+            return Fate.NOT_ONE_TURN
+        if not prompt:
+            return Fate.NO_PROMPT
+        if answer == "":
+            return Fate.NO_ANSWER
+        if not _is_unicode(f"{prompt}{answer}"):
+            return Fate.NOT_UNICODE
+        key = duplicate_key(prompt)
+        if key in self._answer_of:
+            return Fate.DUPLICATE if self._answer_of[key] == answer else Fate.OTHER_ANSWER
+        self._answer_of[key] = answer
+        if self.held_out and overlap_key(prompt, self.prefix_length) in self.held_out:
+            return Fate.HELD_OUT
+        if self.count_tokens and self.count_tokens(prompt) > self.max_prompt_length:
+            return Fate.TOO_LONG
+        return Fate.KEPT
+
+
+def _is_unicode(text: str) -> bool:
+    """Half a surrogate pair, which JSON can escape, is no text for a file or a tokenizer."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+# --- the whole of it ----------------------------------------------------------------------------
+
+
+def prepare(
+    sources: Sequence[str], output: Path, columns: Columns, selection: Selection
+) -> Counter[Fate]:
+    """Write `output`, whole or not at all.
+
+    Raises:
+        ConfigError: a source cannot be read, or none of its rows is kept.
+    """
+    opened = [open_rows(source, columns) for source in sources]  # all, before any is read through
+    counts: Counter[Fate] = Counter()
+    rows = tqdm(chain.from_iterable(opened), unit=" rows", disable=None)
+    with appears_whole(output) as file:
+        for example in (columns.read(where, row) for where, row in rows):
+            fate = selection.fate(example)
+            counts[fate] += 1
+            if fate is Fate.KEPT:
+                file.write(example.line() + "\n")
+        if not counts[Fate.KEPT]:
+            raise ConfigError(f"nothing is left to write:\n{counts_table(counts)}")
+    return counts
+
+
+@contextmanager
+def appears_whole(path: Path) -> Iterator[TextIO]:
+    """A text file that gets its name, and replaces what had it, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            yield file
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def counts_table(counts: Counter[Fate]) -> str:
+    rows: Iterable[tuple[str, int]] = [
+        ("rows read", counts.total()),
+        *((f"- {fate}", counts[fate]) for fate in Fate if fate is not Fate.KEPT),
+        ("kept", counts[Fate.KEPT]),
+    ]
+    return "\n".join(f"{name:<36} {count:>12,}" for name, count in rows)
