@@ -10,6 +10,7 @@ What is emulated, and why each is safe on CPU:
   Tensor.type()      answers torch.cuda.*: Megatron's optimizers compare this string
   torch.cuda.*       one device, streams and events that do nothing (CPU work is synchronous)
   RNG                torch.cuda's generator is torch's default generator
+  expert dispatch    split sizes become numpy arrays, as they do on their way from a GPU
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 
@@ -47,6 +49,10 @@ def emulate_cuda() -> None:
     warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
     _CpuForCuda().__enter__()
     _replace_torch_cuda()
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_as_numpy
+    # Some of Megatron-Core's functions are compiled; torch.compile does not know this torch.cuda,
+    # and would need a C++ compiler for what is a few small operations.
+    torch.compiler.set_stance("force_eager")
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -80,10 +86,19 @@ class _Stream:
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
+    def record_event(self, *_: Any) -> "_Stream":
+        return self
+
     def __enter__(self) -> "_Stream":
         return self
 
     def __exit__(self, *_: Any) -> None: ...
+
+
+def _split_sizes_as_numpy(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+    """Megatron-Core makes the split sizes of an all-to-all numpy arrays when it brings them from
+    the GPU; a tensor that was on the CPU all along stays one, which all-to-all refuses."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _nothing(*_: Any, **__: Any) -> None: ...
