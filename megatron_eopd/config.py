@@ -75,6 +75,10 @@ class ParallelConfig(Section):
     """Ranks that share every layer; divides attention heads and key/value heads."""
     pipeline_model_parallel_size: int = Field(1, gt=0)
     """Pipeline stages; divides the layers of student and teacher."""
+    expert_model_parallel_size: int = Field(1, gt=0)
+    """Parts that the experts of a layer are dealt out to, over the ranks of a pipeline stage."""
+    expert_tensor_parallel_size: int = Field(1, gt=0)
+    """Ranks that share one expert."""
     sequence_parallel: bool = False
     """Shard the sequence over the tensor-parallel ranks between the parallel layers."""
     distributed_timeout_minutes: float = Field(10.0, gt=0)

@@ -45,11 +45,15 @@ def _rank_main(rank: int, world_size: int, rendezvous: Path, check: Callable, ar
         dist.destroy_process_group()
 
 
-def context_for(tp: int, pp: int, *, sequence_parallel: bool = False) -> ParallelContext:
-    """Megatron groups over the ranks of this launch; call `leave_layout` before the next one."""
+def context_for(
+    tp: int, pp: int, ep: int = 1, expert_tp: int = 1, *, sequence_parallel: bool = False
+) -> ParallelContext:
+    """Megatron groups over the ranks of this launch; call `leave_groups` before the next one."""
     config = ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=expert_tp,
         sequence_parallel=sequence_parallel,
         distributed_timeout_minutes=1,
     )

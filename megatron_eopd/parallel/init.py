@@ -28,7 +28,7 @@ class ParallelContext:
     layout: Layout
     device: torch.device
     groups: ProcessGroupCollection
-    """Megatron-Core's groups: tp, pp, dp, dp_cp, embd, …"""
+    """Megatron-Core's groups: tp, pp, dp, dp_cp, embd, tp_ep (the experts of one stage), …"""
     cpu_group: dist.ProcessGroup
     """All ranks, over gloo: Python objects and errors travel here, whatever the device."""
 
@@ -74,6 +74,8 @@ def join_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
         distributed_timeout_minutes=minutes,
     )
     model_parallel_cuda_manual_seed(seed)
@@ -88,7 +90,19 @@ def join_groups(
     assert dist.get_rank(context.groups.tp) == layout.tp_rank, "Megatron's rank order changed"
     assert dist.get_rank(context.groups.dp) == layout.dp_rank, "Megatron's rank order changed"
     assert dist.get_rank(context.groups.pp) == layout.pp_rank, "Megatron's rank order changed"
+    assert dist.get_rank(context.groups.ep) == layout.ep_rank, "Megatron's rank order changed"
     return context
+
+
+def regroup(config: ParallelConfig, context: ParallelContext) -> ParallelContext:
+    """Another layout of the same ranks; the groups of the context given are gone.
+
+    Raises:
+        ConfigError: the layout does not fit the world size.
+    """
+    layout = Layout.from_config(config, context.layout.world_size, context.layout.rank)
+    leave_groups()
+    return join_groups(config, layout, context.device, seed=0)
 
 
 def leave_groups() -> None:

@@ -1,7 +1,8 @@
 """The rank grid as plain integers. In: sizes. Out: who sits where. Knows no process group.
 
 Megatron's default order is tp-cp-ep-dp-pp, tensor-parallel ranks next to each other and pipeline
-stages farthest apart, so `arange(world).view(pp, dp, tp)`.
+stages farthest apart, so `arange(world).view(pp, dp, tp)`. Experts cut the ranks of a stage in
+their own way, `arange(world).view(pp, expert_dp, ep, expert_tp)`.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ class Layout:
     rank: int
     sequence_parallel: bool = False
     """Between the parallel layers, each tensor-parallel rank holds its part of the sequence."""
+    ep: int = 1
+    """Parts that the experts of a layer are dealt out to; 1 in models without experts."""
+    expert_tp: int = 1
+    """Tensor-parallel size inside an expert."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
@@ -34,7 +39,14 @@ class Layout:
                 f"multiple of it), or change the two sizes."
             )
         dp = world_size // (tp * pp)
-        return cls(tp, pp, dp, rank, sequence_parallel=config.sequence_parallel)
+        ep, expert_tp = config.expert_model_parallel_size, config.expert_tensor_parallel_size
+        if tp * dp % (ep * expert_tp):
+            raise ConfigError(
+                f"parallel.expert_model_parallel_size={ep} × parallel.expert_tensor_parallel_size="
+                f"{expert_tp} = {ep * expert_tp} does not divide the {tp * dp} ranks of a pipeline "
+                f"stage (world size {world_size} / pipeline {pp})."
+            )
+        return cls(tp, pp, dp, rank, config.sequence_parallel, ep, expert_tp)
 
     @property
     def world_size(self) -> int:
@@ -53,6 +65,18 @@ class Layout:
         return self.rank // (self.tp * self.dp)
 
     @property
+    def rank_in_stage(self) -> int:
+        return self.rank % (self.tp * self.dp)
+
+    @property
+    def expert_tp_rank(self) -> int:
+        return self.rank_in_stage % self.expert_tp
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank_in_stage // self.expert_tp % self.ep
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -68,10 +92,11 @@ class Layout:
     @property
     def leads_stage(self) -> int | None:
         """The pipeline stage whose weights this rank sends out, if it is a stage's leader."""
-        return self.pp_rank if self.tp_rank == 0 and self.dp_rank == 0 else None
+        return self.pp_rank if self.rank_in_stage == 0 else None
 
     def describe(self) -> str:
-        return f"{self.world_size} ranks = TP {self.tp} × PP {self.pp} × DP {self.dp}"
+        experts = f", experts EP {self.ep} × TP {self.expert_tp}" if self.ep > 1 else ""
+        return f"{self.world_size} ranks = TP {self.tp} × PP {self.pp} × DP {self.dp}{experts}"
 
 
 def pad_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
