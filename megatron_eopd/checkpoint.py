@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_eopd.models.hf_weights import CheckpointError
+from megatron_eopd.models.hf_files import CheckpointError, copy_side_files
+from megatron_eopd.models.mcore_files import is_mcore, loading_errors
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.training.optimizer import Trainable
 
@@ -59,10 +58,15 @@ def save(
     run_dir: Path,
     student: Trainable,
     position: Position,
+    hf_path: Path,
     keep_last: int,
     context: ParallelContext,
 ) -> None:
-    """Write one checkpoint and remove the ones beyond keep_last. Collective."""
+    """Write one checkpoint and remove the ones beyond keep_last. Collective.
+
+    hf_path: where config.json and the tokenizer are; they are copied, so that the checkpoint can be
+    converted, or another run start from its weights, without anything beside it.
+    """
     directory = checkpoint_dir(run_dir, position.iteration)
     if context.layout.rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
@@ -72,6 +76,7 @@ def save(
     dist_checkpointing.save(state, str(directory))
     dist.barrier(group=context.cpu_group)
     if context.layout.rank == 0:
+        copy_side_files(hf_path, directory)
         (directory / "position.json").write_text(json.dumps(vars(position), indent=2) + "\n")
         (directory / DONE).touch()
         for old in sorted((run_dir / "checkpoints").glob(f"[0-9]*/{DONE}"))[:-keep_last]:
@@ -86,6 +91,11 @@ def read_position(directory: Path) -> Position:
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such checkpoint directory. Check checkpoint.load.")
+    if is_mcore(directory) and not (directory / "position.json").is_file():
+        raise CheckpointError(
+            f"{directory}: holds weights and no optimizer, so no run can go on from it. To start a "
+            f"run with these weights set student.hf_path to it, and not checkpoint.load."
+        )
     if not (directory / DONE).is_file():
         raise CheckpointError(
             f"{directory}: the checkpoint was never finished (no {DONE} in it). "
@@ -107,16 +117,8 @@ def load(directory: Path, student: Trainable, context: ParallelContext) -> Posit
     student.wrapped.zero_grad_buffer()
     student.optimizer.step()
     state = _sharded_state(student, context, is_loading=True, with_rng=same_layout)
-    try:
+    with loading_errors(directory):
         loaded = dist_checkpointing.load(state, str(directory))
-    except (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError) as error:
-        # torch's CheckpointException carries every rank's error; one is enough to act on.
-        failures = getattr(error, "failures", None)
-        cause = next(iter(failures.values()))[0] if failures else error
-        raise CheckpointError(
-            f"{directory}: cannot be loaded ({type(cause).__name__}: {cause}). The checkpoint is "
-            f"damaged, or belongs to another model."
-        ) from error
     student.model.load_state_dict(loaded["model"])
     _load_optimizer(student.optimizer, loaded["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])

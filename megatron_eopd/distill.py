@@ -176,5 +176,11 @@ def save_if_due(session: Session, iteration: int) -> None:
     position = checkpoint.make_position(
         iteration, config.seed, session.prompts.digest, session.context
     )
-    keep_last = config.checkpoint.keep_last
-    checkpoint.save(config.run_dir, session.student, position, keep_last, session.context)
+    checkpoint.save(
+        config.run_dir,
+        session.student,
+        position,
+        hf_path=config.student.hf_path,
+        keep_last=config.checkpoint.keep_last,
+        context=session.context,
+    )

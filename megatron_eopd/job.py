@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_eopd import distill, preflight, report
 from megatron_eopd.config import Config, ConfigError, changed_options
 from megatron_eopd.metrics import MetricsWriter, read_metrics
-from megatron_eopd.models.hf_weights import CheckpointError
+from megatron_eopd.models.hf_files import CheckpointError
 from megatron_eopd.parallel.collectives import RemoteError
 from megatron_eopd.parallel.init import ParallelContext, parallel_context
 from megatron_eopd.rollout.engine import EngineError

@@ -4,7 +4,6 @@ In: a Config and a world size. Out: nothing, or an error that names the option; 
 numbers that --dry-run prints.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
 from megatron_eopd.models.build import check_divides, read_hf_config, uses_transformer_engine
 from megatron_eopd.models.families import family_of
-from megatron_eopd.models.families.base import Split
-from megatron_eopd.models.hf_weights import HFCheckpoint
+from megatron_eopd.models.families.base import Mapping, Split
+from megatron_eopd.models.hf_weights import num_experts
+from megatron_eopd.models.load import check_files
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 from megatron_eopd.rollout.vllm_engine import vllm_available
 
@@ -41,8 +41,7 @@ def check(config: Config, world_size: int) -> Inputs:
     uses_transformer_engine(config.model)
     for who, path in (("student", config.student.hf_path), ("teacher", config.teacher.hf_path)):
         check_divides(read_hf_config(path), layout, who)
-        with HFCheckpoint(path):  # opens every file: a truncated one shows here
-            pass
+        check_files(path)
     tokenizer, teacher_tokenizer = (
         load_tokenizer(
             model.tokenizer or model.hf_path,
@@ -122,31 +121,49 @@ def parameters_per_stage(
     hf_config: PretrainedConfig, layout: Layout, padded_vocab: int
 ) -> list[int]:
     """Parameters of one rank of each pipeline stage, from the family's own weight table."""
-    tp, pp = layout.tp, layout.pp
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    per_stage = [0] * pp
+    numels = _hf_numels(hf_config)
+    per_stage = [0] * layout.pp
 
-    def size_of(split: Split, hf_names: tuple[str, ...]) -> int:
-        if split is Split.VOCAB:
-            return padded_vocab // tp * hf_config.hidden_size
-        whole = sum(math.prod(shapes[name]) for name in hf_names)
-        return whole if split is Split.REPLICATED else whole // tp
+    def add(stage: int, row: Mapping, names: tuple[str, ...]) -> None:
+        whole = sum(numels[name] for name in names)
+        if row.split is Split.VOCAB:
+            whole = padded_vocab * hf_config.hidden_size
+        parts = layout.expert_tp * layout.ep if row.is_expert else layout.tp
+        per_stage[stage] += whole if row.split is Split.REPLICATED else whole // parts
 
     layers = hf_config.num_hidden_layers
     for row in family_of(hf_config.model_type).mappings:
         if "{i}" in row.hf[0]:
             for i in range(layers):
-                names = tuple(name.format(i=i) for name in row.hf)
-                per_stage[i * pp // layers] += size_of(row.split, names)
+                for e in range(num_experts(hf_config)) if row.is_expert else (0,):
+                    names = tuple(name.format(i=i, e=e) for name in row.hf)
+                    if names[0] in numels:  # biases, and experts or a dense MLP, may not be there
+                        add(i * layout.pp // layers, row, names)
         elif row.hf[0] == "lm_head.weight":
             # A tied head is a second copy on another stage, and nothing on the same one.
-            if not hf_config.tie_word_embeddings or pp > 1:
-                per_stage[-1] += size_of(Split.VOCAB, row.hf)
+            if not hf_config.tie_word_embeddings or layout.pp > 1:
+                add(-1, row, ())
         else:
-            per_stage[0 if "embed" in row.hf[0] else -1] += size_of(row.split, row.hf)
+            add(0 if "embed" in row.hf[0] else -1, row, row.hf)
     return per_stage
+
+
+def _hf_numels(hf_config: PretrainedConfig) -> dict[str, int]:
+    """Elements of every tensor of a checkpoint; transformers keeps a layer's experts in one."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    numels = {}
+    for name, parameter in model.named_parameters():
+        layer, fused, projection = name.partition(".mlp.experts.")
+        if not fused:
+            numels[name] = parameter.numel()
+            continue
+        parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+        for e in range(parameter.shape[0]):
+            for part in parts:
+                numel = parameter[0].numel() // len(parts)
+                numels[f"{layer}.mlp.experts.{e}.{part}.weight"] = numel
+    return numels
 
 
 def _logit_count(config: Config) -> int:

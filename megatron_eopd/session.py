@@ -13,7 +13,7 @@ from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.models.build import build_model, read_hf_config
 from megatron_eopd.models.export import Exporter
-from megatron_eopd.models.hf_weights import load_hf_weights
+from megatron_eopd.models.load import load_weights
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.preflight import Inputs, max_sequence_length
@@ -72,7 +72,7 @@ def open_session(
     model = build_model(student_path, config.model, context)
     errors: list[Exception] = []
     with collecting(errors):  # each rank reads other tensors, so one may fail alone
-        load_hf_weights(model, student_path, hf_config, context.layout)
+        load_weights(model, student_path, context)
         teacher = ColocatedTeacher(config, context)
     raise_together(errors, context.cpu_group)
     student = make_trainable(model, config, context)

@@ -1,13 +1,19 @@
 """Weight tables and the choice of the layer specification, TransformerEngine's included."""
 
+import re
+
 import pytest
 import torch
+from transformers import AutoConfig
 
 from megatron_eopd.config import ConfigError, ModelConfig
-from megatron_eopd.models import build
+from megatron_eopd.models import build, hf_weights
 from megatron_eopd.models.families import FAMILIES
 from megatron_eopd.models.families.base import Split
-from megatron_eopd.models.hf_weights import HeadShape, global_names, join, shard
+from megatron_eopd.models.hf_weights import HeadShape, fill_shard, join, weights_of
+from megatron_eopd.parallel.layout import Layout
+
+QKV_ROWS = ((1, 4), (2, 2), (3, 2))
 
 
 def skeleton(names: list[str], first_layer: int) -> torch.nn.Module:
@@ -27,28 +33,92 @@ def skeleton(names: list[str], first_layer: int) -> torch.nn.Module:
     return root
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("spec", [0, -1], ids=["local", "transformer_engine"])
-def test_both_specifications_find_every_weight(family, spec):
-    """TransformerEngine fuses the norms into the linear layers; the HF names are the same."""
-    names = [row.megatron[spec].format(i=0) for row in family.mappings]
-    rows = global_names(skeleton(names, first_layer=3), family, tied=False)
-    found = sorted(hf for row in rows.values() for hf in row.hf)
-    assert found == sorted(hf.format(i=3) for row in family.mappings for hf in row.hf)
+def test_both_specifications_find_every_weight(model_type, spec):
+    """TransformerEngine fuses the norms into the linear layers and the experts into one module; the
+    HF names are the same, and layers and experts count over all ranks."""
+    rows = FAMILIES[model_type].mappings
+    names = {row.megatron[spec].format(i=0, e=e): row for row in rows for e in (0, 1)}
+    config = AutoConfig.for_model(model_type, tie_word_embeddings=False)
+    weights = weights_of(skeleton(list(names), first_layer=3), config)
+    assert {name: weight.row for name, weight in weights.items()} == names
+    found = sorted(hf for weight in weights.values() for hf in weight.hf_names(ep_rank=2))
+    expected = {hf.format(i=3, e=4 + e) for row in rows for hf in row.hf for e in (0, 1)}
+    assert found == sorted(expected)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("split", list(Split), ids=lambda s: s.name)
-def test_join_undoes_shard(split, tp):
+@pytest.mark.parametrize("bias", [False, True])
+def test_join_undoes_fill_shard(split, bias, tp, monkeypatch):
+    """Also when rows are copied a few at a time, and in another order of ranks than the first."""
+    bias = bias and split is not Split.ROW  # a row-parallel layer's bias is replicated
+    monkeypatch.setattr(hf_weights, "READ_BYTES", 3 * 8 * 4)
     heads = HeadShape(num_heads=8, num_groups=4, head_dim=3)
-    rows = {Split.QKV: [24, 12, 12], Split.GATE_UP: [16, 16]}.get(split, [20])
-    wholes = [torch.randn(n, 8) for n in rows]
-    vocab = rows[0] - 3 if split is Split.VOCAB else 0
-    if vocab:
-        wholes = [wholes[0][:vocab]]
-    shards = [shard(split, wholes, r, tp, heads, padded_vocab=20) for r in range(tp)]
-    for whole, again in zip(wholes, join(split, shards, heads, vocab), strict=True):
+    rows = {Split.QKV: [24, 12, 12], Split.GATE_UP: [16, 16], Split.VOCAB: [17]}.get(split, [20])
+    wholes = [torch.randn((n,) if bias else (n, 8)) for n in rows]
+    shape = [sum(rows), 8][: 1 if bias else 2]
+    if split is Split.VOCAB:
+        shape[0] = 20
+    if split.dim is not None:
+        shape[split.dim] //= tp
+    shards = [torch.full(shape, torch.nan) for _ in range(tp)]
+    for rank, out in enumerate(shards):
+        fill_shard(out, split, wholes, rank, tp, heads)
+    for whole, again in zip(wholes, join(split, shards, heads, vocab=17), strict=True):
         assert torch.equal(whole, again)
+
+
+def test_queries_and_keys_lie_group_by_group():
+    """Megatron's order, said once without the code under test: 4 heads in 2 groups, 1 wide."""
+    query, key, value = (torch.tensor([[10.0 * k + i] for i in range(n)]) for k, n in QKV_ROWS)
+    out = torch.empty(8, 1)
+    fill_shard(out, Split.QKV, [query, key, value], 0, 1, HeadShape(4, 2, 1))
+    assert out[:, 0].tolist() == [10, 11, 20, 30, 12, 13, 21, 31]
+
+
+@pytest.mark.parametrize(
+    "model_type,options,message",
+    [
+        ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ("llama", {"attention_bias": True}, "has both or neither"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu', only 'silu' is known"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type one of default, linear, llama3, yarn",
+        ),
+    ],
+)
+def test_what_a_config_may_not_ask_for(model_type, options, message):
+    config = AutoConfig.for_model(model_type, **options)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build.transformer_config(config, ModelConfig(), Layout(tp=1, pp=1, dp=1, rank=0))
+
+
+@pytest.mark.parametrize(
+    "sizes,message",
+    [
+        (
+            {"tp": 2, "sequence_parallel": True, "ep": 3},
+            "does not divide the student's num_experts",
+        ),
+        ({"tp": 2}, "needs parallel.sequence_parallel=true"),
+        ({"tp": 1, "expert_tp": 5}, "moe_intermediate_size=768. Set it to one of [1, 2, 3, 4]"),
+    ],
+)
+def test_layouts_that_experts_cannot_have(sizes, message):
+    layout = Layout(**({"pp": 1, "dp": 4, "rank": 0} | sizes))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build.check_divides(AutoConfig.for_model("qwen3_moe"), layout, "student")
+
+
+def test_expert_sizes_without_experts():
+    layout = Layout(tp=1, pp=1, dp=2, rank=0, ep=2)
+    with pytest.raises(ConfigError, match=r"has no experts\. Set both to 1"):
+        build.check_divides(AutoConfig.for_model("qwen3"), layout, "teacher")
 
 
 def test_specification_follows_what_is_installed(monkeypatch):

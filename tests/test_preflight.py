@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_eopd import preflight
 from megatron_eopd.models.build import read_hf_config
@@ -162,3 +164,20 @@ def test_parameters_per_rank_add_up(tp, pp, expected):
         assert stages == expected
     # Norms stand on every tensor-parallel rank.
     assert 113_088 <= tp * sum(stages) < 113_088 + tp * 1000
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_mixed", "llama_tied_with_biases"])
+def test_parameters_of_every_family_add_up(family, family_dirs):
+    """Experts, dense layers among them and biases count: at TP 1 as transformers counts, and cut
+    over EP nothing is lost."""
+    config = read_hf_config(family_dirs[family])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    whole = Layout(tp=1, pp=1, dp=1, rank=0)
+    assert preflight.parameters_per_stage(config, whole, config.vocab_size) == [total]
+    if config.model_type == "qwen3_moe":
+        cut = Layout(tp=1, pp=2, dp=4, rank=0, ep=4)
+        experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+        stages = preflight.parameters_per_stage(config, cut, config.vocab_size)
+        assert sum(stages) == total - experts + experts // 4

@@ -6,10 +6,12 @@ response token before it calls `lm_head`, so prompt and padding rows never meet 
 # Shapes: S tokens, B sequences, H hidden size, N picked rows, V this rank's vocabulary columns.
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -23,13 +25,17 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_eopd.config import ConfigError, ModelConfig
+from megatron_eopd.models import rope
 from megatron_eopd.models.attention import SDPACoreAttention
 from megatron_eopd.models.families import family_of
-from megatron_eopd.models.hf_weights import global_names
+from megatron_eopd.models.families.base import refuse
+from megatron_eopd.models.hf_weights import head_shape, num_experts, weights_of
 from megatron_eopd.models.norm import RMSNorm
+from megatron_eopd.models.patches import let_routers_run_without_transformer_engine
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 
@@ -94,16 +100,34 @@ def read_hf_config(hf_path: Path) -> PretrainedConfig:
 
 def check_divides(hf_config: PretrainedConfig, layout: Layout, who: str) -> None:
     """Raise ConfigError when the model cannot be cut into this many parts."""
-    for name, size, parts, option in (
-        ("num_attention_heads", hf_config.num_attention_heads, layout.tp, "tensor"),
-        ("num_key_value_heads", hf_config.num_key_value_heads, layout.tp, "tensor"),
-        ("intermediate_size", hf_config.intermediate_size, layout.tp, "tensor"),
-        ("num_hidden_layers", hf_config.num_hidden_layers, layout.pp, "pipeline"),
-    ):
+    sizes = [
+        ("num_attention_heads", layout.tp, "tensor_model"),
+        ("num_key_value_heads", layout.tp, "tensor_model"),
+        ("intermediate_size", layout.tp, "tensor_model"),
+        ("num_hidden_layers", layout.pp, "pipeline_model"),
+    ]
+    if num_experts(hf_config):
+        sizes += [
+            ("num_experts", layout.ep, "expert_model"),
+            ("moe_intermediate_size", layout.expert_tp, "expert_tensor"),
+        ]
+        if layout.tp > 1 and not layout.sequence_parallel:
+            raise ConfigError(
+                f"the {who} has experts, and parallel.tensor_model_parallel_size={layout.tp}: "
+                f"Megatron-Core then needs parallel.sequence_parallel=true."
+            )
+    elif layout.ep * layout.expert_tp > 1:
+        raise ConfigError(
+            f"parallel.expert_model_parallel_size={layout.ep} and "
+            f"parallel.expert_tensor_parallel_size={layout.expert_tp}, but the {who} has no "
+            f"experts. Set both to 1."
+        )
+    for name, parts, option in sizes:
+        size = getattr(hf_config, name)
         if size % parts:
             fits = [n for n in range(1, parts) if size % n == 0]
             raise ConfigError(
-                f"parallel.{option}_model_parallel_size={parts} does not divide the {who}'s "
+                f"parallel.{option}_parallel_size={parts} does not divide the {who}'s "
                 f"{name}={size}. Set it to one of {fits}."
             )
 
@@ -111,11 +135,35 @@ def check_divides(hf_config: PretrainedConfig, layout: Layout, who: str) -> None
 def build_model(hf_path: Path, model: ModelConfig, context: ParallelContext) -> CausalLM:
     """This rank's part of the model, its weights not yet loaded."""
     hf_config = read_hf_config(hf_path)
+    config = transformer_config(hf_config, model, context.layout)
+    language_model = _construct(hf_config, config, model, context).to(context.device)
+    language_model.rotary_pos_emb.inv_freq = rope.inverse_frequencies(hf_config).to(context.device)
+    return language_model
+
+
+def build_skeleton(hf_config: PretrainedConfig, context: ParallelContext) -> CausalLM:
+    """The model with meta tensors for parameters: names and shapes of weights, and no memory.
+
+    Its vocabulary is not padded. Needs a context without a GPU.
+    """
+    assert context.device.type == "cpu", "on a GPU Megatron-Core names the device of its weights"
+    model = ModelConfig(make_vocab_size_divisible_by=1)
+    config = transformer_config(hf_config, model, context.layout)
+    with torch.device("meta"):
+        return _construct(hf_config, config, model, context)
+
+
+def _construct(
+    hf_config: PretrainedConfig,
+    config: TransformerConfig,
+    model: ModelConfig,
+    context: ParallelContext,
+) -> CausalLM:
     layout = context.layout
-    config = transformer_config(hf_config, model, layout)
+    let_routers_run_without_transformer_engine()
     language_model = CausalLM(
         config=config,
-        transformer_layer_spec=layer_spec(config, model),
+        transformer_layer_spec=layer_specs(config, model),
         vocab_size=pad_vocab_size(
             hf_config.vocab_size, model.make_vocab_size_divisible_by, layout.tp
         ),
@@ -129,7 +177,7 @@ def build_model(hf_path: Path, model: ModelConfig, context: ParallelContext) -> 
         pg_collection=context.groups,
     )
     _mark_shards(language_model, hf_config)
-    return language_model.to(context.device)
+    return language_model
 
 
 def _mark_shards(model: CausalLM, hf_config: PretrainedConfig) -> None:
@@ -138,9 +186,9 @@ def _mark_shards(model: CausalLM, hf_config: PretrainedConfig) -> None:
     Megatron does this while it initialises weights, which is skipped here. Unmarked shards would
     count as copies of rank 0's, and the gradient norm would leave out all other ranks.
     """
-    rows = global_names(model, family_of(hf_config.model_type), hf_config.tie_word_embeddings)
+    weights = weights_of(model, hf_config)
     for name, parameter in model.named_parameters():
-        dim = rows[name].split.dim
+        dim = weights[name].row.split.dim
         if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
@@ -148,36 +196,44 @@ def _mark_shards(model: CausalLM, hf_config: PretrainedConfig) -> None:
 def transformer_config(
     hf_config: PretrainedConfig, model: ModelConfig, layout: Layout
 ) -> TransformerConfig:
-    rope_type = hf_config.rope_parameters.get("rope_type", "default")
-    if rope_type != "default":
-        raise ConfigError(f"config.json: rope_type={rope_type!r} is not supported, only 'default'.")
-    if hf_config.attention_bias:
-        raise ConfigError("config.json: attention_bias=true is not supported for Qwen3.")
+    refuse(hf_config, use_sliding_window=True)
+    if hf_config.hidden_act != "silu":
+        raise ConfigError(
+            f"config.json: hidden_act={hf_config.hidden_act!r}, only 'silu' is known."
+        )
     dtype = getattr(torch, model.dtype)
+    head_dim = head_shape(hf_config).head_dim
+    options = {
+        "add_bias_linear": False,
+        # Asked for by variable lengths, also without experts.
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": uses_transformer_engine(model),
+        **family_of(hf_config.model_type).megatron_options(hf_config),
+    }
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         num_attention_heads=hf_config.num_attention_heads,
         num_query_groups=hf_config.num_key_value_heads,
-        kv_channels=hf_config.head_dim,
+        kv_channels=head_dim,
+        softmax_scale=rope.attention_scaling(hf_config) ** 2 / math.sqrt(head_dim),
         ffn_hidden_size=hf_config.intermediate_size,
         layernorm_epsilon=hf_config.rms_norm_eps,
-        qk_layernorm=family_of(hf_config.model_type).qk_layernorm,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.dtype == "bfloat16",
         # Every step pads to its own longest sequence, so stages cannot assume one length.
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable lengths, also without experts
         # The loss is a sum and Megatron divides by the tokens of all ranks and microbatches.
         calculate_per_token_loss=True,
         recompute_granularity=model.recompute_granularity,
@@ -191,6 +247,7 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
+        **options,
     )
 
 
@@ -206,13 +263,35 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     return model.transformer_impl == "transformer_engine"
 
 
-def layer_spec(
+def layer_specs(
     config: TransformerConfig, model: ModelConfig
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    if uses_transformer_engine(model):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    """What this pipeline stage is built of: layers with experts and without, and the norm."""
+    freq = config.moe_layer_freq
+    pattern = freq if isinstance(freq, list) else [int(bool(config.num_moe_experts))]
+    with_engine = uses_transformer_engine(model)
+    make_layer = _transformer_engine_layer if with_engine else _local_layer
+    kinds = {kind: make_layer(config, config.num_moe_experts if kind else None) for kind in pattern}
+    first, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+    layers = [kinds[pattern[i % len(pattern)]] for i in range(first, first + count)]
+    return TransformerBlockSubmodules(
+        layer_specs=layers, layer_norm=TENorm if with_engine else RMSNorm
+    )
+
+
+def _transformer_engine_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=num_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
+def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=num_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -220,6 +299,11 @@ def layer_spec(
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+    if num_experts:
+        # Checkpoint keys are TransformerEngine's, which fuses this norm into no layer of experts.
+        parts.sharded_state_dict_keys_map = {
+            name: key
+            for name, key in parts.sharded_state_dict_keys_map.items()
+            if name != "pre_mlp_layernorm."
+        }
+    return layer

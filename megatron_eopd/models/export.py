@@ -1,29 +1,51 @@
 """The student as whole Hugging Face tensors, bucket by bucket: for the engine and for the disk.
 
-In: the model. Out: buckets of (name, tensor), each gathered over the tensor-parallel group before
-it is handed on, never the whole model at once. What leaves is fixed at start-up by `Exporter`:
-the weight sync sends its manifest, the HF directory is written from the same buckets.
+In: the model. Out: buckets of (name, tensor), each gathered over the ranks that hold its shards
+before it is handed on, never the whole model at once. What leaves is fixed at start-up by
+`Exporter`: the weight sync sends its manifest, the HF directory is written from the same buckets.
 """
 
-import json
-import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from megatron_eopd.models.build import CausalLM
-from megatron_eopd.models.families import family_of
-from megatron_eopd.models.families.base import Mapping
-from megatron_eopd.models.hf_weights import HeadShape, global_names, join
+from megatron_eopd.models.hf_files import (
+    PlannedFile,
+    SafetensorsWriter,
+    copy_side_files,
+    name_files,
+    plan_files,
+    write_index_and_config,
+)
+from megatron_eopd.models.hf_weights import Weight, head_shape, hf_shapes, join, weights_of
+from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
-from megatron_eopd.weight_sync.manifest import Bucket, Manifest, TensorSpec
+from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
 
 MAX_FILE_BYTES = 5 * 1000**3
+
+Entry = tuple[torch.nn.Parameter, Weight]
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """The ranks that together hold all shards of a kind of parameter, within one stage."""
+
+    group: dist.ProcessGroup
+    num_tp: int
+    num_ep: int
+    takes_part: bool
+    """False on the ranks of all data-parallel replicas but the first."""
+
+    @property
+    def size(self) -> int:
+        return self.num_tp * self.num_ep
 
 
 class Exporter:
@@ -37,59 +59,86 @@ class Exporter:
         bucket_bytes: int,
     ) -> None:
         self._context = context
-        self._heads = HeadShape.of(hf_config)
+        self._heads = head_shape(hf_config)
         self._vocab = hf_config.vocab_size
-        rows = global_names(model, family_of(hf_config.model_type), hf_config.tie_word_embeddings)
-        parameters = dict(model.named_parameters())
-        if hf_config.tie_word_embeddings:
-            # The embedding owns the tied weight; the last stage's copy is not sent a second time.
-            parameters.pop("output_layer.weight", None)
-        entries = [(p, rows[name]) for name, p in parameters.items()]
-        self._buckets = list(_fill_buckets(entries, bucket_bytes // context.layout.tp))
+        layout, groups = context.layout, context.groups
+        first_expert_copy = layout.rank_in_stage < layout.ep * layout.expert_tp
+        self._gatherings = {
+            False: Gathering(groups.tp, layout.tp, 1, layout.dp_rank == 0),
+            True: Gathering(groups.tp_ep, layout.expert_tp, layout.ep, first_expert_copy),
+        }
+        weights = weights_of(model, hf_config)
+        # The embedding owns a tied weight; the last stage's copy is not sent a second time.
+        entries = [(p, weights[n]) for n, p in model.named_parameters() if not weights[n].tied_head]
+        self._buckets = list(self._fill_buckets(entries, bucket_bytes))
         self.manifest = self._gather_manifest()
 
     def buckets(self) -> Iterator[list[torch.Tensor]]:
         """Whole tensors in manifest order on the leader of each stage, empty lists elsewhere.
 
-        Collective: every rank of the first data-parallel replica gathers with its tensor-parallel
-        group, so every rank must exhaust the iterator. A bucket is complete when handed out.
+        Collective: every rank that holds a first copy of something gathers it with the others that
+        do, so every rank must exhaust the iterator. A bucket is complete when handed out.
         """
-        layout = self._context.layout
-        for entries in self._buckets if layout.dp_rank == 0 else ():
-            shards = self._gather(entries)
-            yield self._join(entries, shards) if layout.leads_stage is not None else []
+        leads = self._context.layout.leads_stage is not None
+        for entries in self._buckets:
+            gathering = self._gatherings[entries[0][1].row.is_expert]
+            if gathering.takes_part:
+                shards = self._gather(entries, gathering)
+                yield self._join(entries, shards, gathering) if leads else []
 
-    def _gather(self, entries: list) -> list[torch.Tensor]:
-        """One coalesced all-gather: the flat bucket of every tensor-parallel rank."""
+    def _fill_buckets(self, entries: list[Entry], bucket_bytes: int) -> Iterator[list[Entry]]:
+        """Consecutive parameters of about bucket_bytes, one dtype and one gathering; one
+        parameter, with all HF tensors it makes, is never cut."""
+        bucket: list[Entry] = []
+        size = 0
+        for parameter, weight in entries:
+            kind = (parameter.dtype, weight.row.is_expert)
+            num_bytes = parameter.nbytes * self._gatherings[weight.row.is_expert].size
+            other = bucket and kind != (bucket[0][0].dtype, bucket[0][1].row.is_expert)
+            if bucket and (other or size + num_bytes > bucket_bytes):
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((parameter, weight))
+            size += num_bytes
+        if bucket:
+            yield bucket
+
+    def _gather(self, entries: list[Entry], gathering: Gathering) -> list[torch.Tensor]:
+        """One coalesced all-gather: the flat bucket of every rank of the group."""
         flat = torch.cat([p.detach().flatten() for p, _ in entries])
-        gathered = [torch.empty_like(flat) for _ in range(self._context.layout.tp)]
-        dist.all_gather(gathered, flat, group=self._context.groups.tp)
+        gathered = [torch.empty_like(flat) for _ in range(gathering.size)]
+        dist.all_gather(gathered, flat, group=gathering.group)
         return gathered
 
-    def _join(self, entries: list, gathered: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _join(
+        self, entries: list[Entry], gathered: list[torch.Tensor], gathering: Gathering
+    ) -> list[torch.Tensor]:
         sizes = [p.numel() for p, _ in entries]
         by_rank = [flat.split(sizes) for flat in gathered]
         wholes = []
-        for column, (parameter, row) in enumerate(entries):
-            shards = [parts[column].view(parameter.shape) for parts in by_rank]
-            wholes += join(row.split, shards, self._heads, self._vocab)
+        for ep_rank in range(gathering.num_ep):
+            ranks = by_rank[ep_rank * gathering.num_tp : (ep_rank + 1) * gathering.num_tp]
+            for column, (parameter, weight) in enumerate(entries):
+                shards = [parts[column].view(parameter.shape) for parts in ranks]
+                wholes += join(weight.row.split, shards, self._heads, self._vocab)
         return wholes
 
     def _gather_manifest(self) -> Manifest:
-        own = tuple(
-            tuple(spec for parameter, row in entries for spec in self._specs(parameter, row))
-            for entries in self._buckets
-        )
+        own = tuple(tuple(self._specs(entries)) for entries in self._buckets)
         stages: list = [None] * self._context.layout.pp
         dist.all_gather_object(stages, own, group=self._context.groups.pp)
         return Manifest(tuple(stages))
 
-    def _specs(self, parameter: torch.nn.Parameter, row: Mapping) -> list[TensorSpec]:
-        # Meta tensors of all shards, joined by the real function: no second set of shape rules.
-        shards = [torch.empty_like(parameter, device="meta")] * self._context.layout.tp
-        wholes = join(row.split, shards, self._heads, self._vocab)
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        return [TensorSpec(n, dtype, tuple(w.shape)) for n, w in zip(row.hf, wholes, strict=True)]
+    def _specs(self, entries: list[Entry]) -> Iterator[TensorSpec]:
+        """In the order of `_join`."""
+        gathering = self._gatherings[entries[0][1].row.is_expert]
+        for ep_rank in range(gathering.num_ep):
+            for parameter, weight in entries:
+                split, size = weight.row.split, gathering.num_tp
+                shapes = hf_shapes(split, parameter, size, self._heads, self._vocab)
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                for name, shape in zip(weight.hf_names(ep_rank), shapes, strict=True):
+                    yield TensorSpec(name, dtype, shape)
 
     def save_hf(self, source: Path, target: Path) -> None:
         """Write a Hugging Face directory: weights from here, everything else copied from `source`.
@@ -102,74 +151,29 @@ class Exporter:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         dist.barrier(group=self._context.cpu_group)
-        written = self._write_stage(unfinished)
-        gathered: list = [None] * layout.world_size
-        dist.all_gather_object(gathered, written, group=self._context.cpu_group)
+        by_stage = [plan_files(stage, MAX_FILE_BYTES) for stage in self.manifest.stages]
+        files = name_files([specs for stage in by_stage for specs in stage])
+        before = sum(len(stage) for stage in by_stage[: layout.pp_rank])
+        errors: list[Exception] = []
+        with collecting(errors):
+            self._write_stage(unfinished, files[before : before + len(by_stage[layout.pp_rank])])
+        raise_together(errors, self._context.cpu_group)
         if layout.rank == 0:
-            files = {name: specs for written in gathered for name, specs in written.items()}
-            _finish_hf_directory(source, unfinished, files)
+            copy_side_files(source, unfinished)
+            write_index_and_config(unfinished, files)
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
         dist.barrier(group=self._context.cpu_group)
 
-    def _write_stage(self, directory: Path) -> dict[str, Bucket]:
-        """File name → what this rank wrote into it; nothing on ranks that lead no stage."""
-        stage = self._context.layout.leads_stage
-        written: dict[str, Bucket] = {}
-        pending: dict[str, torch.Tensor] = {}
-        specs: list[TensorSpec] = []
-
-        def flush() -> None:
-            if specs:
-                name = f"model-stage{stage:03d}-{len(written):05d}.safetensors"
-                save_file(pending, directory / name, metadata={"format": "pt"})
-                written[name] = tuple(specs)
-                pending.clear()
-                specs.clear()
-
-        for number, tensors in enumerate(self.buckets()):
-            if stage is None:
-                continue
-            bucket = self.manifest.stages[stage][number]
-            if sum(s.num_bytes for s in (*specs, *bucket)) > MAX_FILE_BYTES:
-                flush()
-            specs += bucket
-            for spec, tensor in zip(bucket, tensors, strict=True):
-                pending[spec.name] = tensor.contiguous().cpu()
-        flush()
-        return written
-
-
-def _fill_buckets(entries: list, shard_bytes: int) -> Iterator[list]:
-    """Consecutive parameters of at most shard_bytes and one dtype; one parameter, with all HF
-    tensors it makes, is never cut."""
-    bucket: list = []
-    size = 0
-    for parameter, row in entries:
-        num_bytes = math.prod(parameter.shape) * parameter.dtype.itemsize
-        if bucket and (size + num_bytes > shard_bytes or bucket[0][0].dtype != parameter.dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((parameter, row))
-        size += num_bytes
-    if bucket:
-        yield bucket
-
-
-def _finish_hf_directory(source: Path, directory: Path, files: dict[str, Bucket]) -> None:
-    for path in Path(source).iterdir():
-        if path.is_file() and ".safetensors" not in path.name:
-            shutil.copy(path, directory / path.name)
-    config = json.loads((directory / "config.json").read_text())
-    some_spec = next(iter(files.values()))[0]
-    config.pop("torch_dtype", None)
-    config["dtype"] = some_spec.dtype
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if len(files) == 1:
-        (directory / next(iter(files))).rename(directory / "model.safetensors")
-        return
-    index = {
-        "metadata": {"total_size": sum(s.num_bytes for specs in files.values() for s in specs)},
-        "weight_map": {s.name: file for file, specs in files.items() for s in specs},
-    }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    def _write_stage(self, directory: Path, files: list[PlannedFile]) -> None:
+        """The files of this rank's stage, by its leader; the other ranks gather with it."""
+        tensors = (tensor for bucket in self.buckets() for tensor in bucket)
+        try:
+            for planned in files if self._context.layout.leads_stage is not None else ():
+                with SafetensorsWriter(directory, planned) as writer:
+                    for _ in planned.specs:
+                        writer.write(next(tensors))
+        finally:
+            # Also after an error, because the other ranks are in the collectives of the export.
+            for _ in tensors:
+                pass

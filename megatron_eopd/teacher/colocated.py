@@ -13,8 +13,8 @@ import torch
 
 from megatron_eopd.config import Config
 from megatron_eopd.data.packing import make_microbatches, padded_length
-from megatron_eopd.models.build import build_model, read_hf_config
-from megatron_eopd.models.hf_weights import load_hf_weights
+from megatron_eopd.models.build import build_model
+from megatron_eopd.models.load import load_weights
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import MicroBatch, Rollout, ScoredRollout
 from megatron_eopd.training.forward import map_hidden
@@ -26,7 +26,7 @@ class ColocatedTeacher:
         self._context = context
         self._micro_batch_size = config.training.micro_batch_size
         self._model = build_model(hf_path, config.model, context)
-        load_hf_weights(self._model, hf_path, read_hf_config(hf_path), context.layout)
+        load_weights(self._model, hf_path, context)
         self._model.requires_grad_(False).eval()
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_eopd import checkpoint
 from megatron_eopd.metrics import divide
-from megatron_eopd.models.hf_weights import CheckpointError
+from megatron_eopd.models.hf_files import CheckpointError
 from megatron_eopd.training.step import train_step
 from tests.distributed.test_models import random_rollouts
 from tests.distributed.test_step import VOCAB, build, make_config, microbatches_of
@@ -27,7 +27,7 @@ def check_resume(student_dir, teacher_dir, run_dir):
             for _ in range(2):
                 train_step(student, token_loss, batches, context, step=0)
             position = checkpoint.make_position(2, config.seed, "digest", context)
-            checkpoint.save(run_dir, student, position, 3, context)
+            checkpoint.save(run_dir, student, position, student_dir, 3, context)
         else:
             position = checkpoint.load(checkpoint.newest(run_dir), student, context)
             assert position.iteration == 2 and position.layout == {"tp": 2, "pp": 1, "dp": 1}
@@ -48,7 +48,7 @@ def check_changed_options(student_dir, teacher_dir, run_dir):
             student_after_a_step(student)
             student.scheduler.step(3)
             position = checkpoint.make_position(1, config.seed, "digest", context)
-            checkpoint.save(run_dir, student, position, 1, context)
+            checkpoint.save(run_dir, student, position, student_dir, 1, context)
             lr = student.lr
         else:
             checkpoint.load(checkpoint.newest(run_dir), student, context)
@@ -79,7 +79,8 @@ def check_refusals(student_dir, run_dir):
     student, _, _ = build(config, context)
     for iteration in (1, 2, 3):
         position = checkpoint.make_position(iteration, config.seed, "digest", context)
-        checkpoint.save(run_dir, student_after_a_step(student), position, 2, context)
+        student_after_a_step(student)
+        checkpoint.save(run_dir, student, position, student_dir, 2, context)
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == ["000002", "000003"], "only keep_last complete checkpoints stay"
     newest = checkpoint.newest(run_dir)

@@ -12,7 +12,7 @@ from megatron_eopd.config import Config
 from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import build_model, read_hf_config
-from megatron_eopd.models.hf_weights import load_hf_weights
+from megatron_eopd.models.load import load_weights
 from megatron_eopd.rollout.recording import read_rollouts
 from megatron_eopd.teacher import ColocatedTeacher
 from megatron_eopd.training.optimizer import make_trainable
@@ -61,7 +61,7 @@ def make_config(student_dir, teacher_dir, **changed) -> Config:
 def build(config, context):
     hf_config = read_hf_config(config.student.hf_path)
     model = build_model(config.student.hf_path, config.model, context)
-    load_hf_weights(model, config.student.hf_path, hf_config, context.layout)
+    load_weights(model, config.student.hf_path, context)
     teacher = ColocatedTeacher(config, context)
     token_loss = TokenLoss(model, teacher.lm_head, config, hf_config.vocab_size, context)
     return make_trainable(model, config, context), teacher, token_loss

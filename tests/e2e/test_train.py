@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eopd.metrics import read_metrics
-from tests.conftest import make_qwen3
+from tests.tiny_models import make_model
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "examples/quickstart/eopd.toml"
@@ -105,7 +105,7 @@ def test_after_three_steps_the_engine_scores_as_the_trainer_does(tied, tp, pp, t
     """Within 1e-4 nats in float32; and a skipped sync is seen, so the check can fail."""
     student = Path(shutil.copytree(MODELS / "student", tmp_path / "student"))
     if tied:
-        make_qwen3(student, seed=4, vocab_size=112, tie_word_embeddings=True)
+        make_model("qwen3", student, seed=4, vocab_size=112, tie_word_embeddings=True)
     script = str(Path(__file__).parent / "sync_after_steps.py")
     done = subprocess.run(
         [

@@ -23,9 +23,9 @@ from megatron_eopd.rollout.vllm_engine import VllmEngine, vllm_available
 from megatron_eopd.weight_sync import sender
 from megatron_eopd.weight_sync.manifest import Manifest
 from megatron_eopd.weight_sync.verify import check_probe, probe_difference
-from tests.conftest import make_qwen3
 from tests.engine.toy import MAX_MODEL_LEN, PROBES, ToyTrainer, make_prompts
 from tests.test_engine_process import wait_until_gone
+from tests.tiny_models import make_model
 
 pytestmark = [
     pytest.mark.engine,
@@ -48,7 +48,7 @@ def world(tmp_path_factory):
 
 def start(tmp_path_factory, **arguments):
     path = tmp_path_factory.mktemp("engine")
-    trainer = ToyTrainer(make_qwen3(path / "model", seed=0, vocab_size=256, **arguments))
+    trainer = ToyTrainer(make_model("qwen3", path / "model", vocab_size=256, **arguments))
     return trainer, trainer.start_engine(path / "log" / "engine.txt")
 
 
@@ -286,7 +286,7 @@ def test_missing_vllm_says_how_to_install_it(tmp_path_factory, monkeypatch):
 
 def test_start_failure_quotes_the_engine(tmp_path_factory):
     path = tmp_path_factory.mktemp("engine")
-    trainer = ToyTrainer(make_qwen3(path / "model", seed=0))
+    trainer = ToyTrainer(make_model("qwen3", path / "model"))
     (path / "model" / "config.json").write_text("{}")
     with pytest.raises(EngineError, match=r"vLLM engine .* failed while starting"):
         trainer.start_engine(path / "engine.txt")
@@ -300,7 +300,7 @@ def test_two_stage_leaders_on_two_ranks(tmp_path):
 @pytest.mark.slow
 def test_engine_with_two_workers(tmp_path_factory):
     path = tmp_path_factory.mktemp("engine")
-    trainer = ToyTrainer(make_qwen3(path / "model", seed=0, vocab_size=256))
+    trainer = ToyTrainer(make_model("qwen3", path / "model", vocab_size=256))
     engine = trainer.start_engine(path / "engine.txt", engine_tp=2)
     for version in (0, 1):
         trainer.train(seed=version)
@@ -312,7 +312,7 @@ def test_engine_with_two_workers(tmp_path_factory):
 
 
 def run_two_ranks(tmp_path: Path) -> None:
-    make_qwen3(tmp_path / "model", seed=0, vocab_size=256)
+    make_model("qwen3", tmp_path / "model", vocab_size=256)
     port = str(free_port())
     ranks = [
         subprocess.Popen(

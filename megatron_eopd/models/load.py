@@ -1,0 +1,57 @@
+"""Weights of a model at start-up, from a Hugging Face directory or a Megatron checkpoint.
+
+Both hold config.json and the tokenizer, so one path says everything about a model.
+"""
+
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_eopd.models.build import CausalLM, read_hf_config
+from megatron_eopd.models.hf_files import HFCheckpoint
+from megatron_eopd.models.hf_weights import load_hf_weights
+from megatron_eopd.models.mcore_files import MCoreCheckpoint, is_mcore, loading_errors
+from megatron_eopd.parallel.init import ParallelContext
+
+
+def check_files(path: Path) -> None:
+    """Open every file that weights will be read from, without reading them.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    if is_mcore(path):
+        MCoreCheckpoint(path)
+    else:
+        with HFCheckpoint(path):
+            pass
+
+
+def load_weights(model: CausalLM, path: Path, context: ParallelContext) -> None:
+    """Fill this rank's parameters. Collective over all ranks.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model.
+    """
+    if is_mcore(path):
+        load_mcore_weights(model, path)
+    else:
+        load_hf_weights(model, path, read_hf_config(path), context.layout, context.cpu_group)
+
+
+def load_mcore_weights(model: CausalLM, path: Path) -> None:
+    """From a Megatron distributed checkpoint of any layout; of a run's, only the weights."""
+    # Objects are TransformerEngine's float8 scales, which no layer here has a use for.
+    state = {
+        name: item
+        for name, item in model.sharded_state_dict().items()
+        if not isinstance(item, ShardedObject)
+    }
+    with loading_errors(path):
+        loaded = dist_checkpointing.load(state, str(path))
+    parameters = dict(model.named_parameters())
+    missing = parameters.keys() - loaded.keys()
+    assert not missing, f"{sorted(missing)} have no part in Megatron's state"
+    for name, parameter in parameters.items():
+        parameter.data.copy_(loaded[name])
