@@ -11,10 +11,12 @@ import re
 import shutil
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_eopd.weight_sync.manifest import TensorSpec
 
 INDEX = "model.safetensors.index.json"
+_MAPPED_BYTES = 64 * 2**20
 _WRITE_ELEMENTS = 16 * 2**20
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py"}
 # Of this format, of Megatron's, and of a run's checkpoint.
@@ -31,6 +34,19 @@ _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A tensor in a file; data is read when a part is taken, as `tensor[rows, columns]`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it, e.g. "BF16"."""
+    read: Callable[[Any], torch.Tensor]
+
+    def __getitem__(self, part: Any) -> torch.Tensor:
+        return self.read(part)
 
 
 class HFCheckpoint:
@@ -43,6 +59,7 @@ class HFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._open_files: dict[str, safe_open] = {}
+        self._bytes_read = 0
         self._file_of: dict[str, str] = {}
         listed = self._weight_map()
         for file in sorted(set(listed.values())) if listed else ["model.safetensors"]:
@@ -62,27 +79,32 @@ class HFCheckpoint:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.release()
+        self._open_files.clear()
 
     def names(self) -> set[str]:
         return set(self._file_of)
 
-    def slice(self, name: str):
-        """Shape, dtype and parts of a tensor; data is read when a part is taken."""
-        return self._open(self._file_of[name]).get_slice(name)
+    def slice(self, name: str) -> TensorSlice:
+        found = self._open(self._file_of[name]).get_slice(name)
+        return TensorSlice(tuple(found.get_shape()), found.get_dtype(), partial(self._read, name))
+
+    def _read(self, name: str, part: Any) -> torch.Tensor:
+        tensor = self._open(self._file_of[name]).get_slice(name)[part]
+        self._bytes_read += tensor.nbytes
+        if self._bytes_read > _MAPPED_BYTES:
+            # The files are mapped, and every page that was ever read counts as this process's.
+            self._open_files.clear()
+            self._bytes_read = 0
+        return tensor
 
     def count_dtypes(self, names: Iterable[str]) -> dict[torch.dtype, int]:
         """How many of these tensors there are of each type."""
         dtypes = {code: getattr(torch, name) for name, code in _SAFETENSORS_DTYPES.items()}
-        return Counter(dtypes[self.slice(name).get_dtype()] for name in names)
+        return Counter(dtypes[self.slice(name).dtype] for name in names)
 
     def fingerprint(self) -> list:
         """Changes when a weight file does."""
         return fingerprint(self.path / file for file in set(self._file_of.values()))
-
-    def release(self) -> None:
-        """Close the files. Pages that were read count as this process's memory until then."""
-        self._open_files.clear()
 
     def check(self, shapes: dict[str, tuple[int, ...]], asked_for: set[str], *, tied: bool) -> None:
         """Compare with what config.json asks for: these shapes, and no name but `asked_for`.
@@ -108,18 +130,17 @@ class HFCheckpoint:
         if name not in self._file_of:
             return f"{name}: missing"
         found = self.slice(name)
-        if tuple(found.get_shape()) != shape:
-            return f"{name}: shape {found.get_shape()}, expected {list(shape)}"
-        if found.get_dtype() not in _SAFETENSORS_DTYPES.values():
-            return f"{name}: type {found.get_dtype()} is not supported, only floating point is"
+        if found.shape != shape:
+            return f"{name}: shape {list(found.shape)}, expected {list(shape)}"
+        if found.dtype not in _SAFETENSORS_DTYPES.values():
+            return f"{name}: type {found.dtype} is not supported, only floating point is"
         return None
 
     def _untied_head(self) -> list[str]:
         head, embedding = (self.slice(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-        rows = embedding.get_shape()[0]
-        same = _kind(head) == _kind(embedding) and all(
+        same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
             torch.equal(head[first : first + 4096], embedding[first : first + 4096])
-            for first in range(0, rows, 4096)
+            for first in range(0, embedding.shape[0], 4096)
         )
         problem = "lm_head.weight: differs from the embedding, but tie_word_embeddings is true"
         return [] if same else [problem]
@@ -137,10 +158,6 @@ class HFCheckpoint:
         if file not in self._open_files:
             self._open_files[file] = _open_safetensors(self.path / file)
         return self._open_files[file]
-
-
-def _kind(tensor) -> tuple[list[int], str]:
-    return tensor.get_shape(), tensor.get_dtype()
 
 
 def _open_safetensors(path: Path) -> safe_open:

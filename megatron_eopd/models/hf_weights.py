@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from megatron_eopd.models.families import family_of
 from megatron_eopd.models.families.base import Mapping, Split
-from megatron_eopd.models.hf_files import HFCheckpoint
+from megatron_eopd.models.hf_files import HFCheckpoint, TensorSlice
 from megatron_eopd.parallel.layout import Layout
 
 READ_BYTES = 64 * 2**20
@@ -105,10 +105,14 @@ def _pattern_of(name: str) -> tuple[str, int, int]:
 
 
 def fill_shard(
-    out: torch.Tensor, split: Split, wholes: Sequence, rank: int, size: int, heads: HeadShape
+    out: torch.Tensor,
+    split: Split,
+    wholes: Sequence[torch.Tensor | TensorSlice],
+    rank: int,
+    size: int,
+    heads: HeadShape,
 ) -> None:
-    """Write rank's part of the whole HF tensors (or of safetensors slices, which read only what
-    is asked for) into `out`, casting to its dtype."""
+    """Write rank's part of the whole HF tensors into `out`, casting to its dtype."""
     if split is Split.REPLICATED:
         _copy(out, wholes[0])
     elif split is Split.ROW:
@@ -119,7 +123,7 @@ def fill_shard(
             _copy(half, whole, row=rank * half.shape[0])
     elif split is Split.VOCAB:
         first = rank * out.shape[0]
-        kept = min(max(shape_of(wholes[0])[0] - first, 0), out.shape[0])
+        kept = min(max(wholes[0].shape[0] - first, 0), out.shape[0])
         _copy(out[:kept], wholes[0], row=first)
         out[kept:].zero_()
     else:
@@ -129,7 +133,9 @@ def fill_shard(
             part.copy_(whole[rank * rows : (rank + 1) * rows].view(part.shape))
 
 
-def _copy(out: torch.Tensor, whole, row: int = 0, column: int = 0) -> None:
+def _copy(
+    out: torch.Tensor, whole: torch.Tensor | TensorSlice, row: int = 0, column: int = 0
+) -> None:
     """Rows (and columns) of `whole` from the given place on, as many as `out` has."""
     row_bytes = max(out[:1].nbytes, 1)
     step = max(READ_BYTES // row_bytes, 1)
@@ -176,10 +182,6 @@ def hf_shapes(
     # Meta tensors, joined by the real function: no second set of shape rules.
     shards = [torch.empty_like(parameter, device="meta")] * size
     return [tuple(whole.shape) for whole in join(split, shards, heads, vocab)]
-
-
-def shape_of(whole) -> list[int]:
-    return list(whole.shape) if isinstance(whole, torch.Tensor) else whole.get_shape()
 
 
 def load_hf_weights(
