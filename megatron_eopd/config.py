@@ -51,7 +51,8 @@ def _words_of(annotation: Any) -> set[Any]:
 
 class StudentConfig(Section):
     hf_path: Path
-    """Hugging Face directory of the student; its config.json gives the architecture."""
+    """Directory of the student, Hugging Face's or a Megatron checkpoint that tools/convert_hf.py or
+    a run wrote; its config.json gives the architecture."""
     tokenizer: Path | None = None
     """A SentencePiece model file, or the directory of a Hugging Face tokenizer. Default:
     `hf_path`."""
@@ -59,7 +60,7 @@ class StudentConfig(Section):
 
 class TeacherConfig(Section):
     hf_path: Path
-    """Hugging Face directory of the frozen teacher. Must share the student's token vocabulary."""
+    """Directory of the frozen teacher, like the student's. Must share its token vocabulary."""
     tokenizer: Path | None = None
     """As `student.tokenizer`, to check that both give every token the same id. Default:
     `hf_path`."""

@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_run(first_run, tmp_path):
     again = train(tmp_path / "run")
     assert again.returncode == 0, again.stderr
     assert timeless(tmp_path / "run") == timeless(first_run[0])
-    assert_same_export(tmp_path / "run", first_run[0])
+    assert_same_weights(tmp_path / "run" / "hf", first_run[0] / "hf")
 
 
 def test_resume_goes_on_as_if_nothing_had_happened(first_run, tmp_path):
@@ -146,7 +146,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(first_run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout and "000002" in done.stdout
     assert timeless(run_dir) == timeless(first_run[0])
-    assert_same_export(run_dir, first_run[0])
+    assert_same_weights(run_dir / "hf", first_run[0] / "hf")
 
 
 def test_a_finished_run_only_reports_again(first_run, tmp_path):
@@ -179,8 +179,8 @@ def test_evaluating_a_finished_run_gives_the_figures_of_its_last_evaluation(firs
     assert timeless(run_dir) == timeless(first_run[0]), "the run itself is left as it was"
 
 
-def assert_same_export(run_dir: Path, other: Path) -> None:
-    ours, theirs = (load_file(d / "hf/model.safetensors") for d in (run_dir, other))
+def assert_same_weights(hf_dir: Path, other: Path) -> None:
+    ours, theirs = (load_file(d / "model.safetensors") for d in (hf_dir, other))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
@@ -199,6 +199,28 @@ def test_the_export_gives_the_trainers_logits_in_transformers_and_vllm(first_run
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert float(done.stdout.split()[-1]) < 1e-4
+
+
+def test_a_checkpoint_of_a_run_is_a_model(first_run, tmp_path):
+    """It converts to what the run exported, and another run starts from its weights: vLLM, which
+    takes only its config.json, agrees with the trainer after the first sync."""
+    checkpoint = first_run[0] / "checkpoints" / "000003"
+    converted = tmp_path / "converted"
+    command = [sys.executable, "tools/convert_hf.py", "to-hf", str(checkpoint), str(converted)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    exported = first_run[0] / "hf"
+    assert_same_weights(converted, exported)
+    assert {p.name for p in converted.iterdir()} == {p.name for p in exported.iterdir()}
+
+    done = train(
+        tmp_path / "run",
+        f"student.hf_path={checkpoint}",
+        "training.train_iters=0",
+        "evaluation.task=none",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_weights(tmp_path / "run" / "hf", exported)
 
 
 def test_a_recorded_run_replays_on_a_pipeline(first_run, tmp_path):
