@@ -1,6 +1,6 @@
 # make quickstart   from a fresh clone to a finished distillation
 # make test         lint and tests, on both supported lines of Megatron-Core
-# make bench        loss, weight-sync and step benchmarks for the device at hand
+# make bench        loss, weight-sync, step and conversion benchmarks for the device at hand
 # make install      only the environment, .venv
 
 PYTHON ?= python3

@@ -1,4 +1,4 @@
-"""Benchmarks for the device at hand: the loss, the LM heads, the weight sync, an iteration.
+"""Benchmarks: the loss, the LM heads, the weight sync, an iteration, checkpoint conversion.
 
 Prints tables and writes JSON. Every figure stands beside a plain memory copy measured in the
 same run, because absolute times of a shared machine say little.
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_convert import bench_convert
 from bench_head import bench_head
 from bench_loss import add_options, bench_loss, markdown
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from megatron_eopd.metrics import read_metrics
 
 EXAMPLES = """examples:
   python tools/bench.py                        everything
-  python tools/bench.py --only sync            one of loss, head, sync, step
+  python tools/bench.py --only sync            one of loss, head, sync, step, convert
   python tools/bench.py --output bench.json    where the JSON goes
   python tools/bench.py --only loss --cases float32 tp2 --contenders ours modelopt
   python tools/bench.py --only loss --cases plot --plot docs/images/loss_bench.png
@@ -150,7 +151,7 @@ def figures_table(name: str, figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-BENCHMARKS = ("loss", "head", "sync", "step")
+BENCHMARKS = ("loss", "head", "sync", "step", "convert")
 
 
 def main() -> None:
@@ -165,7 +166,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [arguments.only] if arguments.only else BENCHMARKS
     run = {"loss": lambda: bench_loss(arguments), "head": bench_head}
-    run |= {"sync": bench_sync, "step": bench_step}
+    run |= {"sync": bench_sync, "step": bench_step, "convert": bench_convert}
     # Where fresh memory comes in small pages, whoever allocates most pays most.
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     results = {"device": device(), "torch": torch.__version__, "GLIBC_TUNABLES": tunables}
