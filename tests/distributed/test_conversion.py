@@ -152,15 +152,13 @@ def test_there_and_back_is_the_identity(family, family_dirs, converted):
     assert next(configs) == next(configs)
 
 
-def build(hf_dir, context):
-    return build_model(hf_dir, ModelConfig(), context)
-
-
 def check_loading(dirs, converted):
     for layout in LAYOUTS:
         context = context_for(*layout, sequence_parallel=layout[0] > 1)
         for family in families_on(layout):
-            model, reference = (build(dirs[family], context) for _ in range(2))
+            # In the type of a run, whatever that of the checkpoint is.
+            config = ModelConfig(dtype="float32" if layout[2] == 1 else "bfloat16")
+            model, reference = (build_model(dirs[family], config, context) for _ in range(2))
             load_mcore_weights(model, converted / family)
             hf_config = read_hf_config(dirs[family])
             groups = context.layout, context.cpu_group
@@ -200,7 +198,7 @@ def save_by_megatron(dirs, out):
     for layout in LAYOUTS:
         context = context_for(*layout, sequence_parallel=layout[0] > 1)
         for family in families_on(layout):
-            model = build(dirs[family], context)
+            model = build_model(dirs[family], ModelConfig(), context)
             hf_config = read_hf_config(dirs[family])
             load_hf_weights(model, dirs[family], hf_config, context.layout, context.cpu_group)
             name = f"{family}-{'-'.join(map(str, layout))}"
