@@ -73,6 +73,8 @@ def open_session(
     errors: list[Exception] = []
     with collecting(errors):  # each rank reads other tensors, so one may fail alone
         load_weights(model, student_path, context)
+    raise_together(errors, context.cpu_group)  # before the collectives of the next model's loading
+    with collecting(errors):
         teacher = ColocatedTeacher(config, context)
     raise_together(errors, context.cpu_group)
     student = make_trainable(model, config, context)

@@ -103,7 +103,7 @@ def compare_logits(
     model = build_model(hf_dir, ModelConfig(dtype="float32"), context).eval()
     errors: list[Exception] = []
     with collecting(errors):
-        load_mcore_weights(model, mcore_dir)
+        load_mcore_weights(model, mcore_dir, context)
     raise_together(errors, context.cpu_group)
     prompt = Prompt(0, text="", answer="", prompt_ids=tuple(token_ids[:1]))
     response = tuple(token_ids[1:])

@@ -12,6 +12,7 @@ from megatron_eopd.models.build import CausalLM, read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint
 from megatron_eopd.models.hf_weights import load_hf_weights
 from megatron_eopd.models.mcore_files import MCoreCheckpoint, is_mcore, loading_errors
+from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 
 
@@ -35,13 +36,19 @@ def load_weights(model: CausalLM, path: Path, context: ParallelContext) -> None:
         CheckpointError: missing, damaged, or of another model.
     """
     if is_mcore(path):
-        load_mcore_weights(model, path)
+        load_mcore_weights(model, path, context)
     else:
         load_hf_weights(model, path, read_hf_config(path), context.layout, context.cpu_group)
 
 
-def load_mcore_weights(model: CausalLM, path: Path) -> None:
+def load_mcore_weights(model: CausalLM, path: Path, context: ParallelContext) -> None:
     """From a Megatron distributed checkpoint of any layout; of a run's, only the weights."""
+    # This says what is damaged, where dist_checkpointing raises anything; and all ranks stop before
+    # the collectives of loading when one of them cannot read.
+    errors: list[Exception] = []
+    with collecting(errors):
+        check_files(path)
+    raise_together(errors, context.cpu_group)
     # Objects are TransformerEngine's float8 scales, which no layer here has a use for.
     state = {
         name: item

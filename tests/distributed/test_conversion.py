@@ -159,7 +159,7 @@ def check_loading(dirs, converted):
             # In the type of a run, whatever that of the checkpoint is.
             config = ModelConfig(dtype="float32" if layout[2] == 1 else "bfloat16")
             model, reference = (build_model(dirs[family], config, context) for _ in range(2))
-            load_mcore_weights(model, converted / family)
+            load_mcore_weights(model, converted / family, context)
             hf_config = read_hf_config(dirs[family])
             groups = context.layout, context.cpu_group
             load_hf_weights(reference, dirs[family], hf_config, *groups)
