@@ -85,7 +85,7 @@ def pack_candidates(
     parts = [student_NV.new_empty((len(student_NV), 0), dtype=torch.float32)]
     if pick.sampled_ids_N is not None:
         columns_N1, owned_N1 = vocabulary.columns_of(pick.sampled_ids_N.unsqueeze(-1))
-        parts += [_logits_at(x, columns_N1).where(owned_N1, LOWEST) for x in logits]
+        parts += [logits_at(x, columns_N1).where(owned_N1, LOWEST) for x in logits]
     for ranked_by in pick.rankings:
         values_NK, columns_NK = shard.top_values_NK, shard.top_columns_NK
         if ranked_by == STUDENT:
@@ -93,12 +93,12 @@ def pack_candidates(
             values_NK, columns_NK = top_k_of_rows(real_NV, pick.top_k)
         # A shard with fewer than k finite logits names column 0 in place of each missing one.
         there_NK = values_NK > LOWEST
-        parts += [_logits_at(x, columns_NK).where(there_NK, LOWEST) for x in logits]
+        parts += [logits_at(x, columns_NK).where(there_NK, LOWEST) for x in logits]
         parts.append((columns_NK + vocabulary.first_column).float())
     return torch.cat(parts, dim=-1)
 
 
-def _logits_at(logits_NV: torch.Tensor, columns_NK: torch.Tensor) -> torch.Tensor:
+def logits_at(logits_NV: torch.Tensor, columns_NK: torch.Tensor) -> torch.Tensor:
     if not logits_NV.shape[-1]:
         return torch.full_like(columns_NK, LOWEST, dtype=torch.float32)
     return logits_NV.gather(-1, columns_NK).float().clamp(min=LOWEST)
@@ -143,6 +143,8 @@ def _best_of_all_ranks(
     # [3, N, R·k]. Ranks hold rising ids and each lists equal logits by id, so here too the lowest
     # id wins a tie.
     candidates = gathered_RNW.unflatten(-1, (3, top_k)).permute(2, 1, 0, 3).flatten(-2)
-    best_NK = top_k_of_rows(candidates[ranked_by], top_k)[1]
+    values_NK, best_NK = top_k_of_rows(candidates[ranked_by], top_k)
     logits = torch.stack([x.gather(-1, best_NK) for x in candidates[:2]])
-    return candidates[2].gather(-1, best_NK).long(), logits, logits[ranked_by] > LOWEST
+    # Where fewer than k tokens have a finite logit, the first candidate stands for each missing
+    # one, and its own logit would say that it is there.
+    return candidates[2].gather(-1, best_NK).long(), logits, values_NK > LOWEST

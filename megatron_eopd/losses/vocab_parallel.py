@@ -120,7 +120,7 @@ def vocab_parallel_terms(
         top_k: how many tokens of the largest probability ride along, and `top_k_of` whose. The
             teacher's come out of the sweep; the student's cost one more pass over its logits.
     """
-    vocabulary = _vocabulary(
+    vocabulary = vocabulary_of(
         student_logits,
         teacher_logits,
         tp_group,
@@ -179,7 +179,7 @@ def describe_non_finite(non_finite_R2: torch.Tensor) -> str:
     return f"not finite (NaN, +inf, or −inf for every token): {'; '.join(found)}."
 
 
-def _vocabulary(
+def vocabulary_of(
     student: torch.Tensor,
     teacher: torch.Tensor,
     tp_group: dist.ProcessGroup | None,
@@ -233,7 +233,7 @@ class _Sweep(torch.autograd.Function):
         )
         sums_RN8, gathered_RNW = gathered_RNW[..., :8], gathered_RNW[..., 8:]
         sums_N8 = merge_shards(sums_RN8, temperatures)
-        log_ratio_N, log_z, terms = _finish(sums_N8)
+        log_ratio_N, log_z, terms = finish_sums(sums_N8)
         ids_NK, *picked = choose_tokens(gathered_RNW, pick, log_z, temperatures)
         if mask_N is not None:
             terms = [term.where(mask_N, 0.0) for term in terms]
@@ -241,7 +241,7 @@ class _Sweep(torch.autograd.Function):
         ctx.save_for_backward(student_logits, teacher_logits, mask_N, ids_NK, log_ratio_N, *log_z)
         ctx.vocabulary, ctx.inplace, ctx.kernels = vocabulary, inplace, kernels
         ctx.mark_non_differentiable(*terms[2:], ids_NK, *picked[1:], *log_z)
-        return (*terms, ids_NK, *picked, *log_z, _count_non_finite(sums_RN8, sums_N8, mask_N))
+        return (*terms, ids_NK, *picked, *log_z, count_non_finite(sums_RN8, sums_N8, mask_N))
 
     @staticmethod
     def backward(ctx, g_reverse, g_forward, _, __, ___, g_picked_NK, *____):
@@ -252,7 +252,7 @@ class _Sweep(torch.autograd.Function):
         b_N = g_forward - g_reverse * log_ratio_N - g_picked_NK.sum(-1)
         weights_N7 = torch.stack([*log_z, g_reverse, b_N, g_forward], dim=-1)
         # Before the sweep, which may overwrite the student's logits.
-        columns_NK, values_NK = _picked_gradient(
+        columns_NK, values_NK = picked_gradient(
             student_NV, teacher_NV, ctx.vocabulary, weights_N7, ids_NK, g_picked_NK
         )
         grad_NV = ctx.kernels.shard_gradient(
@@ -272,7 +272,7 @@ class _Sweep(torch.autograd.Function):
         return grad_NV.view_as(student_logits), None, None, None, None, None
 
 
-def _finish(sums_N8: torch.Tensor) -> tuple[torch.Tensor, LogPartition, list[torch.Tensor]]:
+def finish_sums(sums_N8: torch.Tensor) -> tuple[torch.Tensor, LogPartition, list[torch.Tensor]]:
     """E_q[s − t], the partition functions and the four terms, each [N]."""
     max_s, max_t, z_s, z_t, d_s, d_t, a_t, a_s = sums_N8.unbind(-1)
     log_z_s, log_z_t = z_s.log(), z_t.log()
@@ -284,7 +284,7 @@ def _finish(sums_N8: torch.Tensor) -> tuple[torch.Tensor, LogPartition, list[tor
     return log_ratio, LogPartition(max_s, max_t, log_z_s, log_z_t), terms
 
 
-def _count_non_finite(
+def count_non_finite(
     sums_RN8: torch.Tensor, sums_N8: torch.Tensor, mask_N: torch.Tensor | None
 ) -> torch.Tensor:
     """int64 [R, 2]; a token without any finite logit is counted on rank 0."""
@@ -298,7 +298,7 @@ def _count_non_finite(
     return torch.stack(counts, dim=-1)
 
 
-def _picked_gradient(
+def picked_gradient(
     student_NV: torch.Tensor,
     teacher_NV: torch.Tensor,
     vocabulary: Vocabulary,
