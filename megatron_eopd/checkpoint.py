@@ -17,8 +17,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_eopd.models.build import CausalLM
 from megatron_eopd.models.hf_files import CheckpointError, copy_side_files
 from megatron_eopd.models.mcore_files import is_mcore, loading_errors
 from megatron_eopd.parallel.init import ParallelContext
@@ -29,6 +31,8 @@ _OPTIMIZER_FORMAT = {
     # The one format that another data-parallel size can load.
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
+    # Whether a rank has experts' optimizers beside the others' must not show in the keys.
+    "chained_optim_avoid_prefix": True,
 }
 
 
@@ -114,12 +118,14 @@ def load(directory: Path, student: Trainable, context: ParallelContext) -> Posit
     same_layout = position.layout == _sizes(context)
     # Adam has no moments before its first step, and Megatron describes only what exists. A step on
     # zero gradients makes them; everything it touches is overwritten below.
-    student.wrapped.zero_grad_buffer()
+    for chunk in student.wrapped:
+        chunk.zero_grad_buffer()
     student.optimizer.step()
     state = _sharded_state(student, context, is_loading=True, with_rng=same_layout)
     with loading_errors(directory):
         loaded = dist_checkpointing.load(state, str(directory))
-    student.model.load_state_dict(loaded["model"])
+    for name, chunk in _chunks_by_name(student):
+        chunk.load_state_dict(loaded[name])
     _load_optimizer(student.optimizer, loaded["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
@@ -128,6 +134,15 @@ def load(directory: Path, student: Trainable, context: ParallelContext) -> Posit
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    chained = optimizer.chained_optimizers
+    if len(chained) == 1:
+        _load_distributed(chained[0], state)
+        return
+    for number, distributed in enumerate(chained):  # dense layers, and experts
+        _load_distributed(distributed, state[number])
+
+
+def _load_distributed(distributed: DistributedOptimizer, state: dict[str, Any]) -> None:
     """Groups and step count first, moments and master weights second.
 
     In one go, Megatron-Core (0.16 and 0.19) looks for torch Adam's step counter among the sharded
@@ -135,11 +150,9 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     counter. So it is set aside while the tensors are copied. Megatron-Core also gives all
     parameters one and the same counter, which each parameter's update would then advance.
     """
-    (distributed,) = optimizer.chained_optimizers
     # The run's own options: a changed training.lr or adam_beta2 holds from here on.
-    options = [
-        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
-    ]
+    groups = distributed.param_groups
+    options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     for group in state["optimizer"]["param_groups"]:
         # 0.19 finds the saved group of a parameter by these two: all groups share them.
         group |= {name: options[0][name] for name in ("max_lr", "min_lr") if name in group}
@@ -152,7 +165,7 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     for s, step in zip(states, steps, strict=True):
         if step is not None:
             s["step"] = step.clone()
-    for group, own in zip(optimizer.param_groups, options, strict=True):
+    for group, own in zip(distributed.param_groups, options, strict=True):
         group.update(own)
 
 
@@ -164,17 +177,19 @@ def make_position(
 
 def _sizes(context: ParallelContext) -> dict[str, int]:
     layout = context.layout
-    return {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}
+    sizes = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "cp": layout.cp}
+    return sizes | {"vpp": layout.vpp, "ep": layout.ep, "expert_tp": layout.expert_tp}
 
 
 def _sharded_state(
     student: Trainable, context: ParallelContext, *, is_loading: bool, with_rng: bool
 ) -> dict[str, Any]:
-    model = student.model.sharded_state_dict()
+    chunks = {name: chunk.sharded_state_dict() for name, chunk in _chunks_by_name(student)}
+    # Megatron describes the optimizer by one chunk's state, or by those of all under their names.
     state = {
-        "model": model,
+        **chunks,
         "optimizer": student.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+            chunks.get("model", chunks), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
         ),
         "scheduler": student.scheduler.state_dict(),
     }
@@ -182,6 +197,13 @@ def _sharded_state(
         world, rank = context.layout.world_size, context.layout.rank
         state["rng"] = ShardedObject("rng", _rng_state(), (world,), (rank,))
     return state
+
+
+def _chunks_by_name(student: Trainable) -> list[tuple[str, CausalLM]]:
+    """As Megatron-LM names them in a checkpoint's state."""
+    if len(student.chunks) == 1:
+        return [("model", student.chunks[0])]
+    return [(f"model{n}", chunk) for n, chunk in enumerate(student.chunks)]
 
 
 def _rng_state() -> dict[str, Any]:

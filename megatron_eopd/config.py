@@ -58,30 +58,75 @@ class StudentConfig(Section):
     `hf_path`."""
 
 
-class TeacherConfig(Section):
-    hf_path: Path
-    """Directory of the frozen teacher, like the student's. Must share its token vocabulary."""
-    tokenizer: Path | None = None
-    """As `student.tokenizer`, to check that both give every token the same id. Default:
-    `hf_path`."""
-    placement: Literal["colocated"] = "colocated"
-    """`colocated`: the teacher sits on the student's ranks, with the student's layout."""
-    payload: Literal["hidden"] = "hidden"
-    """What the teacher hands over. `hidden`: last hidden states, projected again by the teacher's
-    LM head on the student's last pipeline stage; exact, and 2·H bytes per token in bf16."""
+class ParallelSizes(Section):
+    """How one model is cut; the ranks that are left over hold copies of it (data parallelism)."""
 
-
-class ParallelConfig(Section):
     tensor_model_parallel_size: int = Field(1, gt=0)
     """Ranks that share every layer; divides attention heads and key/value heads."""
     pipeline_model_parallel_size: int = Field(1, gt=0)
-    """Pipeline stages; divides the layers of student and teacher."""
+    """Pipeline stages; divides the layers of the model."""
     expert_model_parallel_size: int = Field(1, gt=0)
     """Parts that the experts of a layer are dealt out to, over the ranks of a pipeline stage."""
     expert_tensor_parallel_size: int = Field(1, gt=0)
     """Ranks that share one expert."""
     sequence_parallel: bool = False
     """Shard the sequence over the tensor-parallel ranks between the parallel layers."""
+
+    def sizes_alone(self) -> "ParallelSizes":
+        """Without what only a student has."""
+        return ParallelSizes(**{name: getattr(self, name) for name in ParallelSizes.model_fields})
+
+
+class TeacherConfig(Section):
+    hf_path: Path
+    """Directory of the frozen teacher, like the student's. Must share its token vocabulary."""
+    tokenizer: Path | None = None
+    """As `student.tokenizer`, to check that both give every token the same id. Default:
+    `hf_path`."""
+    eos_token_map: dict[str, str] = {}
+    """Student's token → teacher's token, as text: the two swap their places in the teacher's
+    distribution. Needed where the models end an answer differently, as with a base student and an
+    instruct teacher, `{ "<|endoftext|>" = "<|im_end|>" }`."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """`colocated`: on the student's ranks. `separate`: on `world_size` ranks of its own, behind the
+    student's in the same torchrun world."""
+    world_size: int | None = Field(None, gt=0)
+    """Ranks of a `separate` teacher."""
+    payload: Literal["hidden", "logits", "topk"] = "hidden"
+    """What the teacher hands over. `hidden`: last hidden states, projected by the teacher's LM head
+    on the student's last pipeline stage; exact, and 2·H bytes per token in bf16. `logits`: its
+    vocab-parallel logits, a few microbatches at a time; exact, and 2·V bytes. `topk`: the
+    `objective.top_k` most probable tokens, with exact entropy and tail; 12·k bytes."""
+    microbatches_per_exchange: int | None = Field(None, gt=0)
+    """Student microbatches that are scored, handed over and trained on at a time. Default: those of
+    a whole optimizer step; with `logits`, as many as the student has pipeline stages."""
+    offload: bool = False
+    """Keep a `colocated` teacher's weights in host memory while it has nothing to score (GPU)."""
+    dtype: Literal["float32", "bfloat16", "as_model"] = "as_model"
+    """Type of the teacher's parameters and activations. `as_model`: that of `model.dtype`."""
+    parallel: ParallelSizes | None = None
+    """The teacher's own layout. Default: the student's tensor, pipeline and expert sizes."""
+
+    @model_validator(mode="after")
+    def _fits_its_placement(self) -> "TeacherConfig":
+        if (self.placement == "separate") != (self.world_size is not None):
+            raise ValueError(
+                f"placement={self.placement} with world_size={self.world_size}. Set world_size to "
+                f"the number of ranks of a separate teacher, and leave it out of a colocated one."
+            )
+        if self.offload and self.placement == "separate":
+            raise ValueError(
+                "offload=true makes room for a student on the same ranks, and placement=separate "
+                "has none. Set offload=false."
+            )
+        return self
+
+
+class ParallelConfig(ParallelSizes):
+    virtual_pipeline_model_parallel_size: int = Field(1, gt=0)
+    """Model chunks of the student on each pipeline stage; above 1 they run interleaved."""
+    context_parallel_size: int = Field(1, gt=0)
+    """Ranks that share each of the student's sequences."""
     distributed_timeout_minutes: float = Field(10.0, gt=0)
     """No collective waits longer than this for a missing rank."""
 
@@ -97,7 +142,11 @@ class ModelConfig(Section):
     """The vocabulary is padded to a multiple of this times `tensor_model_parallel_size`; padded
     columns never enter a softmax."""
     recompute_granularity: Literal["selective", "full"] | None = None
-    """Activation recomputation of the student, as in Megatron-Core."""
+    """Activation recomputation of the student: of the core attention, or of whole layers."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Of `full`: all layers in groups of `recompute_num_layers`, or only that many of a stage."""
+    recompute_num_layers: int = Field(1, gt=0)
+    """See `recompute_method`."""
 
 
 class DataConfig(Section):
@@ -116,6 +165,9 @@ class DataConfig(Section):
     """In tokens; a longer prompt is an error that names its line."""
     shuffle: bool = True
     """Draw prompts in a seeded random order, anew each epoch."""
+    teacher_key: str = "teacher"
+    """Key under which a line of `prompts` names its teacher, one of `[teachers.NAME]`. A line
+    without it has the one of `[teacher]`."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -330,8 +382,12 @@ class TrainingConfig(Section):
     """Iterations: one generation and one weight sync each."""
     global_batch_size: int = Field(32, gt=0)
     """Samples per optimizer step, over all data-parallel ranks; divides `rollout.batch_size`."""
-    micro_batch_size: int = Field(1, gt=0)
-    """Samples per forward and backward pass on a rank."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Samples that are packed into one forward and backward pass of a rank. Default: 1, or as
+    `max_tokens_per_microbatch` says."""
+    max_tokens_per_microbatch: int | None = Field(None, gt=0)
+    """Instead of `micro_batch_size`: pack as many samples as have this many tokens together. Then
+    every data-parallel rank gets the same number of microbatches, balanced by length."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
@@ -352,6 +408,23 @@ class TrainingConfig(Section):
     """Largest gradient norm; 0 does not clip."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs (GPU)."""
+    overlap_param_gather: bool = False
+    """Gather the updated parameters while the next forward pass runs (GPU); needs
+    `overlap_grad_reduce`."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "TrainingConfig":
+        if self.max_tokens_per_microbatch and self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} would be ignored with "
+                f"max_tokens_per_microbatch={self.max_tokens_per_microbatch}. Set one of the two "
+                f"to none."
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError(
+                "overlap_param_gather=true needs overlap_grad_reduce=true; it is false."
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -393,6 +466,9 @@ class Config(Section):
     """Fixes prompt order, sampling and any random initialisation."""
     student: StudentConfig
     teacher: TeacherConfig
+    teachers: dict[str, TeacherConfig] = {}
+    """More teachers, by name, for prompts that ask for them: `[teachers.NAME]` has the options of
+    `[teacher]`."""
     parallel: ParallelConfig = ParallelConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -450,12 +526,95 @@ class Config(Section):
                 f"objective.student_temperature={student} with the engine's log-probabilities at "
                 f"rollout.temperature={rollout.temperature}. Set both to the same value."
             )
-        if self.parallel.sequence_parallel and self.parallel.tensor_model_parallel_size == 1:
+        return self
+
+    @model_validator(mode="after")
+    def _layouts_fit(self) -> "Config":
+        parallel = self.parallel
+        own = [
+            (f"{where}.parallel", t.parallel)
+            for where, t in self.teachers_by_option()
+            if t.parallel
+        ]
+        for where, sizes in [("parallel", parallel), *own]:
+            if sizes.sequence_parallel and sizes.tensor_model_parallel_size == 1:
+                raise ValueError(
+                    f"{where}.sequence_parallel=true needs {where}.tensor_model_parallel_size > 1; "
+                    f"it is 1. Set {where}.sequence_parallel=false."
+                )
+        chunks, stages = (
+            parallel.virtual_pipeline_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+        )
+        if chunks > 1 and stages == 1:
             raise ValueError(
-                "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; it "
-                "is 1. Set parallel.sequence_parallel=false."
+                f"parallel.virtual_pipeline_model_parallel_size={chunks} interleaves the chunks of "
+                f"pipeline stages, and parallel.pipeline_model_parallel_size is 1. Set it above 1."
             )
         return self
+
+    @field_validator("teachers")
+    @classmethod
+    def _have_names_of_their_own(cls, value: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
+        if "teacher" in value:
+            raise ValueError("a teacher named teacher is the one of [teacher]. Name it otherwise.")
+        return value
+
+    @model_validator(mode="after")
+    def _payload_fits(self) -> "Config":
+        payloads = {t.payload for _, t in self.teachers_by_option()}
+        if len(payloads) > 1:
+            raise ValueError(
+                f"teachers with different payloads {sorted(payloads)}: one objective would mean "
+                f"different things for them. Set the same payload for all."
+            )
+        objective = self.objective
+        if objective.parts.gate == "quantile" and payloads == {"logits"}:
+            raise ValueError(
+                "objective.gate=quantile needs the entropies of a whole optimizer step before its "
+                "first microbatch, and teacher.payload=logits never holds them all. Set "
+                "teacher.payload=hidden or topk."
+            )
+        if payloads == {"topk"}:
+            _check_top_k_payload(objective)
+        return self
+
+    @property
+    def exchange_size(self) -> int | None:
+        """Microbatches of each data-parallel rank that teachers hand over at a time; None: those
+        of an optimizer step. The interleaved schedule takes whole groups of them."""
+        parallel = self.parallel
+        stages = parallel.pipeline_model_parallel_size
+        size = self.teacher.microbatches_per_exchange
+        if size is None and self.teacher.payload == "logits":
+            size = stages
+        if size is not None and parallel.virtual_pipeline_model_parallel_size > 1:
+            size = _multiple(size, stages)
+        return size
+
+    def teachers_by_option(self) -> list[tuple[str, TeacherConfig]]:
+        """Every teacher with the name of its section; the one of `[teacher]` first."""
+        return [
+            ("teacher", self.teacher),
+            *((f"teachers.{name}", teacher) for name, teacher in self.teachers.items()),
+        ]
+
+
+def _check_top_k_payload(objective: ObjectiveConfig) -> None:
+    """What needs the teacher's whole distribution cannot be had from its top k."""
+    parts = objective.parts
+    for option, value, possible in (
+        ("reverse_kl", parts.reverse_kl, ("topk", "sampled", "none")),
+        ("forward_kl", parts.forward_kl, ("topk", "none")),
+        ("top_k_support", objective.top_k_support, ("teacher",)),
+    ):
+        if value not in possible:
+            raise ValueError(
+                f"teacher.payload=topk holds objective.top_k={objective.top_k} tokens of each "
+                f"distribution, and objective.{option}={value} needs all of them. Set "
+                f"objective.{option} to {' or '.join(possible)}, objective.name=eopd_paper, or "
+                f"teacher.payload=hidden."
+            )
 
 
 def _multiple(value: int, of: int) -> int:
@@ -516,6 +675,8 @@ def _explain(error: ValidationError, toml_path: Path) -> str:
             lines.append(f"  {name}: unknown option. {_suggest(name)}")
         elif problem["type"] == "missing":
             lines.append(f"  {name}: missing. Set it in the file or as {name}=…")
+        elif name and isinstance(problem["input"], dict):  # options that contradict each other
+            lines.append(f"  {name}: {message}")
         elif name:
             lines.append(f"  {name}={problem['input']!r}: {message}")
         else:
@@ -544,12 +705,16 @@ def changed_options(old: dict[str, Any], new: dict[str, Any], prefix: str = "") 
     return changes
 
 
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
 def describe_options(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple]:
     """(dotted name, default as TOML-like text, docstring) of every option, in file order."""
     for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from describe_options(annotation, f"{prefix}{name}.")
+        sections = [t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)]
+        if sections and field.annotation is not dict[str, TeacherConfig]:
+            yield from describe_options(sections[0], f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else json.dumps(field.default, default=str)
         yield f"{prefix}{name}", default, field.description or ""

@@ -4,9 +4,11 @@ It is the chain of records written down: prompts ─▶ rollouts ─▶ scored r
 step reports ─▶ new weights in the engine.
 """
 
+from itertools import islice
+
 from megatron_eopd import checkpoint, report
 from megatron_eopd.config import ConfigError
-from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
+from megatron_eopd.data.packing import Limits, pack, rounds_of
 from megatron_eopd.evaluation.evaluate import Evaluation, evaluate
 from megatron_eopd.metrics import MetricsWriter
 from megatron_eopd.records import Rollout, StepReport
@@ -31,7 +33,10 @@ def train(session: Session, writer: MetricsWriter | None) -> None:
                 save_if_due(session, iteration)
             if iteration == config.training.train_iters:
                 break
-            times = StageTimes()
+            layout = session.context.layout
+            times = StageTimes(
+                f" of iteration {iteration} on rank {layout.rank} ({layout.place()})"
+            )
             with times("rollout"):
                 rollouts = draw_rollouts(session, iteration)
             reports = train_on(session, rollouts, iteration, times)
@@ -80,34 +85,34 @@ def train_on(
     """The optimizer steps of one iteration, each on its own part of the rollouts."""
     config = session.config
     size = config.training.global_batch_size
+    limits, layout = Limits.of(config.training), session.context.layout
+    plans = [pack(rollouts[n : n + size], limits, layout) for n in range(0, len(rollouts), size)]
+    rounds = [rounds_of(plan, config.exchange_size) for plan in plans]
+    # All steps at once: a teacher on its own ranks goes on while the student trains.
+    all_rounds = [portion for step in rounds for portion in step]
+    scored = times.each("score", session.teachers.microbatches(all_rounds))
     reports = []
-    for first in range(0, len(rollouts), size):
-        step_rollouts = rollouts[first : first + size]
-        with times("score"):
-            scored = session.teacher.score(rank_part(step_rollouts, session.context.layout))
-        microbatches = make_microbatches(
-            scored,
-            config.training.micro_batch_size,
-            padded_length(step_rollouts, session.context.layout),
-            session.context.device,
-        )
+    for number, own_rounds in enumerate(rounds):
         try:
             with times("train"):
                 step_report = train_step(
                     session.student,
                     session.token_loss,
-                    microbatches,
+                    islice(scored, len(own_rounds)),
                     session.context,
-                    step=iteration * config.optimizer_steps_per_iteration + len(reports),
+                    num_rounds=len(own_rounds),
+                    step=iteration * config.optimizer_steps_per_iteration + number,
                     # Only here does the student still have the weights that wrote the rollouts.
-                    compare_engine=first == 0,
+                    compare_engine=number == 0,
                 )
         except NonFiniteError:
-            if session.context.layout.rank == 0:
+            if layout.rank == 0:
                 path = config.run_dir / "rollouts" / f"{iteration:06d}-nonfinite.jsonl"
-                write_rollouts(path, step_rollouts, session.tokenizer)
+                first = number * size
+                write_rollouts(path, rollouts[first : first + size], session.tokenizer)
             raise
         reports.append(step_report)
+    session.student.gather_parameters()
     return reports
 
 
@@ -159,9 +164,9 @@ def evaluate_student(session: Session) -> Evaluation:
     return evaluate(
         session.held_out,
         session.engine,
-        session.teacher,
+        session.teachers,
         session.token_loss,
-        session.student.model,
+        session.student.chunks,
         session.tokenizer,
         session.config,
         session.context,

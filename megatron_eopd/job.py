@@ -1,93 +1,157 @@
 """A command's work on every rank: check, join the ranks, build, work, report, leave together."""
 
 import json
-import os
+import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore
 
 from megatron_eopd import distill, preflight, report
 from megatron_eopd.config import Config, ConfigError, changed_options
 from megatron_eopd.metrics import MetricsWriter, read_metrics
 from megatron_eopd.models.hf_files import CheckpointError
-from megatron_eopd.parallel.collectives import RemoteError
-from megatron_eopd.parallel.init import ParallelContext, parallel_context
+from megatron_eopd.parallel.collectives import LostRankError, RemoteError
+from megatron_eopd.parallel.init import ParallelContext, job_store, own_rank, world_context
+from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, student_layout
 from megatron_eopd.rollout.engine import EngineError
 from megatron_eopd.run_log import RunLog
 from megatron_eopd.session import Session, open_session
+from megatron_eopd.teacher.placement import rank_table, wire_store
+from megatron_eopd.teacher.separate import TeacherError, serve
 from megatron_eopd.training.step import NonFiniteError
 
-EXPECTED_ERRORS = (ConfigError, CheckpointError, EngineError, NonFiniteError, RemoteError)
+EXPECTED_ERRORS = (
+    ConfigError,
+    CheckpointError,
+    EngineError,
+    NonFiniteError,
+    LostRankError,
+    RemoteError,
+    TeacherError,
+)
 """What a user can act on; told without a traceback."""
 
 
 def train(config: Config) -> None:
     """Train to the last iteration, export, report. Every rank of the job calls this."""
-    begin = time.monotonic()
-    with _session(config) as session:
-        is_first = session.context.layout.rank == 0
-        writer = None
-        if is_first:
-            _tell_changes(session)
-            _save_provenance(config)
-            writer = MetricsWriter(config.run_dir, resumed_at=session.first_iteration)
-        distill.train(session, writer)
-        if config.checkpoint.export_hf:
-            session.exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
-        if writer is not None:
-            writer.close()
-            hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
-            table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
-            minutes = (time.monotonic() - begin) / 60
-            session.log.line("\n" + report.write_report(config, table, hf_dir, minutes))
+    on_every_rank(config, _train)
+
+
+def _train(session: Session) -> None:
+    config, begin = session.config, time.monotonic()
+    writer = None
+    if session.context.layout.rank == 0:
+        _tell_changes(session)
+        _save_provenance(config)
+        writer = MetricsWriter(config.run_dir, resumed_at=session.first_iteration)
+    distill.train(session, writer)
+    if config.checkpoint.export_hf:
+        session.exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
+    if writer is not None:
+        writer.close()
+        hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
+        table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
+        minutes = (time.monotonic() - begin) / 60
+        session.log.line("\n" + report.write_report(config, table, hf_dir, minutes))
 
 
 def evaluate(config: Config) -> None:
     """Evaluate the newest checkpoint of the run, or the student as it came where there is none."""
     if config.evaluation.task is None:
         raise ConfigError("evaluation.task is not set: nothing to evaluate on. Set countdown.")
-    with _session(config) as session:
-        session.push_weights(version=session.first_iteration)
-        figures = distill.evaluate_student(session).figures
-        if session.context.layout.rank == 0:
-            path = config.run_dir / f"evaluation-{session.first_iteration:06d}.json"
-            path.write_text(json.dumps(figures, indent=2) + "\n")
-            session.log.line("\n" + report.figures_table(figures) + f"\n\nwritten to {path}")
+    on_every_rank(config, _evaluate)
+
+
+def _evaluate(session: Session) -> None:
+    session.push_weights(version=session.first_iteration)
+    figures = distill.evaluate_student(session).figures
+    if session.context.layout.rank == 0:
+        path = session.config.run_dir / f"evaluation-{session.first_iteration:06d}.json"
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+        session.log.line("\n" + report.figures_table(figures) + f"\n\nwritten to {path}")
 
 
 def dry_run(config: Config, world_size: int | None) -> None:
-    """Check as a run would, and print what it would do with this many ranks (default TP × PP)."""
+    """Check as a run would, and print what it would do with this many ranks (default: the fewest
+    that the layouts allow)."""
     parallel = config.parallel
-    smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    smallest = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    ) + sum(teacher.world_size or 0 for _, teacher in config.teachers_by_option())
     inputs = preflight.check(config, world_size or smallest)
     print(config.model_dump_json(indent=2))
     numbers = preflight.derived_numbers(config, inputs, world_size or smallest)
     for name, value in numbers.items():
         print(f"{name}: {value}")
+    print(rank_table(config, world_size or smallest))
+
+
+def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
+    """`work` on the student's ranks, while those of separate teachers serve them."""
+    signal.signal(signal.SIGTERM, _stopped)
+    rank, world_size = own_rank()
+    inputs = preflight.check(config, world_size)
+    roles = roles_of(config, world_size)
+    role = next(role for role in roles.values() if role.holds(rank))
+    store = job_store(config.parallel.distributed_timeout_minutes)
+    store.set(f"host/{rank}", socket.gethostname())
+    with _world(role, config, rank, store) as (context, log):
+        if role.name != STUDENT:
+            teacher = dict(config.teachers_by_option())[role.name]
+            own_wire, swaps = wire_store(store, role.name), inputs.swaps[role.name]
+            students = student_layout(config, world_size)
+            serve(teacher, role, config, swaps, own_wire, students, context)
+            return
+        if rank == 0:
+            _tell_plan(config, inputs, world_size, store, log)
+        with open_session(config, inputs, roles, store, context, log) as session:
+            work(session)
+
+
+def _stopped(*_: object) -> NoReturn:
+    """torchrun ends the ranks that are left by SIGTERM. As an error it leaves a word in the log."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise LostRankError("stopped by SIGTERM: another rank failed first, or somebody ended the job.")
 
 
 @contextmanager
-def _session(config: Config) -> Iterator[Session]:
-    """A session on the ranks of this job; an expected error ends all ranks together."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    inputs = preflight.check(config, world_size)
-    with parallel_context(config.parallel, config.seed, config.longest_wait_s) as context:
-        log = RunLog(config.run_dir, context.layout.rank)
-        for name, value in preflight.derived_numbers(config, inputs, world_size).items():
-            log.line(f"{name}: {value}")
+def _world(
+    role: Role, config: Config, rank: int, store: dist.Store
+) -> Iterator[tuple[ParallelContext, RunLog]]:
+    """The ranks of one role. An expected error ends all of them together."""
+    layout, minutes = role.layout(config, rank), config.parallel.distributed_timeout_minutes
+    own = PrefixStore(role.name, store)
+    with world_context(layout, own, minutes, config.seed, config.longest_wait_s) as context:
+        log = RunLog(config.run_dir, rank)
         try:
-            with open_session(config, inputs, context, log) as session:
-                yield session
+            yield context, log
         except EXPECTED_ERRORS as error:
             _fail_together(error, log, context)
         log.close()
+
+
+def _tell_plan(
+    config: Config, inputs: preflight.Inputs, world_size: int, store: dist.Store, log: RunLog
+) -> None:
+    """What this run is, and who sits where."""
+    for name, value in preflight.derived_numbers(config, inputs, world_size).items():
+        log.line(f"{name}: {value}")
+    hosts = [store.get(f"host/{rank}").decode() for rank in range(world_size)]
+    table = rank_table(config, world_size, hosts)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "ranks.txt").write_text(table + "\n")
+    log.line(table)
 
 
 def _fail_together(error: Exception, log: RunLog, context: ParallelContext) -> NoReturn:

@@ -8,19 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_eopd import checkpoint
-from megatron_eopd.config import Config, ConfigError
+from megatron_eopd.config import (
+    Config,
+    ConfigError,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+from megatron_eopd.data.packing import Limits
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
-from megatron_eopd.models.build import check_divides, read_hf_config, uses_transformer_engine
-from megatron_eopd.models.families import family_of
-from megatron_eopd.models.families.base import Mapping, Split
-from megatron_eopd.models.hf_weights import num_experts
+from megatron_eopd.models.build import (
+    check_divides,
+    check_student,
+    read_hf_config,
+    uses_transformer_engine,
+)
 from megatron_eopd.models.load import check_files
-from megatron_eopd.parallel.layout import Layout, pad_vocab_size
+from megatron_eopd.parallel.layout import Layout
+from megatron_eopd.parallel.worlds import separate_layout, student_layout
+from megatron_eopd.planning.activations import Lengths, Load, Platform
+from megatron_eopd.planning.memory import Setup, describe, plan_memory
+from megatron_eopd.planning.shapes import Models
+from megatron_eopd.records import DEFAULT_TEACHER
 from megatron_eopd.rollout.vllm_engine import vllm_available
+from megatron_eopd.teacher.colocated import colocated_layout
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,8 @@ class Inputs:
 
     tokenizer: Tokenizer
     prompts: PromptSet
+    swaps: dict[str, list[tuple[int, int]]]
+    """A teacher's section → pairs of token ids that trade places in its distribution."""
     resume_from: Path | None
 
 
@@ -37,22 +53,16 @@ def check(config: Config, world_size: int) -> Inputs:
     Raises:
         ConfigError, CheckpointError: naming the option, its value and what would be right.
     """
-    layout = Layout.from_config(config.parallel, world_size, rank=0)
+    layout = student_layout(config, world_size)
     uses_transformer_engine(config.model)
-    for who, path in (("student", config.student.hf_path), ("teacher", config.teacher.hf_path)):
-        check_divides(read_hf_config(path), layout, who)
-        check_files(path)
-    tokenizer, teacher_tokenizer = (
-        load_tokenizer(
-            model.tokenizer or model.hf_path,
-            model_path=model.hf_path,
-            vocab_size=read_hf_config(model.hf_path).vocab_size,
-            stop_ids=config.rollout.stop_token_ids,
-        )
-        for model in (config.student, config.teacher)
-    )
-    check_same_vocabulary(tokenizer, teacher_tokenizer)
-    _check_batches(config, layout)
+    check_student(config, read_hf_config(config.student.hf_path), layout)
+    check_files(config.student.hf_path)
+    tokenizer = _load_tokenizer(config.student, config)
+    swaps = {}
+    for section, teacher in config.teachers_by_option():
+        _check_layout(teacher, section, config, layout)
+        check_files(teacher.hf_path)
+        swaps[section] = _check_vocabulary(teacher, section, config, tokenizer)
     if config.rollout.engine == "vllm" and not vllm_available():
         raise ConfigError(
             "rollout.engine=vllm, but vLLM is not installed here. Run `make install` (on a CPU: "
@@ -60,9 +70,50 @@ def check(config: Config, world_size: int) -> Inputs:
         )
     if config.rollout.replay is not None and not config.rollout.replay.is_dir():
         raise ConfigError(f"rollout.replay={config.rollout.replay}: no such directory.")
-    prompts = load_prompts(config.data, tokenizer, config.seed)
-    _check_lengths(config, prompts)
-    return Inputs(tokenizer, prompts, _resume_from(config, prompts))
+    prompts = load_prompts(config.data, tokenizer, config.seed, [DEFAULT_TEACHER, *config.teachers])
+    _check_lengths(config, prompts, layout)
+    return Inputs(tokenizer, prompts, swaps, _resume_from(config, prompts))
+
+
+def _load_tokenizer(model: StudentConfig | TeacherConfig, config: Config) -> Tokenizer:
+    return load_tokenizer(
+        model.tokenizer or model.hf_path,
+        model_path=model.hf_path,
+        vocab_size=read_hf_config(model.hf_path).vocab_size,
+        stop_ids=config.rollout.stop_token_ids,
+    )
+
+
+def _check_layout(teacher: TeacherConfig, section: str, config: Config, student: Layout) -> None:
+    if teacher.placement == "separate":
+        layout = separate_layout(teacher, section, config, rank=0)
+    else:
+        layout = colocated_layout(teacher, section, student)
+    options = f"{section}.parallel" if teacher.parallel else "parallel"
+    check_divides(read_hf_config(teacher.hf_path), layout, section, options)
+
+
+def _check_vocabulary(
+    teacher: TeacherConfig, section: str, config: Config, tokenizer: Tokenizer
+) -> list[tuple[int, int]]:
+    """Pairs of ids that trade places, by `eos_token_map`."""
+    swaps = []
+    for pair in teacher.eos_token_map.items():
+        ids = [tokenizer.token_id(token) for token in pair]
+        if None in ids:
+            raise ConfigError(
+                f"{section}.eos_token_map: {pair[ids.index(None)]!r} is no token of "
+                f"{tokenizer.path}. Write tokens as the tokenizer spells them."
+            )
+        swaps.append(tuple(ids))
+    named = [token for pair in swaps for token in pair]
+    if len(set(named)) < len(named):
+        raise ConfigError(
+            f"{section}.eos_token_map={teacher.eos_token_map} names a token twice. Each can trade "
+            f"places with one other."
+        )
+    check_same_vocabulary(tokenizer, _load_tokenizer(teacher, config), section, swaps)
+    return swaps
 
 
 def max_sequence_length(config: Config, prompts: PromptSet) -> int:
@@ -70,21 +121,19 @@ def max_sequence_length(config: Config, prompts: PromptSet) -> int:
     return prompts.longest + config.rollout.max_response_length
 
 
-def _check_batches(config: Config, layout: Layout) -> None:
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if batch % (micro * layout.dp):
-        raise ConfigError(
-            f"training.global_batch_size={batch} is not a multiple of training.micro_batch_size="
-            f"{micro} × data-parallel size {layout.dp}: data-parallel ranks would get different "
-            f"numbers of microbatches. Set training.global_batch_size="
-            f"{-(-batch // (micro * layout.dp)) * micro * layout.dp}."
-        )
-
-
-def _check_lengths(config: Config, prompts: PromptSet) -> None:
+def _check_lengths(config: Config, prompts: PromptSet, layout: Layout) -> None:
     longest = max_sequence_length(config, prompts)
-    for who, path in (("student", config.student.hf_path), ("teacher", config.teacher.hf_path)):
-        limit = read_hf_config(path).max_position_embeddings
+    budget, multiple = config.training.max_tokens_per_microbatch, layout.sequence_multiple
+    padded = -(-longest // multiple) * multiple
+    if budget is not None and padded > budget:
+        raise ConfigError(
+            f"training.max_tokens_per_microbatch={budget} cannot hold the longest prompt of "
+            f"{prompts.longest} tokens with rollout.max_response_length="
+            f"{config.rollout.max_response_length}. Set it to {padded} or more."
+        )
+    models = [("student", config.student), *config.teachers_by_option()]
+    for who, model in models:
+        limit = read_hf_config(model.hf_path).max_position_embeddings
         if longest > limit:
             raise ConfigError(
                 f"the longest prompt has {prompts.longest} tokens, and with "
@@ -117,91 +166,24 @@ def _resume_from(config: Config, prompts: PromptSet) -> Path | None:
     return directory
 
 
-def parameters_per_stage(
-    hf_config: PretrainedConfig, layout: Layout, padded_vocab: int
-) -> list[int]:
-    """Parameters of one rank of each pipeline stage, from the family's own weight table."""
-    numels = _hf_numels(hf_config)
-    per_stage = [0] * layout.pp
-
-    def add(stage: int, row: Mapping, names: tuple[str, ...]) -> None:
-        whole = sum(numels[name] for name in names)
-        if row.split is Split.VOCAB:
-            whole = padded_vocab * hf_config.hidden_size
-        parts = layout.expert_tp * layout.ep if row.is_expert else layout.tp
-        per_stage[stage] += whole if row.split is Split.REPLICATED else whole // parts
-
-    layers = hf_config.num_hidden_layers
-    for row in family_of(hf_config.model_type).mappings:
-        if "{i}" in row.hf[0]:
-            for i in range(layers):
-                for e in range(num_experts(hf_config)) if row.is_expert else (0,):
-                    names = tuple(name.format(i=i, e=e) for name in row.hf)
-                    if names[0] in numels:  # biases, and experts or a dense MLP, may not be there
-                        add(i * layout.pp // layers, row, names)
-        elif row.hf[0] == "lm_head.weight":
-            # A tied head is a second copy on another stage, and nothing on the same one.
-            if not hf_config.tie_word_embeddings or layout.pp > 1:
-                add(-1, row, ())
-        else:
-            add(0 if "embed" in row.hf[0] else -1, row, row.hf)
-    return per_stage
-
-
-def _hf_numels(hf_config: PretrainedConfig) -> dict[str, int]:
-    """Elements of every tensor of a checkpoint; transformers keeps a layer's experts in one."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    numels = {}
-    for name, parameter in model.named_parameters():
-        layer, fused, projection = name.partition(".mlp.experts.")
-        if not fused:
-            numels[name] = parameter.numel()
-            continue
-        parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
-        for e in range(parameter.shape[0]):
-            for part in parts:
-                numel = parameter[0].numel() // len(parts)
-                numels[f"{layer}.mlp.experts.{e}.{part}.weight"] = numel
-    return numels
-
-
-def _logit_count(config: Config) -> int:
-    """Rows of logits that exist at once: the student's, the teacher's, and their gradient."""
-    rows = config.training.micro_batch_size * config.rollout.max_response_length
-    if config.objective.head == "chunked":
-        rows = min(rows, config.objective.chunk_size(torch.cuda.is_available()))
-    return rows * (2 if config.objective.overwrites_logits else 3)
-
-
 def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str, str]:
-    """What --dry-run prints beside the configuration. The memory is without activations."""
-    layout = Layout.from_config(config.parallel, world_size, rank=0)
+    """What --dry-run prints beside the configuration."""
     rollout, training = config.rollout, config.training
+    setup = Setup.of(
+        config,
+        Models.of(config),
+        student_layout(config, world_size),
+        Lengths(inputs.prompts.longest, rollout.max_response_length),
+        Platform(torch.cuda.is_available(), uses_transformer_engine(config.model)),
+    )
     tokens = training.global_batch_size * rollout.max_response_length
-    student_config, teacher_config = (
-        read_hf_config(path) for path in (config.student.hf_path, config.teacher.hf_path)
+    parameters = ", ".join(
+        f"{who} {max(p.total for p in placed.parameters):,}"
+        for who, placed in {"student": setup.student, **setup.teachers}.items()
     )
-    columns = pad_vocab_size(
-        student_config.vocab_size, config.model.make_vocab_size_divisible_by, layout.tp
-    )
-    student = max(parameters_per_stage(student_config, layout, columns))
-    teacher = max(parameters_per_stage(teacher_config, layout, columns))
-    weight_bytes = getattr(torch, config.model.dtype).itemsize
-    # Megatron's distributed optimizer: moments, and float32 master weights of bfloat16 ones.
-    optimizer_bytes = (8 if weight_bytes == 4 else 12) / layout.dp
-    memory = {
-        "weights": student * weight_bytes,
-        "gradients": student * 4,
-        "optimizer": student * optimizer_bytes,
-        "teacher weights": teacher * weight_bytes,
-        "logits": _logit_count(config) * columns // layout.tp * weight_bytes,
-    }
-    gib = {name: size / 2**30 for name, size in memory.items()}
-    parts = ", ".join(f"{name} {size:.3g}" for name, size in gib.items())
-    micro = training.global_batch_size // (training.micro_batch_size * layout.dp)
+    who, stage, fullest = plan_memory(setup).worst
     return {
-        "layout": layout.describe(),
+        "layout": setup.student.layout.describe(),
         "prompts": f"{len(inputs.prompts)}, the longest {inputs.prompts.longest} tokens",
         "prompts / iteration": f"{rollout.batch_size // rollout.samples_per_prompt} × "
         f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
@@ -209,8 +191,16 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         f"{training.train_iters} = {config.optimizer_steps}",
         "response tokens / step": f"at most {training.global_batch_size} × "
         f"{rollout.max_response_length} = {tokens:,}",
-        "microbatches / step / rank": f"{micro} × {training.micro_batch_size} samples",
-        "parameters / rank": f"student {student:,}, teacher {teacher:,} (largest stage)",
-        "memory / rank": f"{sum(gib.values()):.3g} GiB without activations: {parts}",
+        "microbatches / step / rank": _microbatches(training, setup.student.load),
+        "parameters / rank": f"{parameters} (largest stage)",
+        "memory / rank": f"{fullest.peak / 2**30:.3g} GiB on stage {stage} of the {who}, the "
+        f"fullest, as docs/planning.md counts: {describe(fullest.parts_of_peak)}",
         "starts": f"from {inputs.resume_from}" if inputs.resume_from else "at iteration 0",
     }
+
+
+def _microbatches(training: TrainingConfig, load: Load) -> str:
+    limits = Limits.of(training)
+    if limits.max_tokens is None:
+        return f"{load.num_microbatches} × {limits.max_sequences} samples"
+    return f"at most {load.num_microbatches} × {limits.max_tokens} tokens"

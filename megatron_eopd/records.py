@@ -3,16 +3,22 @@
     prompts ─▶ Rollout ─▶ ScoredRollout ─▶ MicroBatch ─▶ StepReport
 
 Every per-token array is aligned token for token: position t describes the token at t, predicted
-from the tokens before t. So `response_logprobs[t]`, `teacher_hidden_TH[t]` and `target_ids_N[t]`
+from the tokens before t. So `response_logprobs[t]`, `hidden_NH[t]` and `target_ids_N[t]`
 all speak of the same token, and no stage shifts anything by one.
 """
-# Shapes: T response tokens of one rollout, H teacher hidden size, B sequences and S tokens of a
-# padded microbatch, N valid response tokens of a microbatch.
+# Shapes: S tokens of a microbatch on this rank, N valid response tokens of them, M those of one
+# teacher, H teacher hidden size, V this rank's columns of the vocabulary.
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+
+from megatron_eopd.losses.teacher_top_k import TeacherTopK
+from megatron_eopd.models.packed_sequences import PackedSequences
+
+DEFAULT_TEACHER = "teacher"
+"""The one of the section `[teacher]`; the others have the names of `[teachers.NAME]`."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Prompt:
     answer: str
     """What a grader needs to judge a response; may be empty."""
     prompt_ids: tuple[int, ...]
+    teacher: str = DEFAULT_TEACHER
+    """Which teacher scores its responses."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +52,70 @@ class Rollout:
     """The student weights that wrote this response."""
 
 
+class HiddenStates(NamedTuple):
+    """The teacher's last hidden states, from which each token is predicted."""
+
+    hidden_NH: torch.Tensor
+    """In the teacher's dtype."""
+
+
+class Logits(NamedTuple):
+    """The teacher's logits, with the student's cut of the vocabulary."""
+
+    logits_NV: torch.Tensor
+    """This tensor-parallel rank's columns, in the teacher's dtype."""
+
+
+Payload = HiddenStates | Logits | TeacherTopK
+"""What a teacher says of N tokens: tensors with one row for each."""
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """A teacher's word on one rollout, for the response tokens that this rank has a row for."""
+
+    teacher: str
+    """Its name among the teachers of the run."""
+    payload: Payload
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.payload[0])
+
+
 @dataclass(frozen=True)
 class ScoredRollout:
     """A rollout with the teacher's signal. Made by the teacher, read by data.packing."""
 
     rollout: Rollout
-    teacher_hidden_TH: torch.Tensor | None
-    """The teacher's last hidden state from which each response token is predicted, in the
-    teacher's dtype. Present on the ranks of the student's last pipeline stage, None elsewhere."""
+    signal: TeacherSignal | None
+    """Present on the ranks of the student's last pipeline stage, None elsewhere."""
+
+
+class TeacherPart(NamedTuple):
+    """What one teacher says of its tokens of a microbatch."""
+
+    teacher: str
+    tokens_M: torch.Tensor
+    """Which of the N tokens they are, rising."""
+    payload: Payload
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Right-padded sequences and the rows of them that enter the loss."""
+    """Packed sequences and the rows of them that enter the loss; under context parallelism those
+    of one rank."""
 
-    token_ids_BS: torch.Tensor
+    token_ids_1S: torch.Tensor
+    sequences: PackedSequences
     prediction_rows_N: torch.Tensor
-    """Rows of the hidden states, flattened from Megatron's [S, B, H] to [S·B, H], that predict a
-    response token: the row *before* the token, so `row = (t - 1)·B + b`."""
+    """Rows of the hidden states that predict a response token: each the row *before* it."""
     target_ids_N: torch.Tensor
     rollout_logprobs_N: torch.Tensor
     positions_N: torch.Tensor
     """Where in its response each token stands: 0 the first, 1 the last."""
-    teacher_hidden_NH: torch.Tensor | None
-    """As ScoredRollout.teacher_hidden_TH, concatenated over the sequences."""
+    teacher: tuple[TeacherPart, ...]
+    """Together they speak of all N tokens. Empty where ScoredRollout has no signal."""
 
     @property
     def num_valid_tokens(self) -> int:

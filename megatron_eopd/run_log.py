@@ -5,8 +5,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
+
+from megatron_eopd.parallel.collectives import naming_stage
+
+Item = TypeVar("Item")
 
 
 class RunLog:
@@ -38,17 +43,34 @@ class RunLog:
 
 
 class StageTimes:
-    """Seconds per stage of one iteration: `with times("score"): …`."""
+    """Seconds per stage of one iteration: `with times("score"): …`. A stage inside another counts
+    for itself alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str = "") -> None:
+        """`where`: the iteration and this rank's place, for the message when a rank is lost."""
         self.seconds: dict[str, float] = {}
+        self._where = where
         self._begin = time.monotonic()
+        self._inner = 0.0  # seconds of the stages inside the current one
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.monotonic()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - begin
+        begin, outer_inner = time.monotonic(), self._inner
+        self._inner = 0.0
+        with naming_stage(f"stage {stage}{self._where}"):
+            yield
+        elapsed = time.monotonic() - begin
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inner
+        self._inner = outer_inner + elapsed
+
+    def each(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; the time to make each counts as the stage's."""
+        while True:
+            with self(stage):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
     @property
     def total(self) -> float:

@@ -1,28 +1,31 @@
 """The parts of a run, built once and closed in reverse order. In: Config, ranks. Out: Session."""
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megatron_eopd import checkpoint
 from megatron_eopd.config import Config
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.evaluation.evaluate import held_out_prompts
-from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.build import CausalLM, build_model, read_hf_config
 from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.load import load_weights
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.parallel.worlds import Role
 from megatron_eopd.preflight import Inputs, max_sequence_length
 from megatron_eopd.records import Prompt
 from megatron_eopd.rollout.engine import RolloutEngine, SyncReport
 from megatron_eopd.rollout.megatron_engine import MegatronEngine, score_tokens
 from megatron_eopd.rollout.vllm_engine import VllmEngine, vllm_available
 from megatron_eopd.run_log import RunLog
-from megatron_eopd.teacher import ColocatedTeacher
+from megatron_eopd.teacher.placement import open_teachers
+from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.optimizer import Trainable, make_trainable
 from megatron_eopd.training.token_loss import TokenLoss
 from megatron_eopd.weight_sync.verify import check_probe
@@ -41,7 +44,7 @@ class Session:
     prompts: PromptSet
     held_out: list[Prompt]
     student: Trainable
-    teacher: ColocatedTeacher
+    teachers: TeacherPool
     token_loss: TokenLoss
     exporter: Exporter
     engine: RolloutEngine
@@ -56,7 +59,7 @@ class Session:
             probes = probe_sequences(self.vocab_size, self.config)
             check_probe(
                 self.engine.score(probes),
-                score_tokens(self.student.model, probes, self.vocab_size, self.context),
+                score_tokens(self.student.chunks, probes, self.vocab_size, self.context),
                 tolerance=_probe_tolerance(self.config),
                 version=version,
             )
@@ -65,28 +68,32 @@ class Session:
 
 @contextmanager
 def open_session(
-    config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
+    config: Config,
+    inputs: Inputs,
+    roles: Mapping[str, Role],
+    store: dist.Store,
+    context: ParallelContext,
+    log: RunLog,
 ) -> Iterator[Session]:
+    """On the student's ranks. `store`: the job's, where separate teachers are met."""
     student_path = config.student.hf_path
     hf_config = read_hf_config(student_path)
-    model = build_model(student_path, config.model, context)
+    chunks = build_model(student_path, config.model, context)
     errors: list[Exception] = []
     with collecting(errors):  # each rank reads other tensors, so one may fail alone
-        load_weights(model, student_path, context)
+        load_weights(chunks, student_path, context)
     raise_together(errors, context.cpu_group)  # before the collectives of the next model's loading
-    with collecting(errors):
-        teacher = ColocatedTeacher(config, context)
-    raise_together(errors, context.cpu_group)
-    student = make_trainable(model, config, context)
+    student = make_trainable(chunks, config, context)
     first_iteration = 0
     if inputs.resume_from is not None:
         first_iteration = checkpoint.load(inputs.resume_from, student, context).iteration
         log.line(f"resumed from {inputs.resume_from}")
     bucket_bytes = int(config.weight_sync.bucket_mib * 2**20)
-    exporter = Exporter(model, hf_config, context, bucket_bytes)
-    with closing(
-        _make_engine(config, inputs, model, exporter, hf_config.vocab_size, context, log)
-    ) as engine:
+    exporter = Exporter(chunks, hf_config, context, bucket_bytes)
+    with ExitStack() as stack:
+        teachers = stack.enter_context(open_teachers(config, roles, inputs.swaps, store, context))
+        engine = _make_engine(config, inputs, chunks, exporter, hf_config.vocab_size, context, log)
+        stack.enter_context(closing(engine))
         yield Session(
             config=config,
             context=context,
@@ -95,8 +102,8 @@ def open_session(
             prompts=inputs.prompts,
             held_out=held_out_prompts(config, inputs.tokenizer),
             student=student,
-            teacher=teacher,
-            token_loss=TokenLoss(model, teacher.lm_head, config, hf_config.vocab_size, context),
+            teachers=teachers,
+            token_loss=TokenLoss(chunks[-1], teachers.heads, config, hf_config.vocab_size, context),
             exporter=exporter,
             engine=engine,
             vocab_size=hf_config.vocab_size,
@@ -107,7 +114,7 @@ def open_session(
 def _make_engine(
     config: Config,
     inputs: Inputs,
-    model: torch.nn.Module,
+    chunks: Sequence[CausalLM],
     exporter: Exporter,
     vocab_size: int,
     context: ParallelContext,
@@ -116,11 +123,11 @@ def _make_engine(
     rollout = config.rollout
     if rollout.replay is not None:
         log.line(f"rollouts: replayed from {rollout.replay}; evaluations use the exact sampler")
-        return MegatronEngine(model, vocab_size, rollout.max_num_seqs, context)
+        return MegatronEngine(chunks, vocab_size, rollout.max_num_seqs, context)
     if rollout.engine == "megatron" or not vllm_available():
         why = "as configured" if rollout.engine == "megatron" else "vLLM is NOT installed here"
         log.line(f"rollouts: the trainer's exact sampler ({why}); slow for anything but toys")
-        return MegatronEngine(model, vocab_size, rollout.max_num_seqs, context)
+        return MegatronEngine(chunks, vocab_size, rollout.max_num_seqs, context)
     log.line("rollouts: starting vLLM …")
     dtype = config.model.dtype if rollout.dtype == "as_model" else rollout.dtype
     return VllmEngine(

@@ -21,9 +21,12 @@ from megatron_eopd.parallel.layout import Layout
 def run_ranks(world_size: int, tmp_path: Path, check: Callable, *args) -> None:
     """Run `check(*args)` in `world_size` processes joined by torch.distributed (gloo)."""
     rendezvous = tmp_path / f"rendezvous-{len(list(tmp_path.iterdir()))}"
-    mp.start_processes(
-        _rank_main, (world_size, rendezvous, check, args), nprocs=world_size, start_method="fork"
-    )
+    start_ranks(world_size, _rank_main, world_size, rendezvous, check, args)
+
+
+def start_ranks(world_size: int, main: Callable, *args) -> None:
+    """Run `main(rank, *args)` in `world_size` processes; they join, if they do, by themselves."""
+    mp.start_processes(main, args, nprocs=world_size, start_method="fork")
 
 
 def _rank_main(rank: int, world_size: int, rendezvous: Path, check: Callable, args: tuple) -> None:
@@ -46,7 +49,14 @@ def _rank_main(rank: int, world_size: int, rendezvous: Path, check: Callable, ar
 
 
 def context_for(
-    tp: int, pp: int, ep: int = 1, expert_tp: int = 1, *, sequence_parallel: bool = False
+    tp: int,
+    pp: int,
+    ep: int = 1,
+    expert_tp: int = 1,
+    *,
+    cp: int = 1,
+    vpp: int = 1,
+    sequence_parallel: bool = False,
 ) -> ParallelContext:
     """Megatron groups over the ranks of this launch; call `leave_groups` before the next one."""
     config = ParallelConfig(
@@ -55,10 +65,12 @@ def context_for(
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=expert_tp,
         sequence_parallel=sequence_parallel,
+        context_parallel_size=cp,
+        virtual_pipeline_model_parallel_size=vpp,
         distributed_timeout_minutes=1,
     )
     layout = Layout.from_config(config, dist.get_world_size(), dist.get_rank())
-    return join_groups(config, layout, torch.device("cpu"), seed=1)
+    return join_groups(layout, torch.device("cpu"), timeout_minutes=1, seed=1)
 
 
-__all__ = ["context_for", "leave_groups", "run_ranks"]
+__all__ = ["context_for", "leave_groups", "run_ranks", "start_ranks"]

@@ -5,16 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from megatron_eopd.config import ConfigError, DataConfig, load_config
-from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import load_tokenizer
 from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
-from megatron_eopd.records import Prompt, Rollout, ScoredRollout
+from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import sample_seed
 from megatron_eopd.rollout.recording import read_rollouts, write_rollouts
 from tests.test_preflight import MODELS
@@ -29,43 +27,6 @@ def make_rollout(index: int, prompt_length: int, response_length: int) -> Rollou
 
 def prompt_set(count: int, seed: int = 1, shuffle: bool = True) -> PromptSet:
     return PromptSet([Prompt(i, str(i), "", (i,)) for i in range(count)], seed, shuffle)
-
-
-def test_every_target_stands_right_behind_the_row_that_predicts_it():
-    """Off by one here and the loss trains on the wrong token: rows are [S, B] flattened, so the
-    token after row r of the same sequence is at r + B."""
-    rollouts = [make_rollout(1, 3, 4), make_rollout(2, 1, 6), make_rollout(3, 5, 1)]
-    hidden = [torch.full((len(r.response_ids), 2), float(r.prompt.index)) for r in rollouts]
-    scored = [ScoredRollout(r, h) for r, h in zip(rollouts, hidden, strict=True)]
-    (batch,) = make_microbatches(scored, 3, 8, torch.device("cpu"))
-    tokens_SB = batch.token_ids_BS.t().flatten()
-    assert torch.equal(tokens_SB[batch.prediction_rows_N + 3], batch.target_ids_N)
-    assert batch.num_valid_tokens == 11
-    # Teacher states and engine log-probabilities lie at the same places as the targets.
-    assert torch.equal(batch.teacher_hidden_NH[:, 0].long(), batch.target_ids_N // 100)
-    torch.testing.assert_close(batch.rollout_logprobs_N, -0.1 * batch.target_ids_N.float())
-
-
-def test_microbatches_hold_every_rollout_once_and_pad_alike():
-    scored = [ScoredRollout(make_rollout(i, 2, 1 + i), None) for i in range(5)]
-    batches = make_microbatches(scored, 2, 9, torch.device("cpu"))
-    assert [tuple(b.token_ids_BS.shape) for b in batches] == [(2, 9), (2, 9), (1, 9)]
-    assert sum(b.num_valid_tokens for b in batches) == sum(1 + i for i in range(5))
-    assert batches[0].teacher_hidden_NH is None
-
-
-@pytest.mark.parametrize("dp", [1, 2, 3])
-def test_ranks_share_the_rollouts_without_gap_or_overlap(dp):
-    rollouts = [make_rollout(i, 1, 1) for i in range(7)]
-    parts = [rank_part(rollouts, Layout(tp=1, pp=1, dp=dp, rank=r)) for r in range(dp)]
-    assert [r for part in parts for r in part] == rollouts
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_padded_length_can_be_cut_by_sequence_parallelism():
-    rollouts = [make_rollout(0, 3, 4)]
-    assert padded_length(rollouts, Layout(tp=1, pp=1, dp=1, rank=0)) == 7
-    assert padded_length(rollouts, Layout(tp=4, pp=1, dp=1, rank=0)) == 8
 
 
 def test_the_rank_grid_is_megatrons():

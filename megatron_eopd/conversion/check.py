@@ -19,7 +19,7 @@ from megatron_eopd.config import ModelConfig
 from megatron_eopd.conversion.skeleton import Group, Skeleton, make_skeleton
 from megatron_eopd.conversion.to_hf import check_stored, read_group
 from megatron_eopd.conversion.to_mcore import check_source
-from megatron_eopd.data.packing import make_microbatches, padded_length
+from megatron_eopd.data.packing import make_microbatches
 from megatron_eopd.models.build import build_model, check_divides, read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint
 from megatron_eopd.models.load import load_mcore_weights
@@ -100,23 +100,22 @@ def compare_logits(
     """
     hf_config = read_hf_config(hf_dir)
     check_divides(hf_config, context.layout, "model")
-    model = build_model(hf_dir, ModelConfig(dtype="float32"), context).eval()
+    chunks = build_model(hf_dir, ModelConfig(dtype="float32"), context)
+    model = chunks[-1].eval()
     errors: list[Exception] = []
     with collecting(errors):
-        load_mcore_weights(model, mcore_dir, context)
+        load_mcore_weights(chunks, mcore_dir, context)
     raise_together(errors, context.cpu_group)
     prompt = Prompt(0, text="", answer="", prompt_ids=tuple(token_ids[:1]))
     response = tuple(token_ids[1:])
     rollout = Rollout(prompt, 0, response, (0.0,) * len(response), "stop", 0)
-    batches = make_microbatches(
-        [ScoredRollout(rollout, None)], 1, padded_length([rollout], context.layout), context.device
-    )
+    batches = make_microbatches([[ScoredRollout(rollout, None)]], context.layout, context.device)
 
-    def at_last_stage(batch: MicroBatch, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        logits_SV = model.lm_head(model.pick_rows(hidden_SBH, batch.prediction_rows_N))
+    def at_last_stage(batch: MicroBatch, hidden_S1H: torch.Tensor) -> torch.Tensor:
+        logits_SV = model.lm_head(model.pick_rows(hidden_S1H, batch.prediction_rows_N))
         return gather_vocab(logits_SV, context.groups.tp, hf_config.vocab_size)
 
-    result = map_hidden(model, batches, at_last_stage, context)
+    result = map_hidden(chunks, batches, at_last_stage, context)
     found: list = [None]
     with collecting(errors):
         if context.layout.rank == context.layout.last_stage_leader:

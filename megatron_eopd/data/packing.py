@@ -1,64 +1,233 @@
-"""Rollouts into microbatches. In: one optimizer step's rollouts. Out: MicroBatch, right-padded.
+"""Rollouts into microbatches of packed sequences. In: a step's rollouts. Out: MicroBatch.
 
-Every rank holds the same rollouts, so each cuts its own part without talking to the others, and
-all agree on the padded length that the pipeline stages exchange.
+Every rank holds the same rollouts, so each computes the whole plan, who trains on what, without
+talking to the others. All data-parallel ranks get the same number of microbatches, with about as
+many tokens each; the order of rollouts inside a step means nothing to the loss.
 """
-# Shapes: B sequences, S padded length, N valid response tokens, T tokens of one response.
+# Shapes: S tokens of a microbatch on this rank, N valid response tokens of them, T tokens of one
+# response.
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import torch
 
+from megatron_eopd.config import TrainingConfig
+from megatron_eopd.models.packed_sequences import PackedSequences, local_tokens
 from megatron_eopd.parallel.layout import Layout
-from megatron_eopd.records import MicroBatch, Rollout, ScoredRollout
+from megatron_eopd.records import (
+    MicroBatch,
+    Rollout,
+    ScoredRollout,
+    TeacherPart,
+    TeacherSignal,
+)
+
+PackedRollouts = list[list[list[Rollout]]]
+"""[data-parallel rank][microbatch] → its rollouts. The same on every rank."""
 
 
-def rank_part(rollouts: Sequence[Rollout], layout: Layout) -> list[Rollout]:
-    """This data-parallel rank's consecutive part; parts differ by at most one rollout."""
-    bounds = [len(rollouts) * r // layout.dp for r in (layout.dp_rank, layout.dp_rank + 1)]
-    return list(rollouts[bounds[0] : bounds[1]])
+@dataclass(frozen=True)
+class Limits:
+    """What fits into one microbatch."""
+
+    max_sequences: int | None
+    max_tokens: int | None
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> "Limits":
+        if training.max_tokens_per_microbatch is not None:
+            return cls(None, training.max_tokens_per_microbatch)
+        return cls(training.micro_batch_size or 1, None)
 
 
-def padded_length(rollouts: Sequence[Rollout], layout: Layout) -> int:
-    """Longest sequence, rounded up so that sequence parallelism can cut it evenly."""
-    longest = max(len(r.prompt.prompt_ids) + len(r.response_ids) for r in rollouts)
-    return -(-longest // layout.tp) * layout.tp
+def num_tokens(rollout: Rollout) -> int:
+    """Of prompt and response."""
+    return len(rollout.prompt.prompt_ids) + len(rollout.response_ids)
+
+
+def pack(rollouts: Sequence[Rollout], limits: Limits, layout: Layout) -> PackedRollouts:
+    """As few microbatches as the limits allow, the same number on every data-parallel rank.
+
+    A rank that gets no rollout for one of them gets an empty microbatch. The interleaved pipeline
+    schedule takes multiples of the pipeline size only.
+    """
+    lengths = [num_tokens(rollout) for rollout in rollouts]
+    return [
+        [[rollouts[i] for i in members] for members in microbatches]
+        for microbatches in pack_lengths(lengths, limits, layout)
+    ]
+
+
+def pack_lengths(lengths: Sequence[int], limits: Limits, layout: Layout) -> list[list[list[int]]]:
+    """As `pack`, of indices into the sequences' lengths."""
+    multiple = layout.sequence_multiple
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    bins = _balance(padded, layout.dp, limits, step=layout.pp if layout.vpp > 1 else 1)
+    # Bins come with falling loads. Dealt back and forth, the ranks' sums are nearly equal, and the
+    # microbatches that they work on at the same time are nearly equally long.
+    ranks: list[list[list[int]]] = [[] for _ in range(layout.dp)]
+    for n, members in enumerate(bins):
+        turn, place = divmod(n, layout.dp)
+        ranks[place if turn % 2 == 0 else layout.dp - 1 - place].append(members)
+    return ranks
+
+
+def _balance(lengths: Sequence[int], dp: int, limits: Limits, step: int) -> list[list[int]]:
+    """Indices in dp · (a multiple of step) bins, the fullest bin first."""
+    fewest = 1
+    if limits.max_sequences is not None:
+        fewest = -(-len(lengths) // (limits.max_sequences * dp))
+    if limits.max_tokens is not None:
+        fewest = max(fewest, -(-sum(lengths) // (limits.max_tokens * dp)))
+    per_rank = -(-fewest // step) * step
+    while True:
+        bins = _fill(lengths, dp * per_rank, limits)
+        if bins is not None:
+            return bins
+        assert per_rank <= len(lengths) + step, f"no plan for lengths {lengths} with {limits}"
+        per_rank += step
+
+
+def _fill(lengths: Sequence[int], count: int, limits: Limits) -> list[list[int]] | None:
+    """Longest first into the emptiest bin: the fullest one has at most 4/3 of the least possible
+    (Graham 1969). None if that does not keep to the limits."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    open_bins = [(0, b) for b in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not open_bins:
+            return None
+        load, emptiest = heappop(open_bins)
+        bins[emptiest].append(i)
+        loads[emptiest] = load + lengths[i]
+        if limits.max_tokens is not None and loads[emptiest] > limits.max_tokens:
+            return None
+        if len(bins[emptiest]) != limits.max_sequences:
+            heappush(open_bins, (loads[emptiest], emptiest))
+    return [bins[b] for b in sorted(range(count), key=lambda b: -loads[b])]
+
+
+def rounds_of(packed: PackedRollouts, size: int | None) -> list[PackedRollouts]:
+    """The same in portions of `size` microbatches of each rank; None: in one."""
+    count = len(packed[0])
+    size = size or count
+    return [[rank[first : first + size] for rank in packed] for first in range(0, count, size)]
+
+
+def padding_fraction(packed: PackedRollouts, layout: Layout) -> float:
+    """Share of padding in all tokens that the ranks work on."""
+    padded = real = 0
+    for microbatches in packed:
+        row = common_row_length(microbatches, layout)
+        padded += sum(sum(padded_lengths(rollouts, layout, row)) for rollouts in microbatches)
+        real += sum(num_tokens(rollout) for rollouts in microbatches for rollout in rollouts)
+    return 1 - real / padded
+
+
+def load_imbalance(packed: PackedRollouts) -> float:
+    """Tokens of the data-parallel rank that has the most, over their mean; 1 is perfect."""
+    loads = [sum(num_tokens(r) for microbatch in rank for r in microbatch) for rank in packed]
+    return max(loads) * len(loads) / sum(loads)
+
+
+def padded_length(rollout: Rollout, layout: Layout) -> int:
+    """Of its sequence, as context parallelism can cut it. Padding is causally behind all of it."""
+    multiple = layout.sequence_multiple
+    return -(-num_tokens(rollout) // multiple) * multiple
+
+
+def padded_lengths(rollouts: Sequence[Rollout], layout: Layout, row_length: int = 0) -> list[int]:
+    """Of each sequence; and behind them, where one is needed, of a sequence of padding that fills
+    the row up to what sequence parallelism can cut, or to `row_length`."""
+    lengths = [padded_length(rollout, layout) for rollout in rollouts]
+    row_multiple = layout.sequence_multiple * layout.tp
+    row_length = max(row_length, row_multiple)
+    filled = max(row_length, -(-sum(lengths) // row_multiple) * row_multiple)
+    return lengths + [filled - sum(lengths)] * (filled > sum(lengths))
+
+
+def common_row_length(microbatches: Sequence[Sequence[Rollout]], layout: Layout) -> int:
+    """What all rows of a rank's microbatches are filled up to; 0 where each has its own length.
+
+    Megatron's interleaved schedule knows one length only: with two stages it cannot tell a message
+    to the next one from a message to the one before, so lengths cannot travel with them.
+    """
+    if layout.vpp == 1:
+        return 0
+    return max(sum(padded_lengths(rollouts, layout)) for rollouts in microbatches)
+
+
+def own_response_tokens(
+    rollout: Rollout, layout: Layout, cp_rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, response tokens), each [N]: which of a sequence's rows on a context-parallel rank
+    predict a response token, and which token each of them predicts, in rising order."""
+    _, position_S = local_tokens([padded_length(rollout, layout)], layout.cp, cp_rank)
+    # Response token j stands at P + j and is predicted by the row before it.
+    token_S = position_S - (len(rollout.prompt.prompt_ids) - 1)
+    rows = ((token_S >= 0) & (token_S < len(rollout.response_ids))).nonzero().flatten()
+    return rows, token_S[rows]
 
 
 def make_microbatches(
-    scored: Sequence[ScoredRollout], micro_batch_size: int, seq_length: int, device: torch.device
+    scored: Sequence[Sequence[ScoredRollout]], layout: Layout, device: torch.device
 ) -> list[MicroBatch]:
-    groups = [scored[i : i + micro_batch_size] for i in range(0, len(scored), micro_batch_size)]
-    return [_make_microbatch(group, seq_length, device) for group in groups]
+    """Of one rank, for one run of the pipeline schedule."""
+    row_length = common_row_length([[s.rollout for s in batch] for batch in scored], layout)
+    return [_make_microbatch(batch, layout, device, row_length) for batch in scored]
 
 
 def _make_microbatch(
-    scored: Sequence[ScoredRollout], seq_length: int, device: torch.device
+    scored: Sequence[ScoredRollout], layout: Layout, device: torch.device, row_length: int
 ) -> MicroBatch:
+    """This context-parallel rank's part of the packed sequences; without any, a row of padding."""
     rollouts = [s.rollout for s in scored]
-    num_sequences = len(rollouts)
+    lengths = padded_lengths(rollouts, layout, row_length)
     # Token 0 as padding: causal attention keeps it out of every real token, and no row of it is
     # ever picked.
-    token_ids_BS = torch.zeros(num_sequences, seq_length, dtype=torch.long)
-    rows = []
-    for b, rollout in enumerate(rollouts):
-        tokens = torch.tensor(rollout.prompt.prompt_ids + rollout.response_ids)
-        token_ids_BS[b, : len(tokens)] = tokens
-        position_T = torch.arange(len(rollout.response_ids))
-        # Response token j sits at P + j and is predicted by the row before it, P + j − 1.
-        rows.append((len(rollout.prompt.prompt_ids) + position_T - 1) * num_sequences + b)
-    hidden = [s.teacher_hidden_TH for s in scored]
+    token_ids_BL = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    rows, targets, logprobs, positions = [], [], [], []
+    first_row = 0
+    for b, (rollout, length) in enumerate(zip(rollouts, lengths, strict=False)):
+        ids = torch.tensor(rollout.prompt.prompt_ids + rollout.response_ids)
+        token_ids_BL[b, : len(ids)] = ids
+        rows_N, token_N = own_response_tokens(rollout, layout, layout.cp_rank)
+        rows.append(first_row + rows_N)
+        targets.append(torch.tensor(rollout.response_ids)[token_N])
+        logprobs.append(torch.tensor(rollout.response_logprobs, dtype=torch.float32)[token_N])
+        positions.append(torch.linspace(0, 1, len(rollout.response_ids))[token_N])
+        first_row += length // layout.cp
+    sequence_S, position_S = local_tokens(lengths, layout.cp, layout.cp_rank)
     return MicroBatch(
-        token_ids_BS=token_ids_BS.to(device),
-        prediction_rows_N=torch.cat(rows).to(device),
-        target_ids_N=_flat([r.response_ids for r in rollouts], torch.long, device),
-        rollout_logprobs_N=_flat([r.response_logprobs for r in rollouts], torch.float32, device),
-        positions_N=torch.cat(
-            [torch.linspace(0, 1, len(r.response_ids), device=device) for r in rollouts]
-        ),
-        teacher_hidden_NH=torch.cat(hidden) if hidden[0] is not None else None,
+        token_ids_1S=token_ids_BL[sequence_S, position_S].unsqueeze(0).to(device),
+        sequences=PackedSequences.of_lengths(lengths, layout.cp, layout.cp_rank, device),
+        prediction_rows_N=_cat(rows, torch.long, device),
+        target_ids_N=_cat(targets, torch.long, device),
+        rollout_logprobs_N=_cat(logprobs, torch.float32, device),
+        positions_N=_cat(positions, torch.float32, device),
+        teacher=join_signals([s.signal for s in scored]),
     )
 
 
-def _flat(values: Sequence[Sequence], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor([x for row in values for x in row], dtype=dtype, device=device)
+def _cat(parts: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=dtype, device=device)
+
+
+def join_signals(signals: Sequence[TeacherSignal | None]) -> tuple[TeacherPart, ...]:
+    """One part for each teacher, from the signals of consecutive rollouts; none without signals."""
+    by_teacher: dict[str, list[tuple[torch.Tensor, TeacherSignal]]] = {}
+    first = 0
+    for signal in signals:
+        if signal is None:
+            return ()
+        tokens_M = torch.arange(first, first + signal.num_tokens, device=signal.payload[0].device)
+        by_teacher.setdefault(signal.teacher, []).append((tokens_M, signal))
+        first += signal.num_tokens
+    parts = []
+    for teacher, members in by_teacher.items():
+        payloads = [signal.payload for _, signal in members]
+        payload = type(payloads[0])(*(torch.cat(x) for x in zip(*payloads, strict=True)))
+        parts.append(TeacherPart(teacher, torch.cat([tokens for tokens, _ in members]), payload))
+    return tuple(parts)

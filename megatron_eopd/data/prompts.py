@@ -6,9 +6,10 @@ without having stored anything.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,7 @@ from megatron_eopd.config import ConfigError, DataConfig
 from megatron_eopd.data import countdown
 from megatron_eopd.data.jsonl import read_jsonl
 from megatron_eopd.data.tokenizer import Tokenizer
-from megatron_eopd.records import Prompt
+from megatron_eopd.records import DEFAULT_TEACHER, Prompt
 
 
 class PromptSet:
@@ -37,7 +38,13 @@ class PromptSet:
     @property
     def digest(self) -> str:
         """Changes with any prompt and with their number."""
-        texts = json.dumps([(p.text, p.answer) for p in self._prompts])
+        # The default teacher says nothing, as in sets from before there was a choice.
+        texts = json.dumps(
+            [
+                (p.text, p.answer, p.teacher)[: 3 if p.teacher != DEFAULT_TEACHER else 2]
+                for p in self._prompts
+            ]
+        )
         return hashlib.sha256(texts.encode()).hexdigest()
 
     def batch(self, iteration: int, size: int) -> list[Prompt]:
@@ -59,22 +66,39 @@ class PromptSet:
         return self._order_of[1]
 
 
-def load_prompts(data: DataConfig, tokenizer: Tokenizer, seed: int) -> PromptSet:
-    """
+def load_prompts(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    teachers: Collection[str] = (DEFAULT_TEACHER,),
+) -> PromptSet:
+    """`teachers`: names that lines may have under `data.teacher_key`.
+
     Raises:
         ConfigError: a file that is missing or empty, or a line that cannot be used (which one).
     """
-    rows = countdown_rows("train") if data.prompts == "countdown" else _jsonl_rows(data.prompts)
+    rows = countdown_rows("train") if data.prompts == "countdown" else _jsonl_rows(data, teachers)
     prompts = list(encode_prompts(rows, data, tokenizer))
     if not prompts:
         raise ConfigError(f"data.prompts={data.prompts}: no prompts in it.")
     return PromptSet(prompts, seed, data.shuffle)
 
 
-def countdown_rows(split: str) -> Iterator[tuple[str, str, str]]:
-    """(where it stands, prompt, answer) of every problem of the split."""
+class Row(NamedTuple):
+    """A prompt before it is tokenized."""
+
+    where: str
+    """What it stands in, for messages."""
+    text: str
+    answer: str
+    teacher: str = DEFAULT_TEACHER
+
+
+def countdown_rows(split: str) -> Iterator[Row]:
+    """Every problem of the split."""
     for number, problem in enumerate(countdown.split(split)):
-        yield f"countdown problem {number}", problem.prompt_text(), problem.answer_text()
+        where = f"countdown problem {number}"
+        yield Row(where, problem.prompt_text(), problem.answer_text())
 
 
 def prompt_encoder(data: DataConfig, tokenizer: Tokenizer) -> Callable[[str], tuple[int, ...]]:
@@ -84,23 +108,22 @@ def prompt_encoder(data: DataConfig, tokenizer: Tokenizer) -> Callable[[str], tu
     return tokenizer.encode
 
 
-def encode_prompts(
-    rows: Iterator[tuple[str, str, str]], data: DataConfig, tokenizer: Tokenizer
-) -> Iterator[Prompt]:
+def encode_prompts(rows: Iterator[Row], data: DataConfig, tokenizer: Tokenizer) -> Iterator[Prompt]:
     """Prompts as the model sees them; `text` is with the suffix and without the template."""
     encode = prompt_encoder(data, tokenizer)
-    for index, (where, text, answer) in enumerate(rows):
-        text += data.prompt_suffix
+    for index, row in enumerate(rows):
+        text = row.text + data.prompt_suffix
         prompt_ids = encode(text)
         if not 0 < len(prompt_ids) <= data.max_prompt_length:
             raise ConfigError(
-                f"{where}: {len(prompt_ids)} tokens, allowed are 1 to data.max_prompt_length="
+                f"{row.where}: {len(prompt_ids)} tokens, allowed are 1 to data.max_prompt_length="
                 f"{data.max_prompt_length}. Shorten the prompt or raise the option."
             )
-        yield Prompt(index, text, answer, prompt_ids)
+        yield Prompt(index, text, row.answer, prompt_ids, row.teacher)
 
 
-def _jsonl_rows(path: str) -> Iterator[tuple[str, str, str]]:
+def _jsonl_rows(data: DataConfig, teachers: Collection[str]) -> Iterator[Row]:
+    path = data.prompts
     if not Path(path).is_file():
         raise ConfigError(
             f"data.prompts={path}: no such file, and no built-in task of that name (countdown)."
@@ -112,4 +135,10 @@ def _jsonl_rows(path: str) -> Iterator[tuple[str, str, str]]:
                 f'{where}: expected {{"prompt": "…", "answer": "…"}}, got {str(row)[:80]}. '
                 f"tools/prepare_data.py makes such files from others."
             )
-        yield where, prompt, "" if answer is None else str(answer)
+        teacher = row.get(data.teacher_key, DEFAULT_TEACHER)
+        if teacher not in teachers:
+            raise ConfigError(
+                f"{where}: {data.teacher_key}={teacher!r} is no teacher of this run. Known are "
+                f"{', '.join(teachers)}; set data.teacher_key if the key means something else."
+            )
+        yield Row(where, prompt, "" if answer is None else str(answer), teacher)

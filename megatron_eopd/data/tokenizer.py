@@ -81,6 +81,10 @@ class Tokenizer(ABC):
             )
         return self._decode([i for i in token_ids if i < self.num_ids])
 
+    def token_id(self, token: str) -> int | None:
+        """Of a token as the vocabulary spells it; None if there is no such token."""
+        return self._id_of_token().get(token)
+
     @property
     def digest(self) -> str:
         """Equal for tokenizers that give every token the same id."""
@@ -252,9 +256,14 @@ def _present(token_id: int) -> int | None:
     return token_id if token_id >= 0 else None
 
 
-def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer) -> None:
-    """Raise ConfigError unless teacher and student give every token the same id, and have columns
-    for all of them.
+def check_same_vocabulary(
+    student: Tokenizer,
+    teacher: Tokenizer,
+    who: str = "teacher",
+    swaps: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Raise ConfigError unless teacher and student give every token the same id, have columns for
+    all of them, and end a response alike, once the teacher's `swaps` have traded places.
 
     The loss compares the two distributions column by column; with different vocabularies it would
     still give numbers, and they would mean nothing.
@@ -262,22 +271,27 @@ def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer) -> None:
     if student.vocab_size != teacher.vocab_size:
         raise ConfigError(
             f"vocab_size is {student.vocab_size} in {student.model_path} (student) and "
-            f"{teacher.vocab_size} in {teacher.model_path} (teacher). Distillation compares them "
+            f"{teacher.vocab_size} in {teacher.model_path} ({who}). Distillation compares them "
             f"column by column: use models that share a vocabulary."
         )
-    for who, tokenizer in (("student", student), ("teacher", teacher)):
-        _check_fits(who, tokenizer)
+    for model, tokenizer in (("student", student), (who, teacher)):
+        _check_fits(model, tokenizer)
     if student.digest != teacher.digest:
         raise ConfigError(
             f"the tokenizers {student.path} (student, {len(student)} tokens) and {teacher.path} "
-            f"(teacher, {len(teacher)} tokens) give tokens different ids. Use models that share a "
+            f"({who}, {len(teacher)} tokens) give tokens different ids. Use models that share a "
             f"vocabulary."
         )
-    if student.stop_ids != teacher.stop_ids:
+    place = {a: b for pair in swaps for a, b in (pair, pair[::-1])}
+    ends = {place.get(token, token) for token in student.stop_ids}
+    never = ends - set(teacher.stop_ids) if swaps else ends ^ set(teacher.stop_ids)
+    if never:
         raise ConfigError(
-            f"the student ends a response with ids {student.stop_ids}, the teacher with "
-            f"{teacher.stop_ids}: at every end of a response the teacher would score a token it "
-            f"never writes. Set rollout.stop_token_ids to those that shall end a response."
+            f"the student ends a response with ids {student.stop_ids}, the {who} with "
+            f"{teacher.stop_ids}{f' (traded places: {place})' if swaps else ''}: at every end of a "
+            f"response the teacher would score a token it never writes. Set {who}.eos_token_map to "
+            f"what the teacher writes instead, or rollout.stop_token_ids to what shall end a "
+            f"response of both."
         )
 
 

@@ -3,11 +3,12 @@
 The same stages as training: generate, score, measure; then grade. All ranks get the same figures.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_eopd.config import Config
 from megatron_eopd.data import countdown
-from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
+from megatron_eopd.data.packing import Limits, pack, rounds_of
 from megatron_eopd.data.prompts import countdown_rows, encode_prompts
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.evaluation.pass_at_k import summarize
@@ -16,7 +17,7 @@ from megatron_eopd.models.build import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, Sampling
-from megatron_eopd.teacher import ColocatedTeacher
+from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.step import measure
 from megatron_eopd.training.token_loss import TokenLoss
 
@@ -44,9 +45,9 @@ def held_out_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
 def evaluate(
     prompts: list[Prompt],
     engine: RolloutEngine,
-    teacher: ColocatedTeacher,
+    teachers: TeacherPool,
     token_loss: TokenLoss,
-    model: CausalLM,
+    chunks: Sequence[CausalLM],
     tokenizer: Tokenizer,
     config: Config,
     context: ParallelContext,
@@ -64,13 +65,9 @@ def evaluate(
         ),
     )
     figures = _grade(rollouts, samples_per_problem, tokenizer)
-    batches = make_microbatches(
-        teacher.score(rank_part(rollouts, context.layout)),
-        config.training.micro_batch_size,
-        padded_length(rollouts, context.layout),
-        context.device,
-    )
-    means = divide([measure(token_loss, model, batches, context).sums])
+    packed = pack(rollouts, Limits.of(config.training), context.layout)
+    rounds = teachers.microbatches(rounds_of(packed, config.exchange_size))
+    means = divide([measure(token_loss, chunks, rounds, context).sums])
     for figure, name in (
         ("reverse_kl", "loss/reverse_kl"),
         ("forward_kl", "loss/forward_kl"),

@@ -3,7 +3,7 @@
 A CausalLM's forward stops at the last hidden states: the loss picks the rows that predict a
 response token before it calls `lm_head`, so prompt and padding rows never meet the vocabulary.
 """
-# Shapes: S tokens, B sequences, H hidden size, N picked rows, V this rank's vocabulary columns.
+# Shapes: S tokens of this rank, H hidden size, N picked rows, V this rank's vocabulary columns.
 
 import importlib.util
 import math
@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_eopd.config import ConfigError, ModelConfig
+from megatron_eopd.config import Config, ConfigError, ModelConfig
 from megatron_eopd.models import rope
 from megatron_eopd.models.attention import SDPACoreAttention
 from megatron_eopd.models.families import family_of
@@ -41,7 +41,7 @@ from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 
 
 class CausalLM(GPTModel):
-    """GPTModel whose last stage returns hidden states [S, B, H] after the final norm.
+    """GPTModel whose last stage returns hidden states [S, 1, H] after the final norm.
 
     Only `_postprocess` is replaced: both Megatron-Core lines that are supported call it with
     keywords, as the last act of forward.
@@ -50,17 +50,17 @@ class CausalLM(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         return hidden_states
 
-    def pick_rows(self, hidden_SBH: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
-        """Rows of the last hidden states, [N, H], of the flattened [S·B, H].
+    def pick_rows(self, hidden_S1H: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+        """Rows of the last hidden states, [N, H].
 
         Forward: one all-gather under sequence parallelism, else none. Backward: none; the gradient
         is split, because lm_head's own backward has already summed it over the group.
         """
         if self.config.sequence_parallel:
-            hidden_SBH = gather_from_sequence_parallel_region(
-                hidden_SBH, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            hidden_S1H = gather_from_sequence_parallel_region(
+                hidden_S1H, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        return hidden_SBH.flatten(0, 1)[rows_N]
+        return hidden_S1H.squeeze(1).index_select(0, rows_N)
 
     def lm_head(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Vocab-parallel logits [N, V]. Backward: one all-reduce of the hidden states' gradient."""
@@ -98,47 +98,78 @@ def read_hf_config(hf_path: Path) -> PretrainedConfig:
     return hf_config
 
 
-def check_divides(hf_config: PretrainedConfig, layout: Layout, who: str) -> None:
+def check_divides(
+    hf_config: PretrainedConfig, layout: Layout, who: str, section: str = "parallel"
+) -> None:
     """Raise ConfigError when the model cannot be cut into this many parts."""
+    stages = f"{section}.pipeline_model_parallel_size={layout.pp}"
+    if layout.vpp > 1:
+        stages += f" × {section}.virtual_pipeline_model_parallel_size={layout.vpp}"
+    tensor = f"{section}.tensor_model_parallel_size={layout.tp}"
     sizes = [
-        ("num_attention_heads", layout.tp, "tensor_model"),
-        ("num_key_value_heads", layout.tp, "tensor_model"),
-        ("intermediate_size", layout.tp, "tensor_model"),
-        ("num_hidden_layers", layout.pp, "pipeline_model"),
+        ("num_attention_heads", layout.tp, tensor),
+        ("num_key_value_heads", layout.tp, tensor),
+        ("intermediate_size", layout.tp, tensor),
+        ("num_hidden_layers", layout.pp * layout.vpp, stages),
     ]
     if num_experts(hf_config):
+        expert_tensor = f"{section}.expert_tensor_parallel_size={layout.expert_tp}"
         sizes += [
-            ("num_experts", layout.ep, "expert_model"),
-            ("moe_intermediate_size", layout.expert_tp, "expert_tensor"),
+            ("num_experts", layout.ep, f"{section}.expert_model_parallel_size={layout.ep}"),
+            ("moe_intermediate_size", layout.expert_tp, expert_tensor),
         ]
         if layout.tp > 1 and not layout.sequence_parallel:
             raise ConfigError(
-                f"the {who} has experts, and parallel.tensor_model_parallel_size={layout.tp}: "
-                f"Megatron-Core then needs parallel.sequence_parallel=true."
+                f"the {who} has experts, and {section}.tensor_model_parallel_size={layout.tp}: "
+                f"Megatron-Core then needs {section}.sequence_parallel=true."
             )
     elif layout.ep * layout.expert_tp > 1:
         raise ConfigError(
-            f"parallel.expert_model_parallel_size={layout.ep} and "
-            f"parallel.expert_tensor_parallel_size={layout.expert_tp}, but the {who} has no "
+            f"{section}.expert_model_parallel_size={layout.ep} and "
+            f"{section}.expert_tensor_parallel_size={layout.expert_tp}, but the {who} has no "
             f"experts. Set both to 1."
         )
-    for name, parts, option in sizes:
+    for name, parts, options in sizes:
         size = getattr(hf_config, name)
         if size % parts:
             fits = [n for n in range(1, parts) if size % n == 0]
             raise ConfigError(
-                f"parallel.{option}_parallel_size={parts} does not divide the {who}'s "
-                f"{name}={size}. Set it to one of {fits}."
+                f"{options} does not divide the {who}'s {name}={size}. It must come to one of "
+                f"{fits}."
             )
 
 
-def build_model(hf_path: Path, model: ModelConfig, context: ParallelContext) -> CausalLM:
-    """This rank's part of the model, its weights not yet loaded."""
+def check_student(config: Config, hf_config: PretrainedConfig, layout: Layout) -> None:
+    """Raise ConfigError when the student cannot be cut, or cannot be trained, in this layout."""
+    check_divides(hf_config, layout, "student")
+    if config.training.global_batch_size < layout.dp:
+        raise ConfigError(
+            f"training.global_batch_size={config.training.global_batch_size} is less than the "
+            f"data-parallel size {layout.dp}: some ranks would never have a sample. Set it to "
+            f"{layout.dp} or more."
+        )
+    model, chunk = config.model, hf_config.num_hidden_layers // (layout.pp * layout.vpp)
+    is_uniform = model.recompute_granularity == "full" and model.recompute_method == "uniform"
+    if is_uniform and chunk % model.recompute_num_layers:
+        # Megatron-Core would run past the last layer.
+        raise ConfigError(
+            f"model.recompute_num_layers={model.recompute_num_layers} does not divide the {chunk} "
+            f"layers of a model chunk. Set it to a divisor, or model.recompute_method=block."
+        )
+
+
+def build_model(hf_path: Path, model: ModelConfig, context: ParallelContext) -> list[CausalLM]:
+    """This rank's part of the model, its weights not yet loaded: one chunk, or as many as the
+    interleaved pipeline schedule runs on each stage."""
     hf_config = read_hf_config(hf_path)
     config = transformer_config(hf_config, model, context.layout)
-    language_model = _construct(hf_config, config, model, context).to(context.device)
-    language_model.rotary_pos_emb.inv_freq = rope.inverse_frequencies(hf_config).to(context.device)
-    return language_model
+    frequencies = rope.inverse_frequencies(hf_config).to(context.device)
+    chunks = []
+    for chunk in range(context.layout.vpp):
+        language_model = _construct(hf_config, config, model, context, chunk).to(context.device)
+        language_model.rotary_pos_emb.inv_freq = frequencies
+        chunks.append(language_model)
+    return chunks
 
 
 def build_skeleton(hf_config: PretrainedConfig, context: ParallelContext) -> CausalLM:
@@ -150,7 +181,7 @@ def build_skeleton(hf_config: PretrainedConfig, context: ParallelContext) -> Cau
     model = ModelConfig(make_vocab_size_divisible_by=1)
     config = transformer_config(hf_config, model, context.layout)
     with torch.device("meta"):
-        return _construct(hf_config, config, model, context)
+        return _construct(hf_config, config, model, context, chunk=0)
 
 
 def _construct(
@@ -158,39 +189,49 @@ def _construct(
     config: TransformerConfig,
     model: ModelConfig,
     context: ParallelContext,
+    chunk: int,
 ) -> CausalLM:
     layout = context.layout
     let_routers_run_without_transformer_engine()
+    # Megatron takes no chunk number where there is but one.
+    vp_stage = chunk if layout.vpp > 1 else None
     language_model = CausalLM(
         config=config,
-        transformer_layer_spec=layer_specs(config, model),
+        transformer_layer_spec=layer_specs(config, model, layout.pp_rank, vp_stage),
         vocab_size=pad_vocab_size(
             hf_config.vocab_size, model.make_vocab_size_divisible_by, layout.tp
         ),
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
+        pre_process=layout.is_first_stage and chunk == 0,
+        post_process=layout.is_last_stage and chunk == layout.vpp - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=hf_config.rope_parameters["rope_theta"],
         pg_collection=context.groups,
+        vp_stage=vp_stage,
     )
     _mark_shards(language_model, hf_config)
     return language_model
 
 
 def _mark_shards(model: CausalLM, hf_config: PretrainedConfig) -> None:
-    """Say which parameters are cut over the tensor-parallel ranks, and along which dim.
+    """Say which parameters are cut over the tensor-parallel ranks, and along which dim; and whose
+    gradients are summed over other ranks than those of the dense layers.
 
-    Megatron does this while it initialises weights, which is skipped here. Unmarked shards would
-    count as copies of rank 0's, and the gradient norm would leave out all other ranks.
+    Megatron does the first while it initialises weights, which is skipped here. Unmarked shards
+    would count as copies of rank 0's, and the gradient norm would leave out all other ranks. The
+    second it does with expert parallelism only: experts that are whole on each tensor-parallel
+    rank see that rank's tokens alone, and their gradients would never meet. Here it holds always,
+    so that every layout has the same two optimizers in a checkpoint.
     """
     weights = weights_of(model, hf_config)
     for name, parameter in model.named_parameters():
         dim = weights[name].row.split.dim
         if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+        if weights[name].row.is_expert:
+            parameter.allreduce = False
 
 
 def transformer_config(
@@ -203,6 +244,7 @@ def transformer_config(
         )
     dtype = getattr(torch, model.dtype)
     head_dim = head_shape(hf_config).head_dim
+    recomputes_layers = model.recompute_granularity == "full"
     options = {
         "add_bias_linear": False,
         # Asked for by variable lengths, also without experts.
@@ -226,23 +268,28 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.dtype == "bfloat16",
-        # Every step pads to its own longest sequence, so stages cannot assume one length.
-        variable_seq_lengths=True,
+        # Microbatches are packed, each to its own length, so stages cannot assume one; except with
+        # interleaved chunks (see data/packing.common_row_length).
+        variable_seq_lengths=layout.vpp == 1,
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
         # The loss is a sum and Megatron divides by the tokens of all ranks and microbatches.
         calculate_per_token_loss=True,
         recompute_granularity=model.recompute_granularity,
-        recompute_method="uniform" if model.recompute_granularity == "full" else None,
-        recompute_num_layers=1 if model.recompute_granularity == "full" else None,
+        recompute_method=model.recompute_method if recomputes_layers else None,
+        recompute_num_layers=model.recompute_num_layers if recomputes_layers else None,
         # Weights come from a checkpoint; on CPU Megatron has no other initialisation.
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fuses_gradient_accumulation(model),
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -263,16 +310,26 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     return model.transformer_impl == "transformer_engine"
 
 
+def _fuses_gradient_accumulation(model: ModelConfig) -> bool:
+    """TransformerEngine's layers add to the float32 gradient themselves; Megatron's own do so with
+    Apex's kernel."""
+    if not torch.cuda.is_available():
+        return False
+    has_apex_kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return uses_transformer_engine(model) or has_apex_kernel
+
+
 def layer_specs(
-    config: TransformerConfig, model: ModelConfig
+    config: TransformerConfig, model: ModelConfig, pp_rank: int, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """What this pipeline stage is built of: layers with experts and without, and the norm."""
+    """What this model chunk is built of: layers with experts and without, and the norm."""
     freq = config.moe_layer_freq
     pattern = freq if isinstance(freq, list) else [int(bool(config.num_moe_experts))]
     with_engine = uses_transformer_engine(model)
     make_layer = _transformer_engine_layer if with_engine else _local_layer
     kinds = {kind: make_layer(config, config.num_moe_experts if kind else None) for kind in pattern}
-    first, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
     layers = [kinds[pattern[i % len(pattern)]] for i in range(first, first + count)]
     return TransformerBlockSubmodules(
         layer_specs=layers, layer_norm=TENorm if with_engine else RMSNorm

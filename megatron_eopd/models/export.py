@@ -6,7 +6,7 @@ before it is handed on, never the whole model at once. What leaves is fixed at s
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Gathering:
     num_tp: int
     num_ep: int
     takes_part: bool
-    """False on the ranks of all data-parallel replicas but the first."""
+    """False on the ranks of all data- and context-parallel replicas but the first."""
 
     @property
     def size(self) -> int:
@@ -53,7 +53,7 @@ class Exporter:
 
     def __init__(
         self,
-        model: CausalLM,
+        chunks: Sequence[CausalLM],
         hf_config: PretrainedConfig,
         context: ParallelContext,
         bucket_bytes: int,
@@ -64,12 +64,16 @@ class Exporter:
         layout, groups = context.layout, context.groups
         first_expert_copy = layout.rank_in_stage < layout.ep * layout.expert_tp
         self._gatherings = {
-            False: Gathering(groups.tp, layout.tp, 1, layout.dp_rank == 0),
+            False: Gathering(groups.tp, layout.tp, 1, layout.rank_in_stage < layout.tp),
             True: Gathering(groups.tp_ep, layout.expert_tp, layout.ep, first_expert_copy),
         }
-        weights = weights_of(model, hf_config)
-        # The embedding owns a tied weight; the last stage's copy is not sent a second time.
-        entries = [(p, weights[n]) for n, p in model.named_parameters() if not weights[n].tied_head]
+        entries: list[Entry] = []
+        for chunk in chunks:
+            weights = weights_of(chunk, hf_config)
+            # The embedding owns a tied weight; the last stage's copy is not sent a second time.
+            entries += [
+                (p, weights[n]) for n, p in chunk.named_parameters() if not weights[n].tied_head
+            ]
         self._buckets = list(self._fill_buckets(entries, bucket_bytes))
         self.manifest = self._gather_manifest()
 

@@ -185,7 +185,7 @@ def hf_shapes(
 
 
 def load_hf_weights(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     hf_path: Path,
     hf_config: PretrainedConfig,
     layout: Layout,
@@ -200,20 +200,28 @@ def load_hf_weights(
         CheckpointError: a file is missing or damaged, or tensors are missing, unexpected, or of
             another shape or kind (all of them are listed, not only the first).
     """
-    weights = weights_of(model, hf_config)
-    own = [name for weight in weights.values() for name in weight.hf_names(layout.ep_rank)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for chunk in chunks:
+        shapes |= whole_shapes(chunk, weights_of(chunk, hf_config), hf_config, layout)
     names: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(names, own, group=group)
-    heads = head_shape(hf_config)
+    dist.all_gather_object(names, list(shapes), group=group)
+    asked_for = {name for rank in names for name in rank}
     with HFCheckpoint(hf_path) as checkpoint:
-        shapes = whole_shapes(model, weights, hf_config, layout)
-        asked_for = {name for rank in names for name in rank}
         checkpoint.check(shapes, asked_for, tied=hf_config.tie_word_embeddings)
-        for name, parameter in model.named_parameters():
-            weight = weights[name]
-            wholes = [checkpoint.slice(hf_name) for hf_name in weight.hf_names(layout.ep_rank)]
-            rank, size = weight.place(layout)
-            fill_shard(parameter.data, weight.row.split, wholes, rank, size, heads)
+        for chunk in chunks:
+            _fill_parameters(chunk, checkpoint, hf_config, layout)
+
+
+def _fill_parameters(
+    model: torch.nn.Module, checkpoint: HFCheckpoint, hf_config: PretrainedConfig, layout: Layout
+) -> None:
+    heads = head_shape(hf_config)
+    weights = weights_of(model, hf_config)
+    for name, parameter in model.named_parameters():
+        weight = weights[name]
+        wholes = [checkpoint.slice(hf_name) for hf_name in weight.hf_names(layout.ep_rank)]
+        rank, size = weight.place(layout)
+        fill_shard(parameter.data, weight.row.split, wholes, rank, size, heads)
 
 
 def whole_shapes(

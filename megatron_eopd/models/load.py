@@ -3,7 +3,9 @@
 Both hold config.json and the tokenizer, so one path says everything about a model.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -29,19 +31,19 @@ def check_files(path: Path) -> None:
             pass
 
 
-def load_weights(model: CausalLM, path: Path, context: ParallelContext) -> None:
-    """Fill this rank's parameters. Collective over all ranks.
+def load_weights(chunks: Sequence[CausalLM], path: Path, context: ParallelContext) -> None:
+    """Fill this rank's parameters. Collective over all ranks of the model.
 
     Raises:
         CheckpointError: missing, damaged, or of another model.
     """
     if is_mcore(path):
-        load_mcore_weights(model, path, context)
+        load_mcore_weights(chunks, path, context)
     else:
-        load_hf_weights(model, path, read_hf_config(path), context.layout, context.cpu_group)
+        load_hf_weights(chunks, path, read_hf_config(path), context.layout, context.cpu_group)
 
 
-def load_mcore_weights(model: CausalLM, path: Path, context: ParallelContext) -> None:
+def load_mcore_weights(chunks: Sequence[CausalLM], path: Path, context: ParallelContext) -> None:
     """From a Megatron distributed checkpoint of any layout; of a run's, only the weights."""
     # This says what is damaged, where dist_checkpointing raises anything; and all ranks stop before
     # the collectives of loading when one of them cannot read.
@@ -49,16 +51,18 @@ def load_mcore_weights(model: CausalLM, path: Path, context: ParallelContext) ->
     with collecting(errors):
         check_files(path)
     raise_together(errors, context.cpu_group)
-    # Objects are TransformerEngine's float8 scales, which no layer here has a use for.
-    state = {
-        name: item
-        for name, item in model.sharded_state_dict().items()
-        if not isinstance(item, ShardedObject)
-    }
+    state = {str(n): _tensors_of(chunk) for n, chunk in enumerate(chunks)}
     with loading_errors(path):
         loaded = dist_checkpointing.load(state, str(path))
-    parameters = dict(model.named_parameters())
-    missing = parameters.keys() - loaded.keys()
-    assert not missing, f"{sorted(missing)} have no part in Megatron's state"
-    for name, parameter in parameters.items():
-        parameter.data.copy_(loaded[name])
+    for n, chunk in enumerate(chunks):
+        parameters = dict(chunk.named_parameters())
+        missing = parameters.keys() - loaded[str(n)].keys()
+        assert not missing, f"{sorted(missing)} have no part in Megatron's state"
+        for name, parameter in parameters.items():
+            parameter.data.copy_(loaded[str(n)][name])
+
+
+def _tensors_of(chunk: CausalLM) -> dict[str, Any]:
+    """Objects are TransformerEngine's float8 scales, which no layer here has a use for."""
+    state = chunk.sharded_state_dict()
+    return {name: item for name, item in state.items() if not isinstance(item, ShardedObject)}

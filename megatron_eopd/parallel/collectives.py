@@ -4,6 +4,7 @@ An engine lives on one rank and can fail there alone. A rank that raised while t
 into the next collective would leave them waiting, so an outcome is agreed before anybody raises.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,6 +18,37 @@ T = TypeVar("T")
 
 class RemoteError(RuntimeError):
     """Another rank raised; the message is that rank's."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank died or hangs; the message says in which stage this one noticed."""
+
+
+_LOST = re.compile(
+    "timed? ?out|connection (closed|reset|refused)|broken pipe|aborted", re.IGNORECASE
+)
+
+
+@contextmanager
+def naming_stage(stage: str) -> Iterator[None]:
+    """Turn what a collective of the block raises about a lost rank into a LostRankError.
+
+    `stage`: what the run does, and what this rank is in it.
+    """
+    try:
+        yield
+    except LostRankError as error:  # a signal: see job.py
+        raise LostRankError(f"{error} This was in {stage}.") from None
+    except RuntimeError as error:
+        # Ours have other types; a collective raises RuntimeError or one of torch.distributed's.
+        is_torchs = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        if not (is_torchs and _LOST.search(str(error))):
+            raise
+        raise LostRankError(
+            f"another rank is lost, or slower than parallel.distributed_timeout_minutes. This rank "
+            f"noticed in {stage}: {str(error).splitlines()[0]} Look for the first error in the "
+            f"files of RUN_DIR/log."
+        ) from error
 
 
 def from_rank_zero(compute: Callable[[], T], group: dist.ProcessGroup) -> T:

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -28,55 +29,81 @@ class ParallelContext:
     layout: Layout
     device: torch.device
     groups: ProcessGroupCollection
-    """Megatron-Core's groups: tp, pp, dp, dp_cp, embd, tp_ep (the experts of one stage), …"""
+    """Megatron-Core's groups: tp, pp, cp, dp, dp_cp, embd, tp_ep (the experts of one stage), …"""
     cpu_group: dist.ProcessGroup
     """All ranks, over gloo: Python objects and errors travel here, whatever the device."""
+
+
+def own_rank() -> tuple[int, int]:
+    """(rank, world size) in the job that torchrun started; alone without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def job_store(timeout_minutes: float) -> dist.Store:
+    """The store that all ranks of the job share. Returns when all have come."""
+    rank, world_size = own_rank()
+    url = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
+    timeout = timedelta(minutes=timeout_minutes)
+    store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return store
 
 
 @contextmanager
 def parallel_context(
     config: ParallelConfig, seed: int, longest_wait_s: float
 ) -> Iterator[ParallelContext]:
-    """Join the ranks that torchrun started (or run alone without torchrun), and leave them again.
-
-    longest_wait_s: how long ranks may wait for what one of them does alone, e.g. its engine.
+    """Join all ranks of the job, and leave them again.
 
     Raises:
         ConfigError: the layout does not fit the world size; before any group exists.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = own_rank()
     layout = Layout.from_config(config, world_size, rank)
+    minutes = config.distributed_timeout_minutes
+    with world_context(layout, job_store(minutes), minutes, seed, longest_wait_s) as context:
+        yield context
+
+
+@contextmanager
+def world_context(
+    layout: Layout, store: dist.Store, timeout_minutes: float, seed: int, longest_wait_s: float
+) -> Iterator[ParallelContext]:
+    """Join the ranks of a layout, which have `store` for themselves, and leave them again.
+
+    longest_wait_s: how long ranks may wait for what one of them does alone, e.g. its engine.
+    """
     device = choose_device()
-    timeout = timedelta(minutes=config.distributed_timeout_minutes)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method="env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
+        store=store,
+        rank=layout.rank,
+        world_size=layout.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
     )
     try:
-        yield join_groups(config, layout, device, seed, longest_wait_s)
+        yield join_groups(layout, device, timeout_minutes, seed, longest_wait_s)
         leave_groups()
     finally:
         dist.destroy_process_group()
 
 
 def join_groups(
-    config: ParallelConfig,
     layout: Layout,
     device: torch.device,
+    timeout_minutes: float,
     seed: int,
     longest_wait_s: float = 0.0,
 ) -> ParallelContext:
     """Build Megatron's groups on top of an initialised torch.distributed."""
-    minutes = config.distributed_timeout_minutes
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
-        distributed_timeout_minutes=minutes,
+        distributed_timeout_minutes=timeout_minutes,
     )
     model_parallel_cuda_manual_seed(seed)
     context = ParallelContext(
@@ -84,14 +111,50 @@ def join_groups(
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         cpu_group=dist.new_group(
-            backend="gloo", timeout=timedelta(minutes=minutes, seconds=longest_wait_s)
+            backend="gloo", timeout=timedelta(minutes=timeout_minutes, seconds=longest_wait_s)
         ),
     )
-    assert dist.get_rank(context.groups.tp) == layout.tp_rank, "Megatron's rank order changed"
-    assert dist.get_rank(context.groups.dp) == layout.dp_rank, "Megatron's rank order changed"
-    assert dist.get_rank(context.groups.pp) == layout.pp_rank, "Megatron's rank order changed"
-    assert dist.get_rank(context.groups.ep) == layout.ep_rank, "Megatron's rank order changed"
+    for name in ("tp", "cp", "dp", "pp", "ep"):
+        own, rank = getattr(layout, f"{name}_rank"), dist.get_rank(getattr(context.groups, name))
+        assert rank == own, f"Megatron's rank order changed: {name} rank {rank}, expected {own}"
     return context
+
+
+def second_layout(layout: Layout, timeout: timedelta, context: ParallelContext) -> ParallelContext:
+    """Another model's layout on the same ranks, beside the first: groups and no global state.
+
+    The model must not be trained and has no context parallelism: groups for that are not made.
+    """
+    assert layout.cp == 1, layout
+    dense = HyperCommGrid([layout.tp, 1, layout.dp, layout.pp], ["tp", "cp", "dp", "pp"])
+    expert_dp = layout.stage_size // (layout.ep * layout.expert_tp)
+    experts = HyperCommGrid(
+        [layout.expert_tp, layout.ep, expert_dp, layout.pp], ["tp", "ep", "dp", "pp"]
+    )
+    tp, cp, dp, pp, stage = (
+        dense.create_pg(dims, timeout=timeout)
+        for dims in ("tp", "cp", "dp", "pp", ["tp", "cp", "dp"])
+    )
+    expt_tp, ep, expt_dp, tp_ep = (
+        experts.create_pg(dims, timeout=timeout) for dims in ("tp", "ep", "dp", ["tp", "ep"])
+    )
+    groups = ProcessGroupCollection(
+        tp=tp,
+        cp=cp,
+        dp=dp,
+        pp=pp,
+        tp_cp=tp,
+        dp_cp=dp,
+        tp_dp_cp=stage,
+        expt_tp=expt_tp,
+        ep=ep,
+        expt_dp=expt_dp,
+        tp_ep=tp_ep,
+        # Only training keeps tied embeddings of two stages alike.
+        embd=None,
+        pos_embd=None,
+    )
+    return ParallelContext(layout, context.device, groups, context.cpu_group)
 
 
 def regroup(config: ParallelConfig, context: ParallelContext) -> ParallelContext:
@@ -102,7 +165,7 @@ def regroup(config: ParallelConfig, context: ParallelContext) -> ParallelContext
     """
     layout = Layout.from_config(config, context.layout.world_size, context.layout.rank)
     leave_groups()
-    return join_groups(config, layout, context.device, seed=0)
+    return join_groups(layout, context.device, config.distributed_timeout_minutes, seed=0)
 
 
 def leave_groups() -> None:

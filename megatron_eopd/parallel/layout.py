@@ -1,13 +1,13 @@
 """The rank grid as plain integers. In: sizes. Out: who sits where. Knows no process group.
 
 Megatron's default order is tp-cp-ep-dp-pp, tensor-parallel ranks next to each other and pipeline
-stages farthest apart, so `arange(world).view(pp, dp, tp)`. Experts cut the ranks of a stage in
+stages farthest apart, so `arange(world).view(pp, dp, cp, tp)`. Experts cut the ranks of a stage in
 their own way, `arange(world).view(pp, expert_dp, ep, expert_tp)`.
 """
 
 from dataclasses import dataclass
 
-from megatron_eopd.config import ConfigError, ParallelConfig
+from megatron_eopd.config import ConfigError, ParallelConfig, ParallelSizes
 
 
 @dataclass(frozen=True)
@@ -24,49 +24,81 @@ class Layout:
     """Parts that the experts of a layer are dealt out to; 1 in models without experts."""
     expert_tp: int = 1
     """Tensor-parallel size inside an expert."""
+    cp: int = 1
+    """Ranks that share each sequence."""
+    vpp: int = 1
+    """Model chunks on each pipeline stage."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
 
     @classmethod
-    def from_config(cls, config: ParallelConfig, world_size: int, rank: int) -> "Layout":
+    def from_config(
+        cls,
+        config: ParallelSizes,
+        world_size: int,
+        rank: int,
+        section: str = "parallel",
+        world: str = "the world size",
+    ) -> "Layout":
+        """Of the student or a teacher: for messages, `section` says whose options these are, and
+        `world` what gives the number of ranks.
+
+        Raises:
+            ConfigError: the sizes do not divide the world size.
+        """
         tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-        if world_size % (tp * pp):
+        cp, vpp = 1, 1
+        if isinstance(config, ParallelConfig):
+            cp, vpp = config.context_parallel_size, config.virtual_pipeline_model_parallel_size
+        if world_size % (tp * pp * cp):
+            context = f" × {section}.context_parallel_size={cp}" if cp > 1 else ""
             raise ConfigError(
-                f"parallel.tensor_model_parallel_size={tp} × "
-                f"parallel.pipeline_model_parallel_size={pp} = {tp * pp} does not divide the "
-                f"world size {world_size}. Start torchrun with --nproc_per_node={tp * pp} (or a "
-                f"multiple of it), or change the two sizes."
+                f"{section}.tensor_model_parallel_size={tp} × "
+                f"{section}.pipeline_model_parallel_size={pp}{context} = {tp * pp * cp} does not "
+                f"divide {world} {world_size}. Give it {tp * pp * cp} ranks (or a multiple of it): "
+                f"torchrun --nproc_per_node, or world_size of a separate teacher; or change the "
+                f"sizes."
             )
-        dp = world_size // (tp * pp)
+        dp = world_size // (tp * pp * cp)
         ep, expert_tp = config.expert_model_parallel_size, config.expert_tensor_parallel_size
-        if tp * dp % (ep * expert_tp):
+        stage = tp * cp * dp
+        if stage % (ep * expert_tp):
             raise ConfigError(
-                f"parallel.expert_model_parallel_size={ep} × parallel.expert_tensor_parallel_size="
-                f"{expert_tp} = {ep * expert_tp} does not divide the {tp * dp} ranks of a pipeline "
-                f"stage (world size {world_size} / pipeline {pp})."
+                f"{section}.expert_model_parallel_size={ep} × {section}.expert_tensor_parallel_size"
+                f"={expert_tp} = {ep * expert_tp} does not divide the {stage} ranks of a pipeline "
+                f"stage ({world} {world_size} / pipeline {pp})."
             )
-        return cls(tp, pp, dp, rank, config.sequence_parallel, ep, expert_tp)
+        return cls(tp, pp, dp, rank, config.sequence_parallel, ep, expert_tp, cp, vpp)
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.stage_size * self.pp
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.tp * self.cp * self.dp
 
     @property
     def tp_rank(self) -> int:
         return self.rank % self.tp
 
     @property
+    def cp_rank(self) -> int:
+        return self.rank // self.tp % self.cp
+
+    @property
     def dp_rank(self) -> int:
-        return self.rank // self.tp % self.dp
+        return self.rank // (self.tp * self.cp) % self.dp
 
     @property
     def pp_rank(self) -> int:
-        return self.rank // (self.tp * self.dp)
+        return self.rank // self.stage_size
 
     @property
     def rank_in_stage(self) -> int:
-        return self.rank % (self.tp * self.dp)
+        return self.rank % self.stage_size
 
     @property
     def expert_tp_rank(self) -> int:
@@ -87,16 +119,42 @@ class Layout:
     @property
     def last_stage_leader(self) -> int:
         """The first rank of the last pipeline stage: its metrics are everyone's."""
-        return self.tp * self.dp * (self.pp - 1)
+        return self.stage_size * (self.pp - 1)
+
+    def last_stage_rank(self, dp_rank: int, cp_rank: int, tp_rank: int) -> int:
+        """The rank of the last pipeline stage at this place."""
+        return self.last_stage_leader + (dp_rank * self.cp + cp_rank) * self.tp + tp_rank
 
     @property
     def leads_stage(self) -> int | None:
         """The pipeline stage whose weights this rank sends out, if it is a stage's leader."""
         return self.pp_rank if self.rank_in_stage == 0 else None
 
+    @property
+    def experts_span_replicas(self) -> bool:
+        """Whether a layer's experts sit on several data-parallel replicas, which must then run
+        every layer at the same time."""
+        return self.ep * self.expert_tp > self.tp * self.cp
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Packed sequences are padded to this: context parallelism cuts each into 2 · cp chunks."""
+        return 1 if self.cp == 1 else 2 * self.cp
+
+    def place(self) -> str:
+        """This rank's, in as few words as tell it from all others."""
+        sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "dp": self.dp, "ep": self.ep}
+        parts = [f"{n}{getattr(self, f'{n}_rank')}" for n, size in sizes.items() if size > 1]
+        return " ".join(parts) or "whole"
+
     def describe(self) -> str:
+        chunks = f" (× {self.vpp} chunks)" if self.vpp > 1 else ""
+        context = f" × CP {self.cp}" if self.cp > 1 else ""
         experts = f", experts EP {self.ep} × TP {self.expert_tp}" if self.ep > 1 else ""
-        return f"{self.world_size} ranks = TP {self.tp} × PP {self.pp} × DP {self.dp}{experts}"
+        return (
+            f"{self.world_size} ranks = TP {self.tp} × PP {self.pp}{chunks}{context} × "
+            f"DP {self.dp}{experts}"
+        )
 
 
 def pad_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:

@@ -4,26 +4,34 @@ No key/value cache: every new token costs a whole forward pass through Megatron'
 and exact: its log-probabilities are the trainer's own. It serves where vLLM is not installed, and
 as the yardstick in tests.
 """
-# Shapes: B sequences of one round, S padded length, V this rank's columns, W whole vocabulary.
+# Shapes: N tokens asked for on this rank, V this rank's columns, W whole vocabulary.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from megatron_eopd.data.packing import make_microbatches, own_response_tokens
 from megatron_eopd.models.build import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.vocab import gather_vocab, vocab_parallel_logprobs
-from megatron_eopd.records import MicroBatch, Prompt, Rollout
+from megatron_eopd.records import MicroBatch, Prompt, Rollout, ScoredRollout
 from megatron_eopd.rollout.engine import Sampling, SyncReport, sample_seed
 from megatron_eopd.training.forward import map_hidden
+
+Place = tuple[int, int]
+"""(which sequence, which response token of it)."""
 
 
 class MegatronEngine:
     def __init__(
-        self, model: CausalLM, vocab_size: int, max_num_seqs: int, context: ParallelContext
+        self,
+        chunks: Sequence[CausalLM],
+        vocab_size: int,
+        max_num_seqs: int,
+        context: ParallelContext,
     ) -> None:
-        self._model = model
+        self._chunks = chunks
         self._vocab_size = vocab_size
         self._max_num_seqs = max_num_seqs
         self._context = context
@@ -32,17 +40,19 @@ class MegatronEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         layout = self._context.layout
         jobs = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
-        own = jobs[layout.dp_rank :: layout.dp]
+        # Replicas that share experts run every layer together, so all of them sample everything.
+        replicas = 1 if layout.experts_span_replicas else layout.dp
+        own = jobs[layout.dp_rank % replicas :: replicas]
         rollouts = []
         for first in range(0, len(own), self._max_num_seqs):
             rollouts += self._round(own[first : first + self._max_num_seqs], sampling)
         parts: list = [None] * layout.dp
         dist.all_gather_object(parts, rollouts, group=self._context.groups.dp)
         # Dealt out like cards, so collected like cards.
-        return [parts[n % layout.dp][n // layout.dp] for n in range(len(jobs))]
+        return [parts[n % replicas][n // replicas] for n in range(len(jobs))]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return score_tokens(self._model, sequences, self._vocab_size, self._context)
+        return score_tokens(self._chunks, sequences, self._vocab_size, self._context)
 
     def update_weights(self, version: int) -> SyncReport:
         """Nothing moves: the engine samples from the student itself."""
@@ -63,10 +73,10 @@ class MegatronEngine:
         for _ in range(sampling.max_response_length):
             if not active:
                 break
-            batch = _batch([(*jobs[n][0].prompt_ids, *ids[n]) for n in active], self._context)
+            sequences = [(*jobs[n][0].prompt_ids, *ids[n]) for n in active]
             uniforms = torch.stack([torch.rand((), generator=generators[n]) for n in active])
-            tokens, chosen = self._next_tokens(batch, uniforms, sampling.temperature)
-            for n, token, logprob in zip(active, tokens, chosen, strict=True):
+            drawn = self._next_tokens(sequences, uniforms, sampling.temperature)
+            for n, (token, logprob) in zip(active, drawn, strict=True):
                 ids[n].append(token)
                 logprobs[n].append(logprob)
             active = [n for n in active if ids[n][-1] not in sampling.stop_ids]
@@ -83,75 +93,99 @@ class MegatronEngine:
         ]
 
     def _next_tokens(
-        self, batch: MicroBatch, uniforms_B: torch.Tensor, temperature: float
-    ) -> tuple[list[int], list[float]]:
-        """Sample by inverting the cumulative distribution; every rank gets the same tokens."""
+        self, sequences: Sequence[tuple[int, ...]], uniforms: torch.Tensor, temperature: float
+    ) -> list[tuple[int, float]]:
+        """(token, log-probability) behind each sequence, drawn by inverting the cumulative
+        distribution at the given uniform numbers; the same on every rank."""
 
-        def at_last_stage(batch: MicroBatch, hidden_SBH: torch.Tensor) -> list:
-            logits_BV = self._model.lm_head(
-                self._model.pick_rows(hidden_SBH, batch.prediction_rows_N)
-            )
-            logits_BW = gather_vocab(logits_BV, self._context.groups.tp, self._vocab_size)
-            logprobs_BW = (logits_BW.float() / temperature).log_softmax(-1).cpu()
-            cumulative_BW = logprobs_BW.double().exp().cumsum(-1)
+        def draw(logits_NV: torch.Tensor, places: Sequence[Place]) -> list[tuple[int, float]]:
+            logits_NW = gather_vocab(logits_NV, self._context.groups.tp, self._vocab_size)
+            logprobs_NW = (logits_NW.float() / temperature).log_softmax(-1).cpu()
+            cumulative_NW = logprobs_NW.double().exp().cumsum(-1)
+            uniforms_N = uniforms[[sequence for sequence, _ in places]]
             # Of the sum, not of 1: rounding must not leave a gap behind the last token.
-            target_B = uniforms_B.double() * cumulative_BW[:, -1]
-            tokens_B1 = torch.searchsorted(cumulative_BW, target_B[:, None], right=True)
-            return [tokens_B1[:, 0].tolist(), logprobs_BW.gather(-1, tokens_B1)[:, 0].tolist()]
+            target_N = uniforms_N.double() * cumulative_NW[:, -1]
+            tokens_N1 = torch.searchsorted(cumulative_NW, target_N[:, None], right=True)
+            chosen_N1 = logprobs_NW.gather(-1, tokens_N1)
+            return list(zip(tokens_N1[:, 0].tolist(), chosen_N1[:, 0].tolist(), strict=True))
 
-        result = map_hidden(self._model, [batch], at_last_stage, self._context)
-        return _from_last_stage(result[0] if result else None, self._context)
+        # The token asked for is not known; any id stands in its place, which nothing reads.
+        asked = [_as_rollout(sequence, (0,)) for sequence in sequences]
+        return [token for (token,) in map_tokens(self._chunks, asked, draw, self._context)]
 
 
 def score_tokens(
-    model: CausalLM,
+    chunks: Sequence[CausalLM],
     sequences: Sequence[Sequence[int]],
     vocab_size: int,
     context: ParallelContext,
 ) -> list[list[float]]:
     """log p at temperature 1 of every token but the first of each sequence, on every rank."""
-    batch = _batch(sequences, context, score_all=True)
 
-    def at_last_stage(batch: MicroBatch, hidden_SBH: torch.Tensor) -> list[float]:
-        logits_NV = model.lm_head(model.pick_rows(hidden_SBH, batch.prediction_rows_N))
+    def logprobs(logits_NV: torch.Tensor, places: Sequence[Place]) -> list[float]:
+        token_ids = [sequences[sequence][1 + token] for sequence, token in places]
         logprobs_N = vocab_parallel_logprobs(
-            logits_NV, batch.target_ids_N, tp_group=context.groups.tp, vocab_size=vocab_size
+            logits_NV,
+            torch.tensor(token_ids, dtype=torch.long, device=logits_NV.device),
+            tp_group=context.groups.tp,
+            vocab_size=vocab_size,
         )
         return logprobs_N.tolist()
 
-    result = map_hidden(model, [batch], at_last_stage, context)
-    flat = iter(_from_last_stage(result[0] if result else None, context))
-    return [[next(flat) for _ in sequence[1:]] for sequence in sequences]
+    asked = [_as_rollout(tuple(sequence[:1]), tuple(sequence[1:])) for sequence in sequences]
+    return map_tokens(chunks, asked, logprobs, context)
 
 
-def _batch(
-    sequences: Sequence[Sequence[int]], context: ParallelContext, score_all: bool = False
-) -> MicroBatch:
-    """Right-padded sequences; the rows behind the last token, or (score_all) before every token."""
-    longest = max(len(sequence) for sequence in sequences)
-    seq_length = -(-longest // context.layout.tp) * context.layout.tp
-    token_ids_BS = torch.zeros(len(sequences), seq_length, dtype=torch.long)
-    rows, targets = [], []
-    for b, sequence in enumerate(sequences):
-        token_ids_BS[b, : len(sequence)] = torch.tensor(sequence)
-        last = len(sequence) - 1
-        positions = range(last) if score_all else [last]
-        rows += [position * len(sequences) + b for position in positions]
-        targets += sequence[1:] if score_all else [0]
-    return MicroBatch(
-        token_ids_BS=token_ids_BS.to(context.device),
-        prediction_rows_N=torch.tensor(rows, device=context.device),
-        target_ids_N=torch.tensor(targets, device=context.device),
-        rollout_logprobs_N=torch.zeros(len(rows), device=context.device),
-        positions_N=torch.zeros(len(rows), device=context.device),
-        teacher_hidden_NH=None,
-    )
+def map_tokens(
+    chunks: Sequence[CausalLM],
+    rollouts: Sequence[Rollout],
+    of_tokens: Callable[[torch.Tensor, Sequence[Place]], list],
+    context: ParallelContext,
+) -> list[list]:
+    """For each rollout what `of_tokens` says of each response token, on every rank of a replica.
+
+    `of_tokens(logits_NV, places)` gets the logits that predict the tokens at these places.
+    """
+    layout = context.layout
+    # The interleaved schedule wants as many microbatches as there are stages, at least.
+    count = layout.pp if layout.vpp > 1 else 1
+    numbers = [list(range(len(rollouts)))[i::count] for i in range(count)]
+    unscored = [[ScoredRollout(rollouts[n], None) for n in batch] for batch in numbers]
+    batches = make_microbatches(unscored, layout, context.device)
+    model = chunks[-1]
+
+    def logits_of(batch: MicroBatch, hidden_S1H: torch.Tensor) -> torch.Tensor:
+        return model.lm_head(model.pick_rows(hidden_S1H, batch.prediction_rows_N))
+
+    logits = map_hidden(chunks, batches, logits_of, context)
+    found: list[tuple[Place, object]] = []
+    for batch, logits_NV in zip(numbers, logits, strict=False):  # none but on the last stage
+        places = [
+            (n, token)
+            for n in batch
+            for token in own_response_tokens(rollouts[n], layout, layout.cp_rank)[1].tolist()
+        ]
+        found += zip(places, of_tokens(logits_NV, places), strict=True)
+    values = dict(_from_last_stage(found, context))
+    return [
+        [values[n, token] for token in range(len(rollout.response_ids))]
+        for n, rollout in enumerate(rollouts)
+    ]
 
 
-def _from_last_stage(value, context: ParallelContext):
-    """What the last stage of this pipeline knows, told to its other stages."""
-    told = [value]
-    group = context.groups.pp
-    last = dist.get_global_rank(group, context.layout.pp - 1)
-    dist.broadcast_object_list(told, src=last, group=group, device=context.device)
+def _as_rollout(prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> Rollout:
+    prompt = Prompt(0, text="", answer="", prompt_ids=prompt_ids)
+    return Rollout(prompt, 0, response_ids, (0.0,) * len(response_ids), "length", 0)
+
+
+def _from_last_stage(values: list, context: ParallelContext) -> list:
+    """What the context-parallel ranks of the last stage know, told to all stages of a replica."""
+    groups, layout = context.groups, context.layout
+    if layout.is_last_stage and layout.cp > 1:
+        parts: list = [None] * layout.cp
+        dist.all_gather_object(parts, values, group=groups.cp)
+        values = [value for part in parts for value in part]
+    told = [values]
+    last = dist.get_global_rank(groups.pp, layout.pp - 1)
+    dist.broadcast_object_list(told, src=last, group=groups.pp, device=context.device)
     return told[0]

@@ -5,14 +5,12 @@ keeps float32 master weights and moments.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -23,10 +21,10 @@ from megatron_eopd.parallel.init import ParallelContext
 
 @dataclass(frozen=True)
 class Trainable:
-    """The student and what moves it. `wrapped` is `model` inside DistributedDataParallel."""
+    """The student and what moves it. `wrapped` are the `chunks` inside DistributedDataParallel."""
 
-    model: CausalLM
-    wrapped: DistributedDataParallel
+    chunks: list[CausalLM]
+    wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -34,25 +32,52 @@ class Trainable:
     def lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
+    @contextmanager
+    def accumulating(self, is_last: bool) -> Iterator[None]:
+        """While a schedule runs that others follow before the step: no reduction of gradients."""
+        config = self.chunks[0].config
+        if is_last:
+            yield
+            return
+        own_no_sync, config.no_sync_func = config.no_sync_func, nullcontext
+        with ExitStack() as stack:
+            for chunk in self.wrapped:
+                stack.enter_context(chunk.no_sync())
+            yield
+        config.no_sync_func = own_no_sync
 
-def make_trainable(model: CausalLM, config: Config, context: ParallelContext) -> Trainable:
+    def gather_parameters(self) -> None:
+        """Have the whole updated parameters here, where the next forward pass would gather them."""
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+
+def make_trainable(chunks: list[CausalLM], config: Config, context: ParallelContext) -> Trainable:
     training = config.training
-    wrapped = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=training.overlap_grad_reduce,
-        ),
-        model,
-        pg_collection=context.groups,
-    )
-    optimizer = get_megatron_optimizer(_optimizer_config(config), [wrapped])
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.no_sync_func = wrapped.no_sync
-    model.config.grad_scale_func = optimizer.scale_loss
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=training.overlap_grad_reduce,
+                overlap_param_gather=training.overlap_param_gather,
+            ),
+            chunk,
+            # Later chunks reduce while earlier ones compute; in one piece, as in Megatron-LM.
+            disable_bucketing=number > 0,
+            pg_collection=context.groups,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(_optimizer_config(config), wrapped)
+    model_config = chunks[0].config  # all chunks share it
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    model_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    model_config.grad_scale_func = optimizer.scale_loss
     steps = config.optimizer_steps
-    return Trainable(model, wrapped, optimizer, _scheduler(optimizer, training, steps))
+    return Trainable(chunks, wrapped, optimizer, _scheduler(optimizer, training, steps))
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:
@@ -70,6 +95,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         bf16=config.model.dtype == "bfloat16",
         params_dtype=getattr(torch, config.model.dtype),
         use_distributed_optimizer=True,
+        overlap_param_gather=training.overlap_param_gather,
     )
 
 

@@ -3,14 +3,15 @@
 Loss and gradient are sums over tokens, divided by the number of valid tokens of all microbatches
 and data-parallel ranks: how tokens were packed never changes a step.
 """
-# Shapes: S tokens, B sequences, H hidden size, N valid response tokens of a microbatch.
+# Shapes: S tokens of a microbatch on this rank, H hidden size.
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
 
 from megatron_eopd.losses.vocab_parallel import describe_non_finite
 from megatron_eopd.metrics import Means, Reduced
@@ -19,7 +20,7 @@ from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import MicroBatch, StepReport
 from megatron_eopd.training.forward import hidden_states, map_hidden, run_schedule
 from megatron_eopd.training.optimizer import Trainable
-from megatron_eopd.training.token_loss import NON_FINITE, TokenLoss
+from megatron_eopd.training.token_loss import NON_FINITE, StepSettings, TokenLoss
 
 
 class NonFiniteError(RuntimeError):
@@ -29,36 +30,31 @@ class NonFiniteError(RuntimeError):
 def train_step(
     student: Trainable,
     token_loss: TokenLoss,
-    microbatches: Sequence[MicroBatch],
+    rounds: Iterable[Sequence[MicroBatch]],
     context: ParallelContext,
     *,
+    num_rounds: int,
     step: int,
     compare_engine: bool = False,
 ) -> StepReport:
     """Forward, backward, clip, step, over this rank's microbatches.
 
+    `rounds`: `num_rounds` portions of the microbatches, each taken when the one before is done.
     `step` counts the optimizer steps of the run before this one. `compare_engine`: see
     StepSettings.
 
     Raises:
         NonFiniteError: on every rank, with the weights as they were before the step.
     """
-    means = Means()
-    settings = token_loss.settings(microbatches, step, compare_engine)
-    student.wrapped.zero_grad_buffer()
-    student.optimizer.zero_grad()
-
-    def forward_step(batches, model):
-        batch = next(batches)
-        return hidden_states(model, batch.token_ids_BS), partial(loss_of, batch)
-
-    def loss_of(batch: MicroBatch, hidden_SBH: torch.Tensor):
-        loss = token_loss(batch, hidden_SBH, means, settings)
-        # Megatron sums loss and count over microbatches and ranks, and divides once.
-        count = torch.tensor(batch.num_valid_tokens, dtype=torch.int, device=loss.device)
-        return loss, count, {}
-
-    run_schedule(forward_step, student.wrapped, microbatches, context, forward_only=False)
+    means = accumulate_gradients(
+        student,
+        token_loss,
+        rounds,
+        context,
+        num_rounds=num_rounds,
+        step=step,
+        compare_engine=compare_engine,
+    )
     lr = student.lr
     shared = share_from_last_stage(means, context)
     _refuse_non_finite(student, shared, context)
@@ -67,37 +63,99 @@ def train_step(
     return StepReport(float(grad_norm), lr, shared.sums, shared.values)
 
 
+def accumulate_gradients(
+    student: Trainable,
+    token_loss: TokenLoss,
+    rounds: Iterable[Sequence[MicroBatch]],
+    context: ParallelContext,
+    *,
+    num_rounds: int,
+    step: int,
+    compare_engine: bool,
+    force_all_reduce: bool = False,
+) -> Means:
+    """The gradient of the mean loss over all valid tokens, in the student's gradient buffers.
+
+    Each data-parallel rank then holds the part that its part of the optimizer needs; the whole one
+    with `force_all_reduce`, Megatron's word for it.
+    """
+    means = Means()
+    for chunk in student.wrapped:
+        chunk.zero_grad_buffer()
+    student.optimizer.zero_grad()
+    num_tokens = torch.zeros((), dtype=torch.int, device=context.device)
+    for number, microbatches in enumerate(rounds):
+        settings = token_loss.settings(microbatches, step, compare_engine)
+        with student.accumulating(is_last=number == num_rounds - 1):
+            _run_round(student, token_loss, microbatches, means, settings, context)
+        num_tokens += sum(batch.num_valid_tokens for batch in microbatches)
+    # Loss and gradient are sums up to here; this divides once, by the tokens of all ranks.
+    finalize_model_grads(
+        student.wrapped,
+        num_tokens,
+        pg_collection=context.groups,
+        force_all_reduce=force_all_reduce,
+    )
+    return means
+
+
+def _run_round(
+    student: Trainable,
+    token_loss: TokenLoss,
+    microbatches: Sequence[MicroBatch],
+    means: Means,
+    settings: StepSettings,
+    context: ParallelContext,
+) -> None:
+    def forward_step(batches, model):
+        batch = next(batches)
+        return hidden_states(model, batch), partial(loss_of, batch)
+
+    def loss_of(batch: MicroBatch, hidden_S1H: torch.Tensor):
+        loss = token_loss(batch, hidden_S1H, means, settings)
+        count = torch.tensor(batch.num_valid_tokens, dtype=torch.int, device=loss.device)
+        return loss, count, {}
+
+    run_schedule(forward_step, student.wrapped, microbatches, context, forward_only=False)
+
+
 @torch.no_grad()
 def measure(
     token_loss: TokenLoss,
-    model: CausalLM,
-    microbatches: Sequence[MicroBatch],
+    chunks: Sequence[CausalLM],
+    rounds: Iterable[Sequence[MicroBatch]],
     context: ParallelContext,
 ) -> Reduced:
     """The loss metrics of the batch without a step, on every rank; α and τ as at the start."""
     means = Means()
-    settings = token_loss.settings(microbatches, step=0, compare_engine=False)
+    for microbatches in rounds:
+        settings = token_loss.settings(microbatches, step=0, compare_engine=False)
 
-    def at_last_stage(batch: MicroBatch, hidden_SBH: torch.Tensor) -> None:
-        token_loss(batch, hidden_SBH, means, settings)
+        def at_last_stage(
+            batch: MicroBatch, hidden_S1H: torch.Tensor, settings: StepSettings = settings
+        ) -> None:
+            token_loss(batch, hidden_S1H, means, settings)
 
-    map_hidden(model, microbatches, at_last_stage, context)
+        map_hidden(chunks, microbatches, at_last_stage, context)
     return share_from_last_stage(means, context)
 
 
 def share_from_last_stage(means: Means, context: ParallelContext) -> Reduced:
-    """Over the data-parallel ranks of the last stage, told to every rank."""
+    """Over the data- and context-parallel ranks of the last stage, told to every rank."""
     layout = context.layout
     told: list = [None]
     if layout.is_last_stage:
-        told = [means.reduce(context.groups.dp)]
+        told = [means.reduce(context.groups.dp_cp)]
     dist.broadcast_object_list(told, src=layout.last_stage_leader, group=context.cpu_group)
     return told[0]
 
 
 def _refuse_non_finite(student: Trainable, shared: Reduced, context: ParallelContext) -> None:
     """One number per rank decides for all: NaN and infinity survive a sum."""
-    total = torch.stack([b.grad_data.sum() for b in student.wrapped.buffers]).sum().double()
+    total = torch.zeros((), dtype=torch.float64, device=context.device)
+    for chunk in student.wrapped:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            total += buffer.grad_data.sum()
     # cpu_group, whatever the device: all ranks, also those of other stages, must decide alike.
     total = total.cpu()
     dist.all_reduce(total, group=context.cpu_group)

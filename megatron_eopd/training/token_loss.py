@@ -3,10 +3,10 @@
 Both LM heads see only the rows that predict a response token. With the chunked head the same
 function of logits runs once per chunk of tokens instead of once per microbatch.
 """
-# Shapes: S tokens, B sequences, H hidden size, N valid response tokens of a microbatch, C of them
-# in a chunk, V this rank's columns of the vocabulary.
+# Shapes: S tokens of a microbatch on this rank, H hidden size, N valid response tokens of them, C
+# of these in a chunk, V this rank's columns of the vocabulary.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,16 +23,15 @@ from megatron_eopd.losses.objective import (
     token_objective,
     token_weights,
 )
+from megatron_eopd.losses.teacher_top_k import TopKTerms, top_k_terms
 from megatron_eopd.losses.vocab_parallel import TokenTerms, vocab_parallel_terms
-from megatron_eopd.losses.vocab_sum import sum_over_vocab
+from megatron_eopd.losses.vocab_sum import Integrand, sum_over_vocab
 from megatron_eopd.metrics import Means
 from megatron_eopd.models.build import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
 from megatron_eopd.records import MicroBatch
-
-TeacherHead = Callable[[torch.Tensor], torch.Tensor]
-"""Teacher hidden states [N, H] → vocab-parallel logits [N, V] with the student's vocabulary cut."""
+from megatron_eopd.teacher.signals import Heads, teacher_logits, teacher_top_k
 
 NON_FINITE = "non_finite"
 """The tally of tokens with non-finite logits, [R, 2] per tensor-parallel rank and model."""
@@ -54,13 +53,13 @@ class TokenLoss:
     def __init__(
         self,
         model: CausalLM,
-        teacher_head: TeacherHead,
+        teacher_heads: Heads,
         config: Config,
         vocab_size: int,
         context: ParallelContext,
     ) -> None:
         self._model = model
-        self._teacher_head = teacher_head
+        self._teacher_heads = teacher_heads
         self._config = config
         self._vocab_size = vocab_size
         self._groups = context.groups
@@ -80,10 +79,10 @@ class TokenLoss:
         return StepSettings(coefficients, compare_engine)
 
     def __call__(
-        self, batch: MicroBatch, hidden_SBH: torch.Tensor, means: Means, settings: StepSettings
+        self, batch: MicroBatch, hidden_S1H: torch.Tensor, means: Means, settings: StepSettings
     ) -> torch.Tensor:
         """The sum over tokens of the objective, float32 scalar; fills `means`."""
-        hidden_NH = self._model.pick_rows(hidden_SBH, batch.prediction_rows_N)
+        hidden_NH = self._model.pick_rows(hidden_S1H, batch.prediction_rows_N)
         objective = self._config.objective
         loss_of_rows = partial(self._loss_of_rows, batch, means, settings)
         if objective.head == "materialized":
@@ -106,21 +105,8 @@ class TokenLoss:
     ) -> torch.Tensor:
         objective = self._config.objective
         target_ids_C = batch.target_ids_N[rows]
-        teacher_logits_CV = self._teacher_head(batch.teacher_hidden_NH[rows])
-        terms = self._terms(
-            logits_CV,
-            teacher_logits_CV,
-            sampled_ids=target_ids_C,
-            top_k=objective.top_k,
-            top_k_of=objective.top_k_support,
-            inplace_backward=objective.overwrites_logits,
-        )
-        signals = TokenSignals(
-            terms.kl,
-            terms.picked,
-            batch.rollout_logprobs_N[rows],
-            lambda integrand: sum_over_vocab(integrand, logits_CV, teacher_logits_CV, terms),
-        )
+        rollout_logprobs_C = batch.rollout_logprobs_N[rows]
+        signals, terms = self._signals(batch, logits_CV, rows, rollout_logprobs_C)
         weight_C = token_weights(batch.positions_N[rows], target_ids_C, objective)
         losses = token_objective(signals, objective, settings.coefficients, weight_C)
         with torch.no_grad():
@@ -131,8 +117,47 @@ class TokenLoss:
                 means.add("gate/threshold", threshold)
             if settings.compare_engine:
                 logprobs_C = self._engine_view(terms, logits_CV, target_ids_C)
-                _add_mismatch(means, logprobs_C - signals.rollout_logprobs_N)
+                _add_mismatch(means, logprobs_C - rollout_logprobs_C)
         return losses.loss_N.sum()
+
+    def _signals(
+        self,
+        batch: MicroBatch,
+        logits_CV: torch.Tensor,
+        rows: slice,
+        rollout_logprobs_C: torch.Tensor,
+    ) -> tuple[TokenSignals, TokenTerms | TopKTerms]:
+        """What estimators may use of these tokens, from whatever the teachers hand over."""
+        objective = self._config.objective
+        target_ids_C = batch.target_ids_N[rows]
+        if self._config.teacher.payload == "topk":
+            top_k = top_k_terms(
+                logits_CV,
+                teacher_top_k(batch.teacher, rows, objective.top_k),
+                tp_group=self._groups.tp,
+                vocab_size=self._vocab_size,
+                student_temperature=self._config.student_temperature,
+                sampled_ids=target_ids_C,
+                inplace_backward=objective.overwrites_logits,
+            )
+            return TokenSignals(top_k.kl, top_k.picked, rollout_logprobs_C, _refused), top_k
+        # Without a token there is no teacher, and any logits will do.
+        teacher_logits_CV = logits_CV.detach()
+        if batch.teacher:
+            teacher_logits_CV = teacher_logits(batch.teacher, rows, self._teacher_heads)
+        terms = self._terms(
+            logits_CV,
+            teacher_logits_CV,
+            sampled_ids=target_ids_C,
+            top_k=objective.top_k,
+            top_k_of=objective.top_k_support,
+            inplace_backward=objective.overwrites_logits,
+        )
+
+        def over_vocab(integrand: Integrand) -> torch.Tensor:
+            return sum_over_vocab(integrand, logits_CV, teacher_logits_CV, terms)
+
+        return TokenSignals(terms.kl, terms.picked, rollout_logprobs_C, over_vocab), terms
 
     def _terms(self, logits: torch.Tensor, teacher_logits: torch.Tensor, **asked) -> TokenTerms:
         return vocab_parallel_terms(
@@ -146,7 +171,7 @@ class TokenLoss:
         )
 
     def _engine_view(
-        self, terms: TokenTerms, logits_CV: torch.Tensor, target_ids_C: torch.Tensor
+        self, terms: TokenTerms | TopKTerms, logits_CV: torch.Tensor, target_ids_C: torch.Tensor
     ) -> torch.Tensor:
         """The student's log-probabilities of the sampled tokens at the engine's temperature."""
         temperature = self._config.rollout.temperature
@@ -162,21 +187,34 @@ class TokenLoss:
 
     @torch.no_grad()
     def _entropy_quantile(self, microbatches: Sequence[MicroBatch], fraction: float) -> float:
-        """Of the teacher's entropy, over the tokens of all microbatches and data-parallel ranks."""
-        entropies: list[torch.Tensor] = []
-        for batch in microbatches:
-            for hidden_CH in batch.teacher_hidden_NH.split(self._chunk_size):
-                logits_CV = self._teacher_head(hidden_CH)
-                entropies.append(self._terms(logits_CV, logits_CV).kl.teacher_entropy)
-        parts: list = [None] * dist.get_world_size(self._groups.dp)
-        own = torch.cat(entropies).tolist() if entropies else []
-        dist.all_gather_object(parts, own, group=self._groups.dp)
+        """Of the teacher's entropy, over the tokens of all microbatches and of all data- and
+        context-parallel ranks."""
+        own = [x for batch in microbatches for x in self._entropies(batch)]
+        parts: list = [None] * dist.get_world_size(self._groups.dp_cp)
+        dist.all_gather_object(parts, own, group=self._groups.dp_cp)
         values = torch.tensor([x for part in parts for x in part])
         return torch.quantile(values, fraction, interpolation="higher").item()
 
+    def _entropies(self, batch: MicroBatch) -> Iterator[float]:
+        if self._config.teacher.payload == "topk":
+            top_k = teacher_top_k(batch.teacher, slice(None), self._config.objective.top_k)
+            yield from top_k.entropy_N.tolist()
+            return
+        for first in range(0, batch.num_valid_tokens, self._chunk_size):
+            rows = slice(first, first + self._chunk_size)
+            logits_CV = teacher_logits(batch.teacher, rows, self._teacher_heads)
+            yield from self._terms(logits_CV, logits_CV).kl.teacher_entropy.tolist()
+
+
+def _refused(integrand: Integrand) -> torch.Tensor:
+    raise AssertionError("config.py refuses sums over the vocabulary for teacher.payload=topk")
+
 
 def _add_loss_metrics(
-    means: Means, losses: TokenLosses, terms: TokenTerms, target_ids_N: torch.Tensor
+    means: Means,
+    losses: TokenLosses,
+    terms: TokenTerms | TopKTerms,
+    target_ids_N: torch.Tensor,
 ) -> None:
     kl, picked = terms.kl, terms.picked
     gated_N = losses.gate_N >= 0.5

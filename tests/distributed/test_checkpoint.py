@@ -7,10 +7,10 @@ import pytest
 from megatron_eopd import checkpoint
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.hf_files import CheckpointError
-from megatron_eopd.training.step import train_step
 from tests.distributed.test_models import random_rollouts
-from tests.distributed.test_step import VOCAB, build, make_config, microbatches_of
+from tests.distributed.test_step import VOCAB, build, make_config, take_step
 from tests.ranks import context_for, leave_groups, run_ranks
+from tests.tiny_models import make_model
 
 LAYOUTS = [(2, 1), (1, 2), (1, 1)]
 
@@ -21,21 +21,67 @@ def check_resume(student_dir, teacher_dir, run_dir):
     config = make_config(student_dir, teacher_dir)
     for number, (tp, pp) in enumerate([LAYOUTS[0], *LAYOUTS]):
         context = context_for(tp, pp)
-        student, teacher, token_loss = build(config, context)
-        batches = microbatches_of(rollouts, teacher, config, context)
+        student, pool, token_loss = build(config, context)
+        own = (student, token_loss, pool, rollouts, config, context)
         if number == 0:
             for _ in range(2):
-                train_step(student, token_loss, batches, context, step=0)
+                take_step(*own, step=0)
             position = checkpoint.make_position(2, config.seed, "digest", context)
             checkpoint.save(run_dir, student, position, student_dir, 3, context)
         else:
             position = checkpoint.load(checkpoint.newest(run_dir), student, context)
-            assert position.iteration == 2 and position.layout == {"tp": 2, "pp": 1, "dp": 1}
-        report = train_step(student, token_loss, batches, context, step=0)
+            assert position.iteration == 2 and position.layout["tp"] == 2
+        report = take_step(*own, step=0)
         if context.layout.rank == 0:
             row = [divide([report.sums])["loss/total"], report.grad_norm, report.lr]
             (run_dir / f"{number}.json").write_text(json.dumps(row))
         leave_groups()
+
+
+CUTS = [
+    {"ep": 2},
+    {"ep": 2},
+    {"tp": 2, "sequence_parallel": True, "ep": 2},
+    {},
+    {"pp": 2, "vpp": 2},
+]
+
+
+def check_resume_of_experts(student_dir, teacher_dir, run_dir):
+    """As check_resume, with optimizers of their own for the experts."""
+    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
+    for number, sizes in enumerate(CUTS):
+        context = context_for(**{"tp": 1, "pp": 1} | sizes)
+        config = make_config(student_dir, teacher_dir)
+        student, pool, token_loss = build(config, context)
+        own = (student, token_loss, pool, rollouts, config, context)
+        if number == 0:
+            take_step(*own, step=0)
+            position = checkpoint.make_position(1, config.seed, "digest", context)
+            checkpoint.save(run_dir, student, position, student_dir, 3, context)
+        else:
+            checkpoint.load(checkpoint.newest(run_dir), student, context)
+        report = take_step(*own, step=0)
+        if context.layout.rank == 0:
+            row = [divide([report.sums])["loss/total"], report.grad_norm, report.lr]
+            (run_dir / f"{number}.json").write_text(json.dumps(row))
+        leave_groups()
+
+
+def test_experts_resume_on_every_layout(tmp_path):
+    """Experts saved at EP 2 over DP go on at EP 2 over TP, whole, and in interleaved chunks."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    student, teacher = (
+        make_model("qwen3_moe", tmp_path / f"model{seed}", seed=seed) for seed in (1, 2)
+    )
+    run_ranks(2, tmp_path, check_resume_of_experts, student, teacher, run_dir)
+    straight, same, *others = (
+        json.loads((run_dir / f"{n}.json").read_text()) for n in range(len(CUTS))
+    )
+    assert same == straight
+    for other in others:
+        assert other == pytest.approx(straight, rel=1e-4)
 
 
 def check_changed_options(student_dir, teacher_dir, run_dir):
@@ -95,7 +141,8 @@ def check_refusals(student_dir, run_dir):
 
 
 def student_after_a_step(student):
-    student.wrapped.zero_grad_buffer()
+    for chunk in student.wrapped:
+        chunk.zero_grad_buffer()
     student.optimizer.step()
     return student
 

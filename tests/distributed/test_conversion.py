@@ -158,11 +158,11 @@ def check_loading(dirs, converted):
         for family in families_on(layout):
             # In the type of a run, whatever that of the checkpoint is.
             config = ModelConfig(dtype="float32" if layout[2] == 1 else "bfloat16")
-            model, reference = (build_model(dirs[family], config, context) for _ in range(2))
-            load_mcore_weights(model, converted / family, context)
+            (model,), (reference,) = (build_model(dirs[family], config, context) for _ in range(2))
+            load_mcore_weights([model], converted / family, context)
             hf_config = read_hf_config(dirs[family])
             groups = context.layout, context.cpu_group
-            load_hf_weights(reference, dirs[family], hf_config, *groups)
+            load_hf_weights([reference], dirs[family], hf_config, *groups)
             parameters = zip(model.named_parameters(), reference.parameters(), strict=True)
             for (name, found), expected in parameters:
                 assert same_bits(found.detach(), expected.detach()), (family, layout, name)
@@ -198,9 +198,9 @@ def save_by_megatron(dirs, out):
     for layout in LAYOUTS:
         context = context_for(*layout, sequence_parallel=layout[0] > 1)
         for family in families_on(layout):
-            model = build_model(dirs[family], ModelConfig(), context)
+            (model,) = build_model(dirs[family], ModelConfig(), context)
             hf_config = read_hf_config(dirs[family])
-            load_hf_weights(model, dirs[family], hf_config, context.layout, context.cpu_group)
+            load_hf_weights([model], dirs[family], hf_config, context.layout, context.cpu_group)
             name = f"{family}-{'-'.join(map(str, layout))}"
             dist_checkpointing.save(model.sharded_state_dict(), str(out / name))
             if (family, layout) in RUNS:
@@ -218,7 +218,7 @@ def save_a_run(model, family, hf_dir, out, context):
     student.optimizer.step()  # on no gradients: Adam has moments, and weights have decayed
     position = checkpoint.make_position(1, config.seed, "digest", context)
     checkpoint.save(out / f"run-{family}", student, position, hf_dir, 1, context)
-    exporter = Exporter(model, read_hf_config(hf_dir), context, bucket_bytes=100_000)
+    exporter = Exporter([model], read_hf_config(hf_dir), context, bucket_bytes=100_000)
     exporter.save_hf(hf_dir, out / f"run-{family}-hf")
 
 

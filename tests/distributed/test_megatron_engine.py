@@ -18,7 +18,7 @@ def check_sampling(hf_dir, layouts, out_dir):
     sampling = Sampling(2, temperature=1.0, max_response_length=6, stop_ids=STOP_IDS, seed=9)
     for tp, pp in layouts:
         model, hf_config, context = load(hf_dir, tp, pp)
-        engine = MegatronEngine(model, hf_config.vocab_size, max_num_seqs=3, context=context)
+        engine = MegatronEngine([model], hf_config.vocab_size, max_num_seqs=3, context=context)
         engine.update_weights(4)
         rollouts = engine.generate(prompts, sampling)
         assert [(r.prompt.index, r.sample_index) for r in rollouts] == [

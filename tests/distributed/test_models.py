@@ -39,8 +39,8 @@ def load(hf_dir, tp, pp, *, sequence_parallel=False):
 
 
 def load_into(context, hf_dir):
-    model = build_model(hf_dir, ModelConfig(), context)
-    load_weights(model, hf_dir, context)
+    (model,) = build_model(hf_dir, ModelConfig(), context)
+    load_weights([model], hf_dir, context)
     return model, read_hf_config(hf_dir)
 
 
@@ -60,8 +60,9 @@ def response_logits(model, hf_config, context, scored) -> list[torch.Tensor]:
         torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
         return whole
 
-    batches = make_microbatches(scored, 2, 24, context.device)
-    return map_hidden(model, batches, at_last_stage, context)
+    pairs = [scored[n : n + 2] for n in range(0, len(scored), 2)]
+    batches = make_microbatches(pairs, context.layout, context.device)
+    return map_hidden([model], batches, at_last_stage, context)
 
 
 def transformers_logits(hf_dir, scored) -> torch.Tensor:
@@ -132,7 +133,7 @@ def test_every_family_gives_the_logits_of_transformers(family_dirs, tmp_path):
 def check_export(dirs, layouts, target):
     def check(family, hf_dir, context):
         model, hf_config = load_into(context, hf_dir)
-        exporter = Exporter(model, hf_config, context, bucket_bytes=200_000)
+        exporter = Exporter([model], hf_config, context, bucket_bytes=200_000)
         assert len(exporter.manifest.stages) == context.layout.pp
         out = target / f"{family}-{context.layout.pp}-{context.layout.ep}"
         exporter.save_hf(hf_dir, out)

@@ -9,12 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_eopd.config import Config
-from megatron_eopd.data.packing import make_microbatches, padded_length, rank_part
+from megatron_eopd.data.packing import Limits, pack, rounds_of
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import build_model, read_hf_config
 from megatron_eopd.models.load import load_weights
+from megatron_eopd.records import DEFAULT_TEACHER
 from megatron_eopd.rollout.recording import read_rollouts
-from megatron_eopd.teacher import ColocatedTeacher
+from megatron_eopd.teacher.colocated import ColocatedTeacher
+from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.optimizer import make_trainable
 from megatron_eopd.training.step import NonFiniteError, train_step
 from megatron_eopd.training.token_loss import TokenLoss
@@ -60,20 +62,24 @@ def make_config(student_dir, teacher_dir, **changed) -> Config:
 
 def build(config, context):
     hf_config = read_hf_config(config.student.hf_path)
-    model = build_model(config.student.hf_path, config.model, context)
-    load_weights(model, config.student.hf_path, context)
-    teacher = ColocatedTeacher(config, context)
-    token_loss = TokenLoss(model, teacher.lm_head, config, hf_config.vocab_size, context)
-    return make_trainable(model, config, context), teacher, token_loss
+    chunks = build_model(config.student.hf_path, config.model, context)
+    load_weights(chunks, config.student.hf_path, context)
+    teacher = ColocatedTeacher(config.teacher, "teacher", config, (), context)
+    pool = TeacherPool({DEFAULT_TEACHER: teacher}, {DEFAULT_TEACHER: teacher.head_VH}, context)
+    token_loss = TokenLoss(chunks[-1], pool.heads, config, hf_config.vocab_size, context)
+    return make_trainable(chunks, config, context), pool, token_loss
 
 
-def microbatches_of(rollouts, teacher, config, context):
-    part = rank_part(rollouts, context.layout)
-    return make_microbatches(
-        teacher.score(part),
-        config.training.micro_batch_size,
-        padded_length(rollouts, context.layout),
-        context.device,
+def take_step(student, token_loss, pool, rollouts, config, context, step):
+    packed = pack(rollouts, Limits.of(config.training), context.layout)
+    rounds = rounds_of(packed, config.exchange_size)
+    return train_step(
+        student,
+        token_loss,
+        pool.microbatches(rounds),
+        context,
+        num_rounds=len(rounds),
+        step=step,
     )
 
 
@@ -87,9 +93,10 @@ def check_layouts(configs, rollouts, layouts, out_dir):
                 update={"micro_batch_size": micro_batch_size}
             )
             config = base_config.model_copy(update={"training": training})
-            student, teacher, token_loss = build(config, context)
-            batches = microbatches_of(rollouts, teacher, config, context)
-            reports = [train_step(student, token_loss, batches, context, step=n) for n in range(2)]
+            student, pool, token_loss = build(config, context)
+            reports = [
+                take_step(student, token_loss, pool, rollouts, config, context, n) for n in range(2)
+            ]
             if context.layout.rank == 0:
                 means = [divide([report.sums]) for report in reports]
                 row = [
@@ -230,20 +237,28 @@ def test_every_objective_and_head_agree_with_transformers(
         print(f"\n  random models, tied={tied}{table}")
 
 
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
 def check_variants(student_dir, teacher_dir, variants, out_dir):
     """The same batch with options that must not change the mathematics."""
     rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
     for number, (tp, pp, changed) in enumerate(variants):
-        context = context_for(tp, pp)
         config = make_config(student_dir, teacher_dir, **changed)
-        student, teacher, token_loss = build(config, context)
-        batches = microbatches_of(rollouts, teacher, config, context)
-        reports = [train_step(student, token_loss, batches, context, step=n) for n in range(2)]
+        context = context_for(tp, pp, vpp=config.parallel.virtual_pipeline_model_parallel_size)
+        student, pool, token_loss = build(config, context)
+        reports = [
+            take_step(student, token_loss, pool, rollouts, config, context, n) for n in range(2)
+        ]
+        student.gather_parameters()
         if context.layout.rank == 0:
             row = [[divide([r.sums])["loss/total"], r.grad_norm] for r in reports]
+            # Of the embedding that the next forward pass would use, as an export must find it.
+            row.append([student.chunks[0].embedding.word_embeddings.weight.square().sum().item()])
             (out_dir / f"variant-{number}.json").write_text(json.dumps(row))
         if config.model.dtype == "bfloat16":
-            assert {p.dtype for p in student.model.parameters()} == {torch.bfloat16}
+            assert {p.dtype for p in student.chunks[0].parameters()} == {torch.bfloat16}
             states = student.optimizer.chained_optimizers[0].optimizer.state
             assert {p.dtype for p in states} == {torch.float32}, "master weights"
             assert {s["exp_avg_sq"].dtype for s in states.values()} == {torch.float32}
@@ -256,34 +271,39 @@ def test_recomputation_and_overlap_change_nothing_and_bfloat16_little(
     """bfloat16 keeps 8 bits of each activation; master weights and moments stay float32."""
     training = {"global_batch_size": 8, "lr": 1e-2, "train_iters": 10, "adam_eps": 1e-3}
     variants = [
+        (1, 2, {}),
         (2, 1, {}),
         (2, 1, {"model": {"recompute_granularity": "full"}}),
         (1, 2, {"model": {"recompute_granularity": "full"}}),
         (2, 1, {"model": {"recompute_granularity": "selective"}}),
         (1, 1, {"training": training | {"overlap_grad_reduce": True}}),
+        (1, 1, {"training": training | OVERLAP}),
+        (1, 2, {"training": training | OVERLAP, "parallel": INTERLEAVED}),
         (2, 1, {"model": {"dtype": "bfloat16"}}),
         (1, 2, {"model": {"dtype": "bfloat16"}}),
     ]
     run_ranks(2, tmp_path, check_variants, qwen3_dir, teacher_dir, variants, tmp_path)
     rows = [json.loads((tmp_path / f"variant-{n}.json").read_text()) for n in range(len(variants))]
-    for (*_, changed), row in zip(variants, rows, strict=True):
+    for (tp, *_, changed), row in zip(variants, rows, strict=True):
         is_low = changed.get("model", {}).get("dtype") == "bfloat16"
-        for step, plain in zip(row, rows[0], strict=True):
+        # Tensor-parallel ranks hold half of the embedding.
+        for step, plain in zip(row, rows[tp - 1], strict=True):
             assert step == pytest.approx(plain, rel=3e-2 if is_low else 1e-4), changed
 
 
 def check_non_finite(student_dir, teacher_dir):
     context = context_for(1, 2)
     config = make_config(student_dir, teacher_dir)
-    student, teacher, token_loss = build(config, context)
+    student, pool, token_loss = build(config, context)
     rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
-    batches = microbatches_of(rollouts, teacher, config, context)
-    before = [p.detach().clone() for p in student.model.parameters()]
+    packed = pack(rollouts, Limits.of(config.training), context.layout)
+    (batches,) = pool.microbatches([packed])
+    before = [p.detach().clone() for p in student.chunks[0].parameters()]
     if context.layout.is_last_stage:
-        batches[1].teacher_hidden_NH[0] = torch.nan
+        batches[1].teacher[0].payload.hidden_NH[0] = torch.nan
     with pytest.raises(NonFiniteError, match="not changed"):
-        train_step(student, token_loss, batches, context, step=0)
-    for old, new in zip(before, student.model.parameters(), strict=True):
+        train_step(student, token_loss, [batches], context, num_rounds=1, step=0)
+    for old, new in zip(before, student.chunks[0].parameters(), strict=True):
         assert torch.equal(old, new)
 
 

@@ -24,17 +24,22 @@ def trainer_difference(run_dir: Path) -> float:
     from megatron_eopd.config import ParallelConfig, load_config
     from megatron_eopd.models.build import build_model
     from megatron_eopd.parallel.init import parallel_context
-    from megatron_eopd.training.forward import hidden_states
+    from megatron_eopd.records import Prompt, Rollout
+    from megatron_eopd.rollout.megatron_engine import map_tokens
     from megatron_eopd.training.optimizer import make_trainable
 
     config = load_config(Path("examples/quickstart/eopd.toml"), [f"run_dir={run_dir}"])
     with parallel_context(ParallelConfig(), seed=1, longest_wait_s=0) as context:
-        model = build_model(config.student.hf_path, config.model, context)
-        student = make_trainable(model, config, context)
+        chunks = build_model(config.student.hf_path, config.model, context)
+        student = make_trainable(chunks, config, context)
         checkpoint.load(checkpoint.newest(run_dir), student, context)
-        with torch.no_grad():
-            logits_SBV = model.lm_head(hidden_states(model, TOKENS).flatten(0, 1))
-        found = logits_SBV[:, :112].unflatten(0, TOKENS.t().shape).transpose(0, 1)
+        # Logits behind every token of a row: behind its last one, those of any next token.
+        asked = [
+            Rollout(Prompt(0, "", "", (row[0],)), 0, (*row[1:], 0), (0.0,) * len(row), "stop", 0)
+            for row in TOKENS.tolist()
+        ]
+        rows = map_tokens(chunks, asked, lambda logits, places: list(logits[:, :112]), context)
+        found = torch.stack([torch.stack(row) for row in rows])
     return (found - transformers_logits(run_dir / "hf")).abs().max().item()
 
 

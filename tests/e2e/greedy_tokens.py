@@ -57,9 +57,9 @@ def trainer_tokens(path: Path) -> list[list[int]]:
     from megatron_eopd.rollout.megatron_engine import MegatronEngine
 
     with parallel_context(ParallelConfig(), seed=1, longest_wait_s=0) as context:
-        model = build_model(path, ModelConfig(), context).eval()
-        load_weights(model, path, context)
-        engine = MegatronEngine(model, read_hf_config(path).vocab_size, len(PROMPTS), context)
+        chunks = build_model(path, ModelConfig(), context)
+        load_weights(chunks, path, context)
+        engine = MegatronEngine(chunks, read_hf_config(path).vocab_size, len(PROMPTS), context)
         prompts = [Prompt(i, "", "", tuple(ids)) for i, ids in enumerate(PROMPTS)]
         # So cold that nothing but the most probable token is ever drawn.
         sampling = Sampling(

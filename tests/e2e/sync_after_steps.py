@@ -5,22 +5,20 @@ after the fourth (not).
 usage: torchrun … sync_after_steps.py CONFIG.toml section.key=value …
 """
 
-import os
 import sys
 from pathlib import Path
 
-from megatron_eopd import distill, preflight
+from megatron_eopd import distill, job
 from megatron_eopd.config import load_config
-from megatron_eopd.parallel.init import parallel_context
 from megatron_eopd.rollout.megatron_engine import score_tokens
-from megatron_eopd.run_log import RunLog, StageTimes
-from megatron_eopd.session import Session, open_session, probe_sequences
+from megatron_eopd.run_log import StageTimes
+from megatron_eopd.session import Session, probe_sequences
 from megatron_eopd.weight_sync.verify import probe_difference
 
 
 def difference(session: Session) -> float:
     probes = probe_sequences(session.vocab_size, session.config)
-    ours = score_tokens(session.student.model, probes, session.vocab_size, session.context)
+    ours = score_tokens(session.student.chunks, probes, session.vocab_size, session.context)
     return probe_difference(session.engine.score(probes), ours)
 
 
@@ -29,21 +27,16 @@ def train_once(session: Session, iteration: int) -> None:
     distill.train_on(session, rollouts, iteration, StageTimes())
 
 
-def main() -> None:
-    config = load_config(Path(sys.argv[1]), sys.argv[2:])
-    inputs = preflight.check(config, int(os.environ["WORLD_SIZE"]))
-    with parallel_context(config.parallel, config.seed, config.longest_wait_s) as context:
-        log = RunLog(config.run_dir, context.layout.rank)
-        with open_session(config, inputs, context, log) as session:
-            session.push_weights(version=0)
-            for iteration in range(3):
-                train_once(session, iteration)
-                session.push_weights(version=iteration + 1)
-            in_sync = difference(session)
-            train_once(session, 3)
-            stale = difference(session)
-        log.line(f"differences: {in_sync} {stale}")
+def compare(session: Session) -> None:
+    session.push_weights(version=0)
+    for iteration in range(3):
+        train_once(session, iteration)
+        session.push_weights(version=iteration + 1)
+    in_sync = difference(session)
+    train_once(session, 3)
+    stale = difference(session)
+    session.log.line(f"differences: {in_sync} {stale}")
 
 
 if __name__ == "__main__":
-    main()
+    job.on_every_rank(load_config(Path(sys.argv[1]), sys.argv[2:]), compare)

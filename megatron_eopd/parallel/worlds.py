@@ -1,0 +1,77 @@
+"""Who does what in a torchrun job: the student's ranks, and behind them separate teachers' ranks.
+
+Each role is a world of its own: a torch.distributed default group, and Megatron's global state,
+over its ranks alone. A role's code is therefore the same whether it has the job to itself or not,
+and one role's collectives can never wait for another's. What worlds share is the job's store; what
+they say to each other goes over wires that are joined on it.
+"""
+
+from dataclasses import dataclass
+
+from megatron_eopd.config import Config, ConfigError, TeacherConfig
+from megatron_eopd.parallel.layout import Layout
+
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Role:
+    """A world's place among the ranks of the job."""
+
+    name: str
+    """`student`, or the teacher's section: `teacher`, `teachers.math`, …"""
+    first_rank: int
+    size: int
+
+    def holds(self, rank: int) -> bool:
+        return self.first_rank <= rank < self.first_rank + self.size
+
+    def layout(self, config: Config, rank: int) -> Layout:
+        """Of this world; `rank` of the job, one of the world's."""
+        own_rank = rank - self.first_rank
+        if self.name == STUDENT:
+            return Layout.from_config(config.parallel, self.size, own_rank)
+        teacher = dict(config.teachers_by_option())[self.name]
+        return separate_layout(teacher, self.name, config, own_rank)
+
+    def describe(self) -> str:
+        last = self.first_rank + self.size - 1
+        return f"ranks {self.first_rank} to {last}" if self.size > 1 else f"rank {last}"
+
+
+def roles_of(config: Config, world_size: int) -> dict[str, Role]:
+    """Of a job with this many ranks, the student first.
+
+    Raises:
+        ConfigError: the separate teachers leave no rank to the student.
+    """
+    separate = [(name, t.world_size) for name, t in config.teachers_by_option() if t.world_size]
+    student = world_size - sum(size for _, size in separate)
+    if student < 1:
+        asked = " + ".join(f"{name}.world_size={size}" for name, size in separate)
+        raise ConfigError(
+            f"{asked} leaves no rank to the student in a world of {world_size}. Start torchrun "
+            f"with more processes, or set smaller numbers."
+        )
+    roles, first = {}, 0
+    for name, size in [(STUDENT, student), *separate]:
+        roles[name] = Role(name, first, size)
+        first += size
+    return roles
+
+
+def student_layout(config: Config, world_size: int, rank: int = 0) -> Layout:
+    """In a job with this many ranks; `rank` among the student's."""
+    return Layout.from_config(config.parallel, roles_of(config, world_size)[STUDENT].size, rank)
+
+
+def separate_layout(teacher: TeacherConfig, section: str, config: Config, rank: int) -> Layout:
+    """Of a teacher on ranks of its own; `rank` among them.
+
+    Raises:
+        ConfigError: its sizes do not divide its ranks.
+    """
+    sizes = teacher.parallel or config.parallel
+    named = f"{section}.parallel" if teacher.parallel else "parallel"
+    world = f"{section}.world_size ="
+    return Layout.from_config(sizes.sizes_alone(), teacher.world_size, rank, named, world)

@@ -1,0 +1,440 @@
+"""Memory of one rank of each pipeline stage. In: Config, models' shapes, layouts. Out: bytes.
+
+Pure functions of integers: nothing is built. Weights, gradients and optimizer state are counted
+parameter by parameter, without the padding of Megatron's buffers; activations are estimated, see
+activations.py. What is on a GPU beside all this (CUDA's context, NCCL's buffers, fragmentation) is
+for the caller to leave room for.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+
+import torch
+
+from megatron_eopd.config import Config, TeacherConfig
+from megatron_eopd.parallel.layout import Layout, pad_vocab_size
+from megatron_eopd.parallel.worlds import separate_layout
+from megatron_eopd.planning.activations import (
+    Activations,
+    Lengths,
+    Load,
+    Platform,
+    activation_bytes,
+)
+from megatron_eopd.planning.shapes import Models, ModelShape, layers_of_stage
+from megatron_eopd.teacher.colocated import colocated_layout
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of one rank."""
+
+    dense: int
+    """Sharded by the optimizer over data- and context-parallel ranks."""
+    experts: int
+    """Sharded by the optimizer over the ranks that hold the same experts."""
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
+@cache
+def parameters_per_stage(
+    shape: ModelShape, layout: Layout, padded_vocab: int, *, with_head: bool = True
+) -> tuple[Parameters, ...]:
+    """Of one rank of each pipeline stage. `with_head`: whether the last has an LM head."""
+    embedding = padded_vocab // layout.tp * shape.hidden_size
+    stages = []
+    for stage in range(layout.pp):
+        layers = layers_of_stage(shape, layout.pp, layout.vpp, stage)
+        dense = sum(n * (w.replicated + w.split // layout.tp) for w, n in layers.items())
+        experts = sum(n * w.experts for w, n in layers.items()) // (layout.ep * layout.expert_tp)
+        if stage == 0:
+            dense += embedding
+        if stage == layout.pp - 1:
+            dense += shape.hidden_size  # the last norm
+            # A tied head is a second copy on another stage, and nothing on the same one.
+            if with_head and not (shape.is_tied and layout.pp == 1):
+                dense += embedding
+        stages.append(Parameters(dense, experts))
+    return tuple(stages)
+
+
+def training_state(parameters: Parameters, layout: Layout, dtype: str) -> dict[str, int]:
+    """Bytes of weights, gradients and Megatron's distributed optimizer of one rank.
+
+    Gradients are float32. The optimizer has two float32 moments, and float32 master weights of
+    bfloat16 ones, each on one of the ranks that hold the same parameters.
+    """
+    state_bytes = 8 if dtype == "float32" else 12
+    expert_replicas = layout.stage_size // (layout.ep * layout.expert_tp)
+    optimizer = -(-parameters.dense * state_bytes // (layout.dp * layout.cp))
+    optimizer += -(-parameters.experts * state_bytes // expert_replicas)
+    return {
+        "weights": parameters.total * itemsize(dtype),
+        "gradients": parameters.total * 4,
+        "optimizer": optimizer,
+    }
+
+
+def itemsize(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of the fullest rank of a pipeline stage, part by part."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    teacher_weights: int = 0
+    """Without those that are offloaded."""
+    teacher_head: int = 0
+    """In the student's cut, where it is not part of the teacher's own weights."""
+    engine: int = 0
+    """vLLM's weights and key/value cache on the trainer's GPUs."""
+    payload: int = 0
+    """What the teachers have handed over for the microbatches of an exchange."""
+    activations: int = 0
+    """Of the student's microbatches in flight."""
+    logits: int = 0
+    """Of the loss: the student's, the teacher's, and their gradient."""
+    vocab_gradients: int = 0
+    """Of embedding or LM head, until added to the float32 gradients."""
+    offloaded_teacher: int = 0
+    """Weights that come to the GPU to score."""
+    teacher_activations: int = 0
+    teacher_payload: int = 0
+    """On the teacher's last stage, before it travels to the student's."""
+
+    @property
+    def always(self) -> int:
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.teacher_weights + self.teacher_head + self.engine + self.payload
+
+    @property
+    def while_training(self) -> int:
+        return self.always + sum(getattr(self, name) for name in WHILE_TRAINING)
+
+    @property
+    def while_scoring(self) -> int:
+        """The teachers run between optimizer steps, when the student keeps no activations."""
+        return self.always + sum(getattr(self, name) for name in WHILE_SCORING)
+
+    @property
+    def peak(self) -> int:
+        return max(self.while_training, self.while_scoring)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def parts_of_peak(self) -> dict[str, int]:
+        absent = WHILE_SCORING if self.while_training >= self.while_scoring else WHILE_TRAINING
+        return {name: size for name, size in self.parts.items() if name not in absent}
+
+
+PARTS = tuple(field.name for field in fields(StageMemory))
+WHILE_TRAINING = ("activations", "logits", "vocab_gradients")
+WHILE_SCORING = ("offloaded_teacher", "teacher_activations", "teacher_payload")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Every kind of rank that a run has."""
+
+    stages: dict[str, list[StageMemory]]
+    """Of the `student`, and of teachers on ranks of their own by the name of their section."""
+
+    @property
+    def worst(self) -> tuple[str, int, StageMemory]:
+        """(whose, stage, memory) of the fullest rank."""
+        places = [(who, n, s) for who, stages in self.stages.items() for n, s in enumerate(stages)]
+        return max(places, key=lambda place: place[2].peak)
+
+    def with_estimates(self, scale: float) -> "MemoryPlan":
+        """What is estimated, not counted, times a measured factor."""
+        estimated = ("activations", "logits", "vocab_gradients", "teacher_activations")
+
+        def scaled(stage: StageMemory) -> StageMemory:
+            return replace(stage, **{n: int(getattr(stage, n) * scale) for n in estimated})
+
+        if scale == 1:
+            return self
+        return MemoryPlan({who: [*map(scaled, stages)] for who, stages in self.stages.items()})
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model on its ranks, and the tokens that come to them."""
+
+    shape: ModelShape
+    layout: Layout
+    dtype: str
+    padded_vocab: int
+    load: Load
+    platform: Platform
+
+    @property
+    def columns(self) -> int:
+        """Of the vocabulary, on one rank."""
+        return self.padded_vocab // self.layout.tp
+
+    @property
+    def parameters(self) -> tuple[Parameters, ...]:
+        """Of one rank of each stage."""
+        return parameters_per_stage(self.shape, self.layout, self.padded_vocab)
+
+    @property
+    def activations(self) -> Activations:
+        e = itemsize(self.dtype)
+        return Activations(self.shape, self.layout, self.load, e, self.platform)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A configuration on its ranks, for samples of given lengths."""
+
+    config: Config
+    student: Placed
+    teachers: dict[str, Placed]
+    """By the names of their sections, as `Config.teachers_by_option` has them."""
+    lengths: Lengths
+
+    @classmethod
+    def of(
+        cls, config: Config, models: Models, layout: Layout, lengths: Lengths, platform: Platform
+    ) -> "Setup":
+        """
+        Raises:
+            ConfigError: a teacher's sizes do not divide its ranks.
+        """
+
+        def place(shape: ModelShape, layout: Layout, dtype: str) -> Placed:
+            divisible_by = config.model.make_vocab_size_divisible_by
+            padded_vocab = pad_vocab_size(shape.vocab_size, divisible_by, layout.tp)
+            load = Load.of(config.training, lengths, layout)
+            return Placed(shape, layout, dtype, padded_vocab, load, platform)
+
+        teachers = {
+            section: place(
+                models.teachers[section],
+                teacher_layout(config, section, teacher, layout),
+                dtype_of(teacher, config),
+            )
+            for section, teacher in config.teachers_by_option()
+        }
+        student = place(models.student, layout, config.model.dtype)
+        return cls(config, student, teachers, lengths)
+
+    def is_local(self, section: str) -> bool:
+        """Whether the student's ranks have scored their own samples, so that nothing travels."""
+        teacher, student = self.teachers[section].layout, self.student.layout
+        sizes = {(x.tp, x.pp, x.dp, x.cp) for x in (teacher, student)}
+        return self.options_of(section).placement == "colocated" and len(sizes) == 1
+
+    @property
+    def engine_dtype(self) -> str:
+        own = self.config.rollout.dtype
+        return self.student.dtype if own == "as_model" else own
+
+    def options_of(self, section: str) -> TeacherConfig:
+        return dict(self.config.teachers_by_option())[section]
+
+    @property
+    def microbatches_per_exchange(self) -> int:
+        """Of a student's rank."""
+        count = self.student.load.num_microbatches
+        return min(count, self.config.exchange_size or count)
+
+
+def dtype_of(teacher: TeacherConfig, config: Config) -> str:
+    return config.model.dtype if teacher.dtype == "as_model" else teacher.dtype
+
+
+def teacher_layout(config: Config, section: str, teacher: TeacherConfig, student: Layout) -> Layout:
+    """As the first of its ranks sees it.
+
+    Raises:
+        ConfigError: its sizes do not divide its ranks.
+    """
+    if teacher.placement == "colocated":
+        return colocated_layout(teacher, section, student)
+    return separate_layout(teacher, section, config, rank=0)
+
+
+def plan_memory(setup: Setup) -> MemoryPlan:
+    stages = {"student": [_student_stage(setup, n) for n in range(setup.student.layout.pp)]}
+    for section, teacher in setup.teachers.items():
+        if setup.options_of(section).placement == "separate":
+            pp = teacher.layout.pp
+            stages[section] = [_teacher_stage(setup, section, n) for n in range(pp)]
+    return MemoryPlan(stages)
+
+
+def _student_stage(setup: Setup, stage: int) -> StageMemory:
+    student, config = setup.student, setup.config
+    own = StageMemory(
+        **training_state(student.parameters[stage], student.layout, student.dtype),
+        activations=activation_bytes(student.activations, stage, config.model),
+        engine=_engine_bytes(setup, stage),
+    )
+    is_last = stage == student.layout.pp - 1
+    if stage == 0 or is_last:
+        own = replace(own, vocab_gradients=_vocab_gradient_bytes(setup, is_last))
+    if is_last:
+        own = replace(
+            own,
+            logits=_logit_bytes(setup),
+            payload=_payload_bytes(setup),
+            teacher_head=_teacher_head_bytes(setup),
+        )
+    return _with_colocated_teachers(own, setup, stage)
+
+
+def _with_colocated_teachers(own: StageMemory, setup: Setup, stage: int) -> StageMemory:
+    """All teachers' weights stay; only one of the teachers scores at a time."""
+    found = [
+        _fullest(
+            _teacher_stage(setup, section, n)
+            for n in _stages_on_ranks_of(teacher.layout.pp, setup.student.layout.pp, stage)
+        )
+        for section, teacher in setup.teachers.items()
+        if setup.options_of(section).placement == "colocated"
+    ]
+    scoring = _fullest(found)
+    return replace(
+        own,
+        teacher_weights=sum(teacher.teacher_weights for teacher in found),
+        offloaded_teacher=scoring.offloaded_teacher,
+        teacher_activations=scoring.teacher_activations,
+        teacher_payload=scoring.teacher_payload,
+    )
+
+
+def _stages_on_ranks_of(teacher_pp: int, student_pp: int, stage: int) -> range:
+    """The teacher's pipeline stages on the ranks of one of the student's."""
+    return range(stage * teacher_pp // student_pp, -(-(stage + 1) * teacher_pp // student_pp))
+
+
+def _fullest(stages: Iterable[StageMemory]) -> StageMemory:
+    """The largest of every part."""
+    parts = [stage.parts for stage in stages]
+    names = parts[0] if parts else {}
+    return StageMemory(**{name: max(p[name] for p in parts) for name in names})
+
+
+def _teacher_stage(setup: Setup, section: str, stage: int) -> StageMemory:
+    """The teacher's part of the memory of a rank, colocated or alone."""
+    teacher, options = setup.teachers[section], setup.options_of(section)
+    # Where the student has the head in its own cut, nobody needs it in the teacher's, except as
+    # the copy of a tied embedding.
+    travels = options.payload == "hidden" and not setup.is_local(section)
+    with_head = teacher.shape.is_tied or not travels
+    parameters = parameters_per_stage(
+        teacher.shape, teacher.layout, teacher.padded_vocab, with_head=with_head
+    )[stage]
+    weights = parameters.total * itemsize(teacher.dtype)
+    activations = teacher.activations
+    layers = layers_of_stage(teacher.shape, teacher.layout.pp, teacher.layout.vpp, stage)
+    # Forward only: a layer at work, what it got, and what the stage sends on.
+    at_work = max(activations.layer(w) for w in layers) + 2 * activations.layer_input
+    is_last = stage == teacher.layout.pp - 1
+    if is_last and options.payload == "topk":
+        rows = min(teacher.load.response_tokens, _chunk_size(setup))
+        at_work += 2 * rows * teacher.columns * itemsize(teacher.dtype)
+    return StageMemory(
+        teacher_weights=0 if options.offload else weights,
+        offloaded_teacher=weights if options.offload else 0,
+        teacher_activations=at_work,
+        teacher_payload=_payload_to_send(setup, section) if is_last else 0,
+    )
+
+
+def _chunk_size(setup: Setup) -> int:
+    return setup.config.objective.chunk_size(setup.student.platform.on_gpu)
+
+
+def _payload_to_send(setup: Setup, section: str) -> int:
+    if setup.is_local(section):
+        return 0
+    teacher, student = setup.teachers[section], setup.student
+    share = setup.microbatches_per_exchange * student.layout.dp / teacher.layout.dp
+    row = _payload_row(setup, section, teacher.columns)
+    return int(share * student.load.response_tokens * row)
+
+
+def _payload_bytes(setup: Setup) -> int:
+    """On a rank of the student's last stage, while it trains."""
+    student = setup.student
+    tokens = setup.microbatches_per_exchange * student.load.response_tokens // student.layout.cp
+    return tokens * max(_payload_row(setup, s, student.columns) for s in setup.teachers)
+
+
+def _payload_row(setup: Setup, section: str, columns: int) -> int:
+    """What a teacher hands over about one token."""
+    teacher, payload = setup.teachers[section], setup.options_of(section).payload
+    if payload == "topk":  # an id and a log-probability each, and three numbers
+        return 12 * min(setup.config.objective.top_k, teacher.shape.vocab_size) + 12
+    return itemsize(teacher.dtype) * (columns if payload == "logits" else teacher.shape.hidden_size)
+
+
+def _teacher_head_bytes(setup: Setup) -> int:
+    """LM heads that hidden states need, on the student's last stage."""
+    total = 0
+    for section, teacher in setup.teachers.items():
+        is_extra = setup.options_of(section).offload or not setup.is_local(section)
+        if setup.options_of(section).payload == "hidden" and is_extra:
+            size = setup.student.columns * teacher.shape.hidden_size
+            total += size * itemsize(teacher.dtype)
+    return total
+
+
+def _logit_rows(setup: Setup) -> int:
+    """Rows of logits that exist at once."""
+    rows = setup.student.load.response_tokens // setup.student.layout.cp
+    is_chunked = setup.config.objective.head == "chunked"
+    return min(rows, _chunk_size(setup)) if is_chunked else rows
+
+
+def _logit_bytes(setup: Setup) -> int:
+    """Student's logits and their gradient, and the teacher's where they are made here."""
+    student = 1 if setup.config.objective.overwrites_logits else 2
+    row = student * itemsize(setup.student.dtype)
+    if setup.config.teacher.payload == "hidden":
+        row += max(itemsize(teacher.dtype) for teacher in setup.teachers.values())
+    return _logit_rows(setup) * setup.student.columns * row
+
+
+def _vocab_gradient_bytes(setup: Setup, is_last: bool) -> int:
+    student = setup.student
+    e = itemsize(student.dtype)
+    size = student.columns * student.shape.hidden_size
+    if is_last and setup.config.objective.head == "chunked":
+        # Summed in float32, then cast; and the hidden states' gradient.
+        rows = student.load.response_tokens // student.layout.cp
+        return size * (4 + e) + e * rows * student.shape.hidden_size
+    return size * e
+
+
+def _engine_bytes(setup: Setup, stage: int) -> int:
+    """vLLM sits on the first GPUs of rank 0's machine, unless it has GPUs of its own."""
+    rollout, student = setup.config.rollout, setup.student
+    is_elsewhere = rollout.visible_devices or rollout.engine == "megatron" or rollout.replay
+    first_rank = stage * student.layout.stage_size
+    if is_elsewhere or not student.platform.on_gpu:
+        return 0
+    if first_rank >= rollout.tensor_model_parallel_size:
+        return 0
+    weights = student.shape.num_parameters * itemsize(setup.engine_dtype)
+    return weights // rollout.tensor_model_parallel_size + int(rollout.kv_cache_gib * 2**30)
+
+
+def describe(parts: Mapping[str, int]) -> str:
+    """`weights 1.2, gradients 2.4, …` in GiB, the largest first, without what is nothing."""
+    shown = sorted(((size, name) for name, size in parts.items() if size), reverse=True)
+    return ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.3g}" for size, name in shown)

@@ -1,0 +1,107 @@
+"""A teacher on the student's own ranks, in a layout of its own. In: plans. Out: payloads.
+
+Where the two layouts put the same rollouts on the same ranks, nothing travels; otherwise the scores
+go from the teacher's last stage to the student's, through exchange.py.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_eopd.config import Config, TeacherConfig
+from megatron_eopd.data.packing import Limits
+from megatron_eopd.parallel.init import ParallelContext, second_layout
+from megatron_eopd.parallel.layout import Layout
+from megatron_eopd.records import Payload
+from megatron_eopd.teacher.exchange import (
+    GroupWire,
+    Route,
+    exchange_head,
+    exchange_scores,
+)
+from megatron_eopd.teacher.model import Swaps, TeacherModel, payload_shape, vocab_cut
+from megatron_eopd.teacher.plan import Item, owners_of, plan_as_student, plan_by_length
+
+
+class ColocatedTeacher:
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        section: str,
+        config: Config,
+        swaps: Swaps,
+        context: ParallelContext,
+    ) -> None:
+        """Collective over all ranks. `section`: the options' section, for messages."""
+        own = colocated_context(teacher, section, config, context)
+        self._model = TeacherModel(teacher, config, swaps, own)
+        self._shape = payload_shape(teacher, config)
+        self._limits = Limits.of(config.training)
+        self._device = context.device
+        self._wire = GroupWire(dist.group.WORLD)
+        self._route = Route(
+            teacher=own.layout,
+            student=context.layout,
+            teacher_first_rank=0,
+            teacher_cut=self._model.cut,
+            student_cut=vocab_cut(self._model.cut.vocab_size, config, context.layout.tp),
+        )
+        self.head_VH = self._student_head() if teacher.payload == "hidden" else None
+        """With the student's cut, on its last stage; None for other payloads."""
+
+    def _student_head(self) -> torch.Tensor | None:
+        if self._route.is_local:
+            return self._model.head_VH
+        model = self._model
+        head_VH = exchange_head(
+            model.head_VH, self._route, model.hidden_size, model.dtype, self._wire, self._device
+        )
+        model.drop_head()
+        return head_VH
+
+    def score(self, rounds: Sequence[Mapping[int, Item]]) -> Iterator[dict[int, Payload]]:
+        """For each round of items: the payloads of this rank's items, {} off the last stage.
+
+        Collective over all ranks, and computed when asked for.
+        """
+        for items in rounds:
+            if not items:
+                yield {}
+                continue
+            teacher = self._route.teacher
+            if self._route.is_local:
+                yield self._model.score(items, plan_as_student(items, teacher.dp))
+                continue
+            plan = plan_by_length(items, self._limits, teacher)
+            held = self._model.score(items, plan)
+            yield exchange_scores(
+                items, owners_of(plan), held, self._shape, self._route, self._wire, self._device
+            )
+
+
+def colocated_layout(teacher: TeacherConfig, section: str, student: Layout) -> Layout:
+    """The teacher's layout on the student's ranks; it never cuts sequences or interleaves chunks.
+
+    Raises:
+        ConfigError: its sizes do not divide the world size.
+    """
+    if teacher.parallel is None:
+        dp = student.dp * student.cp
+        return replace(student, cp=1, dp=dp, vpp=1)
+    return Layout.from_config(
+        teacher.parallel, student.world_size, student.rank, f"{section}.parallel"
+    )
+
+
+def colocated_context(
+    teacher: TeacherConfig, section: str, config: Config, context: ParallelContext
+) -> ParallelContext:
+    """The student's groups where the layouts are the same, else new ones."""
+    layout = colocated_layout(teacher, section, context.layout)
+    if layout == replace(context.layout, vpp=1):
+        return replace(context, layout=layout)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    return second_layout(layout, timeout, context)

@@ -1,0 +1,76 @@
+"""All teachers of a run. In: an optimizer step's plan. Out: its microbatches, with their signals.
+
+Each prompt names its teacher; a teacher sees only its own rollouts. What they hand over is joined
+in the microbatch, so the loss never knows how many there are.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from megatron_eopd.data.packing import PackedRollouts, make_microbatches
+from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.records import MicroBatch, Payload, ScoredRollout, TeacherSignal
+from megatron_eopd.teacher.plan import Item, items_of
+from megatron_eopd.teacher.signals import Heads
+
+
+class Teacher(Protocol):
+    """One teacher, wherever it sits."""
+
+    def score(self, rounds: Sequence[Mapping[int, Item]]) -> Iterator[dict[int, Payload]]:
+        """For each round, payloads of the items that are this rank's in the student's plan."""
+        ...
+
+
+class TeacherPool:
+    def __init__(
+        self, teachers: Mapping[str, Teacher], heads: Heads, context: ParallelContext
+    ) -> None:
+        self._teachers = teachers
+        self.heads = heads
+        self._context = context
+
+    def microbatches(self, rounds: Sequence[PackedRollouts]) -> Iterator[list[MicroBatch]]:
+        """Of this rank, round by round. Collective over all ranks of student and teachers.
+
+        Teachers on ranks of their own know of all rounds at once and work ahead.
+        """
+        by_round = [dict(enumerate(items_of(packed))) for packed in rounds]
+        streams = {
+            name: teacher.score([_of_teacher(items, name) for items in by_round])
+            for name, teacher in self._teachers.items()
+        }
+        for packed in rounds:
+            # No name for it here: a generator would hold on to all payloads while it waits.
+            yield self._assemble(packed, _next_of_each(streams))
+
+    def _assemble(
+        self, packed: PackedRollouts, payloads: Mapping[int, tuple[str, Payload]]
+    ) -> list[MicroBatch]:
+        """`payloads`: item → its teacher's name and payload."""
+        layout, device = self._context.layout, self._context.device
+        # Items are numbered through all data-parallel ranks: see items_of.
+        number = sum(len(batch) for rank in packed[: layout.dp_rank] for batch in rank)
+        batches = []
+        for rollouts in packed[layout.dp_rank]:
+            scored = []
+            for rollout in rollouts:
+                signal = TeacherSignal(*payloads[number]) if number in payloads else None
+                scored.append(ScoredRollout(rollout, signal))
+                number += 1
+            batches.append(scored)
+        return make_microbatches(batches, layout, device)
+
+
+def _next_of_each(
+    streams: Mapping[str, Iterator[dict[int, Payload]]],
+) -> dict[int, tuple[str, Payload]]:
+    return {
+        n: (name, payload)
+        for name, stream in streams.items()
+        for n, payload in next(stream).items()
+    }
+
+
+def _of_teacher(items: Mapping[int, Item], name: str) -> dict[int, Item]:
+    return {n: item for n, item in items.items() if item.rollout.prompt.teacher == name}

@@ -1,0 +1,227 @@
+"""A teacher on ranks of its own: the student's end, and the loop that the teacher's ranks run.
+
+The student's rank 0 leaves a request in the job's store, the plans of a whole iteration; the
+teacher scores round after round and sends, one round ahead of what was taken, while the student
+trains on what it has. Both ends compute the same plan of who sends what.
+"""
+
+import pickle
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_eopd.config import Config, TeacherConfig
+from megatron_eopd.data.packing import Limits
+from megatron_eopd.models.build import read_hf_config
+from megatron_eopd.parallel.collectives import naming_stage
+from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.parallel.layout import Layout
+from megatron_eopd.parallel.worlds import Role, separate_layout
+from megatron_eopd.records import Payload
+from megatron_eopd.teacher.exchange import (
+    Route,
+    expect_head,
+    expect_scores,
+    send_head,
+    send_scores,
+    unpack_scores,
+)
+from megatron_eopd.teacher.model import (
+    Swaps,
+    TeacherModel,
+    payload_shape,
+    vocab_cut,
+)
+from megatron_eopd.teacher.plan import Item, owners_of, plan_by_length
+from megatron_eopd.teacher.wire import JointWire, WireError
+
+Rounds = Sequence[Mapping[int, Item]]
+
+
+class TeacherError(RuntimeError):
+    """A separate teacher is gone, late, or has failed; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The mailbox of one teacher in the job's store."""
+
+    store: dist.Store
+
+    def post(self, number: int, rounds: Rounds | None) -> None:
+        """By the student's rank 0; None ends the teacher."""
+        self.store.set(f"request/{number}", pickle.dumps(rounds))
+        if number:  # the student has its answers, so every rank of the teacher has read it
+            self.store.delete_key(f"request/{number - 1}")
+
+    def read(self, number: int, timeout_s: float) -> Rounds | None:
+        try:
+            self.store.wait([f"request/{number}"], timedelta(seconds=timeout_s))
+        except dist.DistStoreError:
+            raise TeacherError(
+                f"the student asked for nothing within {timeout_s:.0f} s; it must have died."
+            ) from None
+        return pickle.loads(self.store.get(f"request/{number}"))
+
+    def fail(self, text: str) -> None:
+        self.store.set("failed", text)
+
+    def failure(self) -> str | None:
+        return self.store.get("failed").decode() if self.store.check(["failed"]) else None
+
+
+def make_route(
+    teacher: TeacherConfig, role: Role, config: Config, teachers: Layout, students: Layout
+) -> Route:
+    """Between the two worlds; this rank's place is right in the layout of its own."""
+    vocab_size = read_hf_config(teacher.hf_path).vocab_size
+    return Route(
+        teacher=teachers,
+        student=students,
+        teacher_first_rank=students.world_size,
+        teacher_cut=vocab_cut(vocab_size, config, teachers.tp),
+        student_cut=vocab_cut(vocab_size, config, students.tp),
+    )
+
+
+class SeparateTeacher:
+    """The student's end."""
+
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        role: Role,
+        config: Config,
+        store: dist.Store,
+        context: ParallelContext,
+    ) -> None:
+        """Waits until the teacher has loaded. Collective over the student's ranks.
+
+        Raises:
+            TeacherError: on the ranks that notice that it has not.
+        """
+        students = context.layout
+        teachers = separate_layout(teacher, role.name, config, rank=0)
+        self._role = role
+        self._route = make_route(teacher, role, config, teachers, students)
+        self._requests = Requests(store)
+        self._number = 0
+        self._shape = payload_shape(teacher, config)
+        self._limits = Limits.of(config.training)
+        self._device = context.device
+        minutes = config.parallel.distributed_timeout_minutes
+        num_ranks = students.world_size + role.size
+        self.head_VH: torch.Tensor | None = None
+        """As a ColocatedTeacher's."""
+        with self._waiting("its start"):
+            self._wire = JointWire(store, students.rank, num_ranks, minutes, self._device)
+            if teacher.payload == "hidden" and students.is_last_stage:
+                ((dtype, hidden_size),) = self._shape.tensors
+                self.head_VH, rows = expect_head(self._route, hidden_size, dtype, self._device)
+                self._wire.swap([], rows)
+
+    def score(self, rounds: Rounds) -> Iterator[dict[int, Payload]]:
+        """As a ColocatedTeacher's, but the request leaves now, and the waiting comes with `next`.
+
+        Raises:
+            TeacherError: on the ranks that wait for scores and will not get them.
+        """
+        if self._route.student.rank == 0:
+            self._requests.post(self._number, rounds)
+        self._number += 1
+        return (self._receive(items) for items in rounds)
+
+    def _receive(self, items: Mapping[int, Item]) -> dict[int, Payload]:
+        route = self._route
+        if not (items and route.student.is_last_stage):
+            return {}
+        owners = owners_of(plan_by_length(items, self._limits, route.teacher))
+        parcels = list(expect_scores(items, owners, self._shape, route, self._device))
+        with self._waiting("its scores"):
+            self._wire.swap([], [(p.sender, buffer) for p in parcels for buffer in p.buffers])
+        return unpack_scores(items, parcels, self._shape, route, self._device)
+
+    def close(self) -> None:
+        """Let the teacher's ranks go."""
+        if self._route.student.rank == 0:
+            self._requests.post(self._number, None)
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except WireError as error:
+            time.sleep(1.0)  # a closed connection may be faster than the word about it
+            why = self._requests.failure() or str(error)
+            raise TeacherError(
+                f"[{self._role.name}] on {self._role.describe()}: waited for {what} in vain: {why}"
+            ) from None
+
+
+def serve(
+    teacher: TeacherConfig,
+    role: Role,
+    config: Config,
+    swaps: Swaps,
+    store: dist.Store,
+    students: Layout,
+    context: ParallelContext,
+) -> None:
+    """What the ranks of a separate teacher do, until the student lets them go.
+
+    Raises:
+        TeacherError: the student is gone or late.
+    """
+    requests = Requests(store)
+    try:
+        _serve(teacher, role, config, swaps, requests, students, context)
+    except Exception as error:
+        requests.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _serve(
+    teacher: TeacherConfig,
+    role: Role,
+    config: Config,
+    swaps: Swaps,
+    requests: Requests,
+    students: Layout,
+    context: ParallelContext,
+) -> None:
+    model = TeacherModel(teacher, config, swaps, context)
+    route = make_route(teacher, role, config, context.layout, students)
+    minutes = config.parallel.distributed_timeout_minutes
+    rank, num_ranks = students.world_size + context.layout.rank, students.world_size + role.size
+    limits, number = Limits.of(config.training), 0
+    try:
+        wire = JointWire(requests.store, rank, num_ranks, minutes, context.device)
+        if teacher.payload == "hidden":
+            if context.layout.is_last_stage:
+                wire.swap(list(send_head(model.head_VH, route)), [])
+                wire.flush()
+            model.drop_head()
+        while (rounds := requests.read(number, longest_pause_s(config))) is not None:
+            for items in filter(None, rounds):
+                plan = plan_by_length(items, limits, route.teacher)
+                with naming_stage(f"scoring on rank {rank} ({context.layout.place()})"):
+                    held = model.score(items, plan)
+                wire.flush()  # of the round before: no third one is ever held
+                if context.layout.is_last_stage:
+                    wire.swap(list(send_scores(items, owners_of(plan), held, route)), [])
+            number += 1
+        wire.flush()
+    except WireError as error:
+        raise TeacherError(f"the student is gone or late: {error}") from None
+
+
+def longest_pause_s(config: Config) -> float:
+    """Between two requests: a rollout with its weight sync, and the steps of an iteration, each of
+    which has its own time-out. Evaluation and checkpoints count as steps."""
+    steps = config.optimizer_steps_per_iteration + 4
+    return config.longest_wait_s + steps * 60 * config.parallel.distributed_timeout_minutes

@@ -1,0 +1,252 @@
+"""One batch, one step, any layouts of student and teacher: loss, KL terms and every gradient.
+
+In: a Case. Out: what its ranks found, gathered into one dict under Hugging Face names, and its
+distance from what a single process finds. The short list in test_parallelism.py and the whole
+matrix of `make test-matrix` are lists of Cases.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore
+
+from megatron_eopd.config import Config
+from megatron_eopd.data.packing import Limits, own_response_tokens, pack, rounds_of
+from megatron_eopd.metrics import divide
+from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.export import Exporter
+from megatron_eopd.models.load import load_weights
+from megatron_eopd.parallel.init import choose_device, free_port, join_groups, leave_groups
+from megatron_eopd.parallel.worlds import STUDENT, roles_of, student_layout
+from megatron_eopd.records import Rollout
+from megatron_eopd.teacher.placement import open_teachers, wire_store
+from megatron_eopd.teacher.separate import serve
+from megatron_eopd.training.optimizer import make_trainable
+from megatron_eopd.training.step import accumulate_gradients, share_from_last_stage
+from megatron_eopd.training.token_loss import TokenLoss
+from tests.ranks import start_ranks
+
+PAYLOADS = ("hidden", "logits", "topk")
+TERMS = ("reverse_kl", "forward_kl", "teacher_entropy", "student_entropy")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Layouts and options of one run. World size: the student's product, and separate ranks."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    sp: bool = False
+    dp: int = 1
+    ep: int = 1
+    payload: str = "hidden"
+    teacher: dict = field(default_factory=dict)
+    """Options of [teacher] beside path and payload."""
+    training: dict = field(default_factory=dict)
+    other: dict = field(default_factory=dict)
+    """Other sections."""
+    swaps: tuple[tuple[int, int], ...] = ()
+    """Of every teacher: what eos_token_map comes to."""
+
+    @property
+    def world_size(self) -> int:
+        students = self.tp * self.pp * self.cp * self.dp
+        teachers = [self.teacher, *self.other.get("teachers", {}).values()]
+        return students + sum(teacher.get("world_size", 0) for teacher in teachers)
+
+    def config(self, models: dict[str, Path]) -> Config:
+        objective = {"entropy_threshold": 2.8}
+        if self.payload == "topk":
+            objective |= {"name": "eopd_paper", "top_k": 4}
+        options = {
+            "run_dir": "unused",
+            "student": {"hf_path": models["student"]},
+            "teacher": {"hf_path": models["teacher"], "payload": self.payload} | self.teacher,
+            "parallel": {
+                "tensor_model_parallel_size": self.tp,
+                "pipeline_model_parallel_size": self.pp,
+                "virtual_pipeline_model_parallel_size": self.vpp,
+                "context_parallel_size": self.cp,
+                "expert_model_parallel_size": self.ep,
+                "sequence_parallel": self.sp,
+                "distributed_timeout_minutes": 1,
+            },
+            "objective": objective,
+            "rollout": {"temperature": 0.8, "batch_size": 16},
+            "training": {"global_batch_size": 16, "micro_batch_size": 2} | self.training,
+        }
+        for section, own in self.other.items():
+            options[section] = options.get(section, {}) | own
+        return Config.model_validate(options)
+
+    def describe(self) -> str:
+        sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "CP": self.cp, "DP": self.dp}
+        text = " ".join(f"{name}{size}" for name, size in sizes.items())
+        text += " SP" if self.sp else ""
+        text += f" EP{self.ep}" if self.ep > 1 else ""
+        own = self.teacher.get("parallel", {})
+        short = {"tensor": "TP", "pipeline": "PP", "expert": "EP"}
+        parts = [f"{short[k.split('_')[0]]}{v}" for k, v in own.items() if k.endswith("size")]
+        if "world_size" in self.teacher:
+            parts.append(f"on {self.teacher['world_size']} ranks of its own")
+        if parts:
+            text += f" | teacher {' '.join(parts)}"
+        return f"{text} | {self.payload}"
+
+
+class RecordingLoss(TokenLoss):
+    """Keeps the KL terms of every token it sees, in the order of the microbatches."""
+
+    seen: list[torch.Tensor]
+
+    def _signals(self, *args):
+        signals, terms = super()._signals(*args)
+        self.seen.append(torch.stack([getattr(terms.kl, name).detach() for name in TERMS], -1))
+        return signals, terms
+
+
+def run_cases(
+    cases: list[Case], models: dict[str, Path], rollouts: list[Rollout], tmp_path: Path
+) -> list[dict]:
+    """Results of the cases, which share one world size and layout of ranks, in one launch."""
+    port, world_size = free_port(), cases[0].world_size
+    out = tmp_path / f"cases-{len(list(tmp_path.iterdir()))}"
+    out.mkdir()
+    start_ranks(world_size, _rank_main, port, world_size, cases, models, rollouts, out)
+    return [_collect(out / str(n)) for n in range(len(cases))]
+
+
+def _rank_main(rank, port, world_size, cases, models, rollouts, out) -> None:
+    choose_device()
+    job = TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    role = next(r for r in roles_of(cases[0].config(models), world_size).values() if r.holds(rank))
+    store = PrefixStore(role.name, job)
+    dist.init_process_group("gloo", store=store, rank=rank - role.first_rank, world_size=role.size)
+    context = None
+    for n, case in enumerate(cases):
+        config = case.config(models)
+        layout = role.layout(config, rank)
+        if context is None or context.layout != layout:
+            if context is not None:
+                leave_groups()
+            context = join_groups(layout, torch.device("cpu"), timeout_minutes=1, seed=1)
+        own = PrefixStore(f"case{n}", job)
+        if role.name == STUDENT:
+            _student_case(config, case.swaps, world_size, rollouts, own, context, out / str(n))
+        else:
+            teacher = dict(config.teachers_by_option())[role.name]
+            students = student_layout(config, world_size)
+            joint = wire_store(own, role.name)
+            serve(teacher, role, config, case.swaps, joint, students, context)
+    leave_groups()
+    dist.destroy_process_group()
+
+
+def _student_case(config, swaps, world_size, rollouts, store, context, out) -> None:
+    chunks = build_model(config.student.hf_path, config.model, context)
+    load_weights(chunks, config.student.hf_path, context)
+    hf_config = read_hf_config(config.student.hf_path)
+    student = make_trainable(chunks, config, context)
+    roles = roles_of(config, world_size)
+    swaps = {section: swaps for section, _ in config.teachers_by_option()}
+    packed = pack(rollouts, Limits.of(config.training), context.layout)
+    rounds = rounds_of(packed, config.exchange_size)
+    with open_teachers(config, roles, swaps, store, context) as pool:
+        loss = RecordingLoss(chunks[-1], pool.heads, config, hf_config.vocab_size, context)
+        loss.seen = []
+        means = accumulate_gradients(
+            student,
+            loss,
+            pool.microbatches(rounds),
+            context,
+            num_rounds=len(rounds),
+            step=0,
+            compare_engine=False,
+            force_all_reduce=True,
+        )
+        shared = share_from_last_stage(means, context)
+    student.optimizer.prepare_grads()
+    metrics = divide([shared.sums]) | {"grad_norm": student.optimizer.get_grad_norm()}
+    terms = _terms_by_token(packed[context.layout.dp_rank], loss.seen, context.layout)
+    gradients = _whole_gradients(student, hf_config, context)
+    out.mkdir(exist_ok=True)
+    found = {"terms": terms, "gradients": gradients, "metrics": metrics}
+    torch.save(found, out / f"{context.layout.rank}.pt")
+
+
+def _terms_by_token(batches, seen, layout) -> dict[tuple[int, int, int], torch.Tensor]:
+    """(prompt, sample, token) → its terms, of the tokens on this rank."""
+    if not layout.is_last_stage:
+        return {}
+    rows = iter(torch.cat(seen))
+    found = {}
+    for rollouts in batches:
+        for rollout in rollouts:
+            _, tokens = own_response_tokens(rollout, layout, layout.cp_rank)
+            for token in tokens.tolist():
+                found[rollout.prompt.index, rollout.sample_index, token] = next(rows)
+    assert next(rows, None) is None, "terms of tokens that no rollout has"
+    return found
+
+
+def _whole_gradients(student, hf_config, context) -> dict[str, torch.Tensor]:
+    """By the way of an export: gradients in the place of weights, whole under HF names."""
+    for chunk in student.chunks:
+        for parameter in chunk.parameters():
+            parameter.data = parameter.main_grad.detach().clone()
+    exporter = Exporter(student.chunks, hf_config, context, bucket_bytes=2**20)
+    stage = exporter.manifest.stages[context.layout.pp_rank]
+    tensors = [tensor for bucket in exporter.buckets() for tensor in bucket]
+    names = [spec.name for bucket in stage for spec in bucket]
+    return dict(zip(names, tensors, strict=True)) if tensors else {}
+
+
+def _collect(out: Path) -> dict:
+    found = {"terms": {}, "gradients": {}}
+    for path in sorted(out.iterdir(), key=lambda p: int(p.stem)):
+        part = torch.load(path)
+        for name in ("terms", "gradients"):
+            found[name] |= part[name]
+        found["metrics"] = part["metrics"]
+    return found
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of a result from the single process's, relative: `loss` also has the gradient norm that the
+    optimizer would clip by, `terms` and `gradients` are the worst of their kind."""
+
+    loss: float
+    terms: float
+    gradients: float
+    worst: str
+    """The parameter whose gradient is farthest."""
+
+
+def distance(found: dict, expected: dict) -> Distance:
+    assert found["terms"].keys() == expected["terms"].keys(), "each token once, on some rank"
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    ours, theirs = (
+        torch.tensor([x["metrics"][name] for name in ("loss/total", "grad_norm")])
+        for x in (found, expected)
+    )
+    loss = ((ours - theirs).abs() / theirs).max().item()
+    keys = sorted(expected["terms"])
+    ours, theirs = (torch.stack([x["terms"][key] for key in keys]) for x in (found, expected))
+    terms = max(_relative(ours[:, n], theirs[:, n]) for n in range(len(TERMS)))
+    gradients = {
+        name: _relative(found["gradients"][name], gradient)
+        for name, gradient in expected["gradients"].items()
+    }
+    worst = max(gradients, key=gradients.get)
+    return Distance(loss, terms, gradients[worst], worst)
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖difference‖ / ‖expected‖."""
+    difference = (found.double() - expected.double()).norm()
+    return (difference / expected.double().norm()).item()
