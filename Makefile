@@ -1,5 +1,6 @@
 # make quickstart   from a fresh clone to a finished distillation
 # make test         lint and tests, on both supported lines of Megatron-Core
+# make test-matrix  gradient parity over all layouts that fit 8 processes; rewrites its table in docs
 # make bench        loss, weight-sync, step and conversion benchmarks for the device at hand
 # make install      only the environment, .venv
 
@@ -22,7 +23,7 @@ OVERLAY := $(VENV)/megatron-core-second
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test lint bench toy-models clean
+.PHONY: install quickstart test test-matrix lint bench toy-models clean
 
 install: $(VENV)/installed
 
@@ -61,6 +62,9 @@ test: lint $(OVERLAY)/installed
 	$(if $(HAS_GPU),$(BIN)/python -m pytest tests/triton -m gpu)
 	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/e2e -k leaves_everything
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/distributed
+
+test-matrix: install
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.distributed.parity_matrix
 
 $(OVERLAY)/installed: $(VENV)/installed
 	$(PIP) install --upgrade --target $(OVERLAY) --no-deps --ignore-requires-python $(MCORE_SECOND)

@@ -8,7 +8,7 @@ from itertools import islice
 
 from megatron_eopd import checkpoint, report
 from megatron_eopd.config import ConfigError
-from megatron_eopd.data.packing import Limits, pack, rounds_of
+from megatron_eopd.data.packing import Limits, PackedRollouts, pack, rounds_of
 from megatron_eopd.evaluation.evaluate import Evaluation, evaluate
 from megatron_eopd.metrics import MetricsWriter
 from megatron_eopd.records import Rollout, StepReport
@@ -33,18 +33,24 @@ def train(session: Session, writer: MetricsWriter | None) -> None:
                 save_if_due(session, iteration)
             if iteration == config.training.train_iters:
                 break
-            layout = session.context.layout
-            times = StageTimes(
-                f" of iteration {iteration} on rank {layout.rank} ({layout.place()})"
-            )
+            times = stage_times(session, iteration)
             with times("rollout"):
                 rollouts = draw_rollouts(session, iteration)
-            reports = train_on(session, rollouts, iteration, times)
+            plans = plan_steps(session, rollouts)
+            reports = train_on(session, plans, iteration, times)
             with times("sync"):
                 sync = session.push_weights(version=iteration + 1)
             scalars = report.iteration_scalars(rollouts, reports, sync, times)
+            scalars |= report.packing_scalars(plans, session.context.layout)
             publish(session, iteration + 1, scalars, rollouts, reports, writer)
             bar.update()
+
+
+def stage_times(session: Session, iteration: int) -> StageTimes:
+    layout = session.context.layout
+    session.log.stage = f"iteration {iteration}"
+    where = f"iteration {iteration} on rank {layout.rank} ({layout.place()})"
+    return StageTimes(session.log, where)
 
 
 def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
@@ -79,14 +85,18 @@ def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
     return rollouts
 
 
+def plan_steps(session: Session, rollouts: list[Rollout]) -> list[PackedRollouts]:
+    """The optimizer steps of one iteration: which rank trains on which rollouts, and when."""
+    training, layout = session.config.training, session.context.layout
+    size, limits = training.global_batch_size, Limits.of(training)
+    return [pack(rollouts[n : n + size], limits, layout) for n in range(0, len(rollouts), size)]
+
+
 def train_on(
-    session: Session, rollouts: list[Rollout], iteration: int, times: StageTimes
+    session: Session, plans: list[PackedRollouts], iteration: int, times: StageTimes
 ) -> list[StepReport]:
-    """The optimizer steps of one iteration, each on its own part of the rollouts."""
+    """Score and train, step by step."""
     config = session.config
-    size = config.training.global_batch_size
-    limits, layout = Limits.of(config.training), session.context.layout
-    plans = [pack(rollouts[n : n + size], limits, layout) for n in range(0, len(rollouts), size)]
     rounds = [rounds_of(plan, config.exchange_size) for plan in plans]
     # All steps at once: a teacher on its own ranks goes on while the student trains.
     all_rounds = [portion for step in rounds for portion in step]
@@ -106,10 +116,10 @@ def train_on(
                     compare_engine=number == 0,
                 )
         except NonFiniteError:
-            if layout.rank == 0:
+            if session.context.layout.rank == 0:
                 path = config.run_dir / "rollouts" / f"{iteration:06d}-nonfinite.jsonl"
-                first = number * size
-                write_rollouts(path, rollouts[first : first + size], session.tokenizer)
+                step = [r for rank in plans[number] for batch in rank for r in batch]
+                write_rollouts(path, step, session.tokenizer)
             raise
         reports.append(step_report)
     session.student.gather_parameters()

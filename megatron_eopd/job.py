@@ -99,7 +99,6 @@ def dry_run(config: Config, world_size: int | None) -> None:
 
 def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
     """`work` on the student's ranks, while those of separate teachers serve them."""
-    signal.signal(signal.SIGTERM, _stopped)
     rank, world_size = own_rank()
     inputs = preflight.check(config, world_size)
     roles = roles_of(config, world_size)
@@ -111,6 +110,7 @@ def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
             teacher = dict(config.teachers_by_option())[role.name]
             own_wire, swaps = wire_store(store, role.name), inputs.swaps[role.name]
             students = student_layout(config, world_size)
+            log.stage = f"service as [{role.name}]"
             serve(teacher, role, config, swaps, own_wire, students, context)
             return
         if rank == 0:
@@ -119,10 +119,19 @@ def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
             work(session)
 
 
-def _stopped(*_: object) -> NoReturn:
-    """torchrun ends the ranks that are left by SIGTERM. As an error it leaves a word in the log."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    raise LostRankError("stopped by SIGTERM: another rank failed first, or somebody ended the job.")
+def _leave_a_word_when_stopped(log: RunLog) -> None:
+    """torchrun stops the ranks that are left with SIGTERM, and with SIGKILL 30 s later."""
+
+    def stopped(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.alarm(10)  # an exit that is raised in a destructor is lost
+        log.error(
+            f"error: stopped by SIGTERM in {log.stage}: another rank failed first, or somebody "
+            f"ended the job."
+        )
+        raise SystemExit(1)
+
+    signal.signal(signal.SIGTERM, stopped)
 
 
 @contextmanager
@@ -134,6 +143,7 @@ def _world(
     own = PrefixStore(role.name, store)
     with world_context(layout, own, minutes, config.seed, config.longest_wait_s) as context:
         log = RunLog(config.run_dir, rank)
+        _leave_a_word_when_stopped(log)
         try:
             yield context, log
         except EXPECTED_ERRORS as error:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from megatron_eopd.config import Config
+from megatron_eopd.data.packing import PackedRollouts, load_imbalance, padding_fraction
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.metrics import divide, percentile
+from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.rollout.engine import SyncReport
 from megatron_eopd.run_log import StageTimes
@@ -42,6 +44,16 @@ def iteration_scalars(
     num_tokens = sum(len(r.response_ids) for r in rollouts)
     scalars["throughput/tokens_per_s"] = num_tokens / times.total
     return scalars
+
+
+def packing_scalars(plans: Sequence[PackedRollouts], layout: Layout) -> dict[str, float]:
+    """Waste of the optimizer steps' plans; the same on every rank."""
+    count = len(plans)
+    return {
+        "packing/padding_fraction": sum(padding_fraction(p, layout) for p in plans) / count,
+        "packing/load_imbalance": sum(load_imbalance(p) for p in plans) / count,
+        "packing/microbatches": sum(len(p[0]) for p in plans) / count,
+    }
 
 
 def histograms(reports: Sequence[StepReport]) -> dict[str, list[float]]:

@@ -18,6 +18,8 @@ class RunLog:
     """Lines of this rank. Every rank has a file; only rank 0 also speaks on the terminal."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
+        self.stage = "start-up"
+        """What this rank is doing, for when it is stopped from outside."""
         self._speaks = rank == 0
         path = run_dir / "log" / f"rank{rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,9 +48,10 @@ class StageTimes:
     """Seconds per stage of one iteration: `with times("score"): …`. A stage inside another counts
     for itself alone."""
 
-    def __init__(self, where: str = "") -> None:
+    def __init__(self, log: RunLog, where: str) -> None:
         """`where`: the iteration and this rank's place, for the message when a rank is lost."""
         self.seconds: dict[str, float] = {}
+        self._log = log
         self._where = where
         self._begin = time.monotonic()
         self._inner = 0.0  # seconds of the stages inside the current one
@@ -57,8 +60,10 @@ class StageTimes:
     def __call__(self, stage: str) -> Iterator[None]:
         begin, outer_inner = time.monotonic(), self._inner
         self._inner = 0.0
-        with naming_stage(f"stage {stage}{self._where}"):
+        outer_stage, self._log.stage = self._log.stage, f"stage {stage} of {self._where}"
+        with naming_stage(self._log.stage):
             yield
+        self._log.stage = outer_stage
         elapsed = time.monotonic() - begin
         self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inner
         self._inner = outer_inner + elapsed

@@ -18,10 +18,12 @@ from megatron_eopd.parallel.init import ParallelContext, choose_device, join_gro
 from megatron_eopd.parallel.layout import Layout
 
 
-def run_ranks(world_size: int, tmp_path: Path, check: Callable, *args) -> None:
+def run_ranks(
+    world_size: int, tmp_path: Path, check: Callable, *args, timeout_s: float = 60
+) -> None:
     """Run `check(*args)` in `world_size` processes joined by torch.distributed (gloo)."""
     rendezvous = tmp_path / f"rendezvous-{len(list(tmp_path.iterdir()))}"
-    start_ranks(world_size, _rank_main, world_size, rendezvous, check, args)
+    start_ranks(world_size, _rank_main, world_size, rendezvous, check, args, timeout_s)
 
 
 def start_ranks(world_size: int, main: Callable, *args) -> None:
@@ -29,7 +31,9 @@ def start_ranks(world_size: int, main: Callable, *args) -> None:
     mp.start_processes(main, args, nprocs=world_size, start_method="fork")
 
 
-def _rank_main(rank: int, world_size: int, rendezvous: Path, check: Callable, args: tuple) -> None:
+def _rank_main(
+    rank: int, world_size: int, rendezvous: Path, check: Callable, args: tuple, timeout_s: float
+) -> None:
     torch.set_num_threads(1)
     choose_device()
     dist.init_process_group(
@@ -37,7 +41,7 @@ def _rank_main(rank: int, world_size: int, rendezvous: Path, check: Callable, ar
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=timeout_s),
     )
     try:
         check(*args)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eopd import preflight
+from megatron_eopd.config import load_config
 from megatron_eopd.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ def refused(monkeypatch, capsys, tmp_path):
     """Starts the quick start with overrides; gives back the error it must end with."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: pytest.fail("late"))
+    monkeypatch.setattr("megatron_eopd.job.job_store", lambda *a, **k: pytest.fail("late"))
 
     def start(*overrides: str) -> str:
         assert main([str(QUICKSTART), f"run_dir={tmp_path / 'run'}", *overrides]) == 1
@@ -88,6 +89,47 @@ def test_teacher_with_the_same_size_and_other_ids(refused, broken_model):
 def test_teacher_that_ends_with_another_token(refused, broken_model):
     edit_json(broken_model / "generation_config.json", eos_token_id=107)
     assert "ends a response" in refused(f"teacher.hf_path={broken_model}")
+
+
+EOS_IS_PAD = 'teacher.eos_token_map={ "<eos>" = "<pad>" }'
+
+
+def test_end_tokens_that_trade_places(refused, broken_model):
+    """A teacher that ends with another token is taken with the map that says so, and only then."""
+    edit_json(broken_model / "generation_config.json", eos_token_id=[107, 3])
+    teacher = f"teacher.hf_path={broken_model}"
+    assert "teacher.eos_token_map" in refused(teacher)
+    config = load_config(QUICKSTART, [teacher, EOS_IS_PAD, "parallel.tensor_model_parallel_size=2"])
+    assert preflight.check(config, 2).swaps == {"teacher": [(109, 107)]}
+    assert "'<im_end>' is no token" in refused('teacher.eos_token_map={ "<eos>" = "<im_end>" }')
+    twice = 'teacher.eos_token_map={ "<eos>" = "<pad>", "<bos>" = "<pad>" }'
+    assert "names a token twice" in refused(twice)
+    # The shipped teacher ends as the student does: then the map would be wrong.
+    assert "ends a response" in refused(EOS_IS_PAD)
+
+
+def test_teachers_that_cannot_be_where_they_are_put(refused):
+    separate = ["teacher.placement=separate", "teacher.world_size=1"]
+    assert "= 2 does not divide the ranks left to the student, 1" in refused(*separate)
+    separate += [
+        f"{who}parallel.tensor_model_parallel_size={n}" for who, n in (("", 1), ("teacher.", 2))
+    ]
+    assert "= 2 does not divide teacher.world_size = 1" in refused(*separate)
+    alone = [*separate[:1], "teacher.world_size=2"]
+    assert "leaves no rank to the student" in refused(*alone)
+    heads = "teacher.parallel.tensor_model_parallel_size=3"
+    assert "teacher.parallel.tensor_model_parallel_size=3" in refused(heads)
+    experts = "teacher.parallel.expert_model_parallel_size=2"
+    assert "the teacher has no experts" in refused(experts)
+
+
+def test_a_prompt_that_names_an_unknown_teacher(refused, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "1 2 3 4 -> 10 :"}\n{"prompt": "1 2 3 4 -> 10 :", "teacher": "art"}\n'
+    )
+    message = refused(f"data.prompts={path}", f"teachers.code.hf_path={MODELS / 'teacher'}")
+    assert "line 2: teacher='art'" in message and "teacher, code" in message
 
 
 @pytest.mark.parametrize(

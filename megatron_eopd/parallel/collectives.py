@@ -37,8 +37,6 @@ def naming_stage(stage: str) -> Iterator[None]:
     """
     try:
         yield
-    except LostRankError as error:  # a signal: see job.py
-        raise LostRankError(f"{error} This was in {stage}.") from None
     except RuntimeError as error:
         # Ours have other types; a collective raises RuntimeError or one of torch.distributed's.
         is_torchs = type(error) is RuntimeError or isinstance(error, dist.DistError)
@@ -46,9 +44,16 @@ def naming_stage(stage: str) -> Iterator[None]:
             raise
         raise LostRankError(
             f"another rank is lost, or slower than parallel.distributed_timeout_minutes. This rank "
-            f"noticed in {stage}: {str(error).splitlines()[0]} Look for the first error in the "
-            f"files of RUN_DIR/log."
+            f"noticed in {stage}: {reason_of(error)} Look for the first error in the files of "
+            f"RUN_DIR/log."
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What a failed collective says, without the source line of gloo before it and the advice
+    behind it."""
+    text = re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0])
+    return f"{text.split('. ')[0].rstrip('.')}."
 
 
 def from_rank_zero(compute: Callable[[], T], group: dist.ProcessGroup) -> T:

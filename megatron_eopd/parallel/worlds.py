@@ -30,7 +30,9 @@ class Role:
         """Of this world; `rank` of the job, one of the world's."""
         own_rank = rank - self.first_rank
         if self.name == STUDENT:
-            return Layout.from_config(config.parallel, self.size, own_rank)
+            separate = any(teacher.world_size for _, teacher in config.teachers_by_option())
+            world = "the ranks left to the student," if separate else "the world size"
+            return Layout.from_config(config.parallel, self.size, own_rank, world=world)
         teacher = dict(config.teachers_by_option())[self.name]
         return separate_layout(teacher, self.name, config, own_rank)
 
@@ -62,7 +64,7 @@ def roles_of(config: Config, world_size: int) -> dict[str, Role]:
 
 def student_layout(config: Config, world_size: int, rank: int = 0) -> Layout:
     """In a job with this many ranks; `rank` among the student's."""
-    return Layout.from_config(config.parallel, roles_of(config, world_size)[STUDENT].size, rank)
+    return roles_of(config, world_size)[STUDENT].layout(config, rank)
 
 
 def separate_layout(teacher: TeacherConfig, section: str, config: Config, rank: int) -> Layout:

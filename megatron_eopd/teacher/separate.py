@@ -64,7 +64,7 @@ class Requests:
             self.store.wait([f"request/{number}"], timedelta(seconds=timeout_s))
         except dist.DistStoreError:
             raise TeacherError(
-                f"the student asked for nothing within {timeout_s:.0f} s; it must have died."
+                f"[teacher] the student asked for nothing within {timeout_s:.0f} s; it is gone."
             ) from None
         return pickle.loads(self.store.get(f"request/{number}"))
 
@@ -217,7 +217,7 @@ def _serve(
             number += 1
         wire.flush()
     except WireError as error:
-        raise TeacherError(f"the student is gone or late: {error}") from None
+        raise TeacherError(f"[{role.name}] the student is gone or late: {error}") from None
 
 
 def longest_pause_s(config: Config) -> float:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo
 
+from megatron_eopd.parallel.collectives import reason_of
 from megatron_eopd.teacher.exchange import Message
 
 
@@ -34,7 +35,7 @@ class JointWire:
         try:
             self._group = _join(store, rank, world_size, self._timeout, device)
         except RuntimeError as error:
-            raise WireError(str(error).splitlines()[0]) from None
+            raise WireError(reason_of(error)) from None
         self._pending: list[tuple[dist.Work, torch.Tensor]] = []
 
     def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
@@ -44,7 +45,7 @@ class JointWire:
             for work in [self._group.recv([x], rank, 0) for rank, x in receives]:
                 work.wait(self._timeout)
         except RuntimeError as error:
-            raise WireError(str(error).splitlines()[0]) from None
+            raise WireError(reason_of(error)) from None
 
     def flush(self) -> None:
         """Wait until everything that was sent has been taken."""
@@ -53,7 +54,7 @@ class JointWire:
             for work, _ in pending:
                 work.wait(self._timeout)
         except RuntimeError as error:
-            raise WireError(str(error).splitlines()[0]) from None
+            raise WireError(reason_of(error)) from None
 
 
 def _join(

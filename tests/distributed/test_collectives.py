@@ -1,12 +1,17 @@
 """One outcome on all ranks, whoever failed."""
 
+import time
+
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_eopd.parallel.collectives import (
+    LostRankError,
     RemoteError,
     collecting,
     from_rank_zero,
+    naming_stage,
     raise_together,
 )
 from megatron_eopd.rollout.engine import EngineError
@@ -49,3 +54,25 @@ def check_all_outcomes() -> None:
 
 def test_every_rank_has_the_same_outcome(tmp_path):
     run_ranks(3, tmp_path, check_all_outcomes)
+
+
+def check_late():
+    if dist.get_rank() == 1:
+        time.sleep(4)
+        return
+    stage = "stage train of iteration 3 on rank 0"
+    with pytest.raises(LostRankError, match=f"noticed in {stage}"), naming_stage(stage):
+        dist.all_reduce(torch.zeros(1))
+
+
+def test_a_rank_that_hangs_is_noticed_within_the_time_out(tmp_path):
+    """By the others, who say in which stage; here the time-out is a second."""
+    begin = time.monotonic()
+    run_ranks(2, tmp_path, check_late, timeout_s=1)
+    assert time.monotonic() - begin < 30
+
+
+def test_errors_of_our_own_keep_their_name():
+    """A value error in a stage is no lost rank, whatever its words."""
+    with pytest.raises(ValueError, match="timed out"), naming_stage("stage x"):
+        raise ValueError("timed out")

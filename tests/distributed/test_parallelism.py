@@ -5,6 +5,8 @@ process's, in float32: rounding is at 1e-6, and any term that is lost, doubled o
 token is at 1e-2 and more.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,17 +34,29 @@ def unequal_rollouts(count: int, seed: int) -> list[Rollout]:
     return rollouts
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
+def make_models(path: Path) -> dict[str, Path]:
     """A tied student, so that its embedding has gradients on two stages; heads for TP 4."""
-    path = tmp_path_factory.mktemp("parity")
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    sure = {"hidden_size": 96, "initializer_range": 0.2}
     return {
         "student": make_model("qwen3_tied", path / "student", seed=1, **heads),
-        "teacher": make_model(
-            "qwen3", path / "teacher", seed=5, hidden_size=96, initializer_range=0.2, **heads
-        ),
+        "teacher": make_model("qwen3", path / "teacher", seed=5, **heads, **sure),
     }
+
+
+def make_expert_models(path: Path) -> dict[str, Path]:
+    """A student and a teacher of 8 experts."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    sure = {"initializer_range": 0.2}
+    return {
+        "student": make_model("qwen3_moe", path / "student", seed=2, **heads),
+        "teacher": make_model("qwen3_moe", path / "teacher", seed=6, **heads, **sure),
+    }
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("parity"))
 
 
 @pytest.fixture(scope="session")
@@ -114,15 +128,8 @@ def test_teacher_layouts(layout, models, rollouts, expected, tmp_path, capsys):
 
 
 @pytest.fixture(scope="session")
-def expert_models(models, tmp_path_factory):
-    """A student and a teacher of 8 experts."""
-    path = tmp_path_factory.mktemp("experts")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    sure = {"initializer_range": 0.2}
-    return {
-        "student": make_model("qwen3_moe", path / "student", seed=2, **heads),
-        "teacher": make_model("qwen3_moe", path / "teacher", seed=6, **heads, **sure),
-    }
+def expert_models(tmp_path_factory):
+    return make_expert_models(tmp_path_factory.mktemp("experts"))
 
 
 def test_experts_over_ranks(expert_models, rollouts, tmp_path, capsys):

@@ -11,7 +11,6 @@ from pathlib import Path
 from megatron_eopd import distill, job
 from megatron_eopd.config import load_config
 from megatron_eopd.rollout.megatron_engine import score_tokens
-from megatron_eopd.run_log import StageTimes
 from megatron_eopd.session import Session, probe_sequences
 from megatron_eopd.weight_sync.verify import probe_difference
 
@@ -24,7 +23,12 @@ def difference(session: Session) -> float:
 
 def train_once(session: Session, iteration: int) -> None:
     rollouts = distill.draw_rollouts(session, iteration)
-    distill.train_on(session, rollouts, iteration, StageTimes())
+    distill.train_on(
+        session,
+        distill.plan_steps(session, rollouts),
+        iteration,
+        distill.stage_times(session, iteration),
+    )
 
 
 def compare(session: Session) -> None:
