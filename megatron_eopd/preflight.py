@@ -21,8 +21,8 @@ from megatron_eopd.data.packing import Limits
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
 from megatron_eopd.models.build import (
-    check_divides,
     check_student,
+    check_teacher,
     read_hf_config,
     uses_transformer_engine,
 )
@@ -89,8 +89,7 @@ def _check_layout(teacher: TeacherConfig, section: str, config: Config, student:
         layout = separate_layout(teacher, section, config, rank=0)
     else:
         layout = colocated_layout(teacher, section, student)
-    options = f"{section}.parallel" if teacher.parallel else "parallel"
-    check_divides(read_hf_config(teacher.hf_path), layout, section, options)
+    check_teacher(teacher, section, read_hf_config(teacher.hf_path), layout)
 
 
 def _check_vocabulary(

@@ -7,6 +7,7 @@ response token before it calls `lm_head`, so prompt and padding rows never meet 
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_eopd.config import Config, ConfigError, ModelConfig
+from megatron_eopd.config import Config, ConfigError, ModelConfig, TeacherConfig
 from megatron_eopd.models import rope
 from megatron_eopd.models.attention import SDPACoreAttention
 from megatron_eopd.models.families import family_of
@@ -158,6 +159,18 @@ def check_student(config: Config, hf_config: PretrainedConfig, layout: Layout) -
         )
 
 
+def check_teacher(
+    teacher: TeacherConfig, section: str, hf_config: PretrainedConfig, layout: Layout
+) -> None:
+    """Raise ConfigError when a teacher cannot be cut into this many parts."""
+    if teacher.parallel is not None:
+        check_divides(hf_config, layout, section, f"{section}.parallel")
+        return
+    if not num_experts(hf_config):  # the student's sizes for its experts do not mean this teacher
+        layout = replace(layout, ep=1, expert_tp=1)
+    check_divides(hf_config, layout, section)
+
+
 def build_model(hf_path: Path, model: ModelConfig, context: ParallelContext) -> list[CausalLM]:
     """This rank's part of the model, its weights not yet loaded: one chunk, or as many as the
     interleaved pipeline schedule runs on each stage."""
@@ -244,6 +257,7 @@ def transformer_config(
         )
     dtype = getattr(torch, model.dtype)
     head_dim = head_shape(hf_config).head_dim
+    has_experts = num_experts(hf_config) > 0
     recomputes_layers = model.recompute_granularity == "full"
     options = {
         "add_bias_linear": False,
@@ -270,8 +284,9 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.expert_tp,
+        # A dense teacher may have the layout of a student with experts.
+        expert_model_parallel_size=layout.ep if has_experts else 1,
+        expert_tensor_parallel_size=layout.expert_tp if has_experts else 1,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

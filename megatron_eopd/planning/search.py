@@ -11,7 +11,7 @@ from itertools import product
 from math import gcd
 
 from megatron_eopd.config import Config, ConfigError, ParallelConfig, ParallelSizes
-from megatron_eopd.models.build import check_divides, check_student
+from megatron_eopd.models.build import check_student, check_teacher
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import STUDENT, roles_of, student_layout
 from megatron_eopd.planning.activations import Lengths, Platform
@@ -149,8 +149,7 @@ def _plan_on(layout: Layout, config: Config, request: Request) -> Plan:
     setup = Setup.of(config, models, layout, request.longest, request.platform)
     teachers = {section: teacher.layout for section, teacher in setup.teachers.items()}
     for section, options in config.teachers_by_option():
-        where = f"{section}.parallel" if options.parallel else "parallel"
-        check_divides(models.teachers[section].hf_config, teachers[section], section, where)
+        check_teacher(options, section, models.teachers[section].hf_config, teachers[section])
     memory = plan_memory(setup).with_estimates(request.calibration.memory)
     return Plan(request, config, layout, teachers, memory)
 

@@ -151,6 +151,14 @@ def test_experts_over_ranks(expert_models, rollouts, tmp_path, capsys):
         check(cases, expert_models, rollouts, by_payload, tmp_path, capsys)
 
 
+def test_a_dense_teacher_in_the_layout_of_a_student_with_experts(
+    models, expert_models, rollouts, tmp_path, capsys
+):
+    mixed = expert_models | {"teacher": models["teacher"]}
+    (expected,) = run_cases([Case()], mixed, rollouts, tmp_path)
+    check([Case(dp=2, ep=2)], mixed, rollouts, {"hidden": expected}, tmp_path, capsys)
+
+
 def test_packing_rounds_overlap_and_recomputation_change_nothing(
     models, rollouts, expected, tmp_path, capsys
 ):
