@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_eopd.config import Config, load_config
-from megatron_eopd.models.build import check_divides, read_hf_config
+from megatron_eopd.models.build import check_divides, check_teacher, read_hf_config
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import student_layout
 from megatron_eopd.planning.activations import Lengths, Platform, chunks_in_flight
@@ -272,7 +272,8 @@ def test_what_is_ranked_is_sorted_and_taken_by_the_trainer(models, student, teac
     for plan in found.plans:
         assert plan.layout == Layout.from_config(plan.config.parallel, 16, 0)
         check_divides(configs[models[student]], plan.layout, "student")
-        check_divides(configs[models[teacher]], plan.teachers["teacher"], "teacher")
+        options, layout = plan.config.teacher, plan.teachers["teacher"]
+        check_teacher(options, "teacher", configs[models[teacher]], layout)
         assert plan.layout.tp <= 8 and plan.headroom >= 0
         assert plan.memory.worst[2].peak <= 70 * GIB
     toml = tmp_path / "run.toml"
