@@ -568,6 +568,12 @@ class Config(Section):
                 f"teachers with different payloads {sorted(payloads)}: one objective would mean "
                 f"different things for them. Set the same payload for all."
             )
+        ignored = [n for n, t in self.teachers.items() if t.microbatches_per_exchange is not None]
+        if ignored:
+            raise ValueError(
+                f"teachers.{ignored[0]}.microbatches_per_exchange would be ignored: all teachers "
+                f"hand over the same portions. Set teacher.microbatches_per_exchange."
+            )
         objective = self.objective
         if objective.parts.gate == "quantile" and payloads == {"logits"}:
             raise ValueError(

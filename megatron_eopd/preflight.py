@@ -4,6 +4,7 @@ In: a Config and a world size. Out: nothing, or an error that names the option; 
 numbers that --dry-run prints.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def check(config: Config, world_size: int) -> Inputs:
     uses_transformer_engine(config.model)
     check_student(config, read_hf_config(config.student.hf_path), layout)
     check_files(config.student.hf_path)
-    tokenizer = _load_tokenizer(config.student, config)
+    tokenizer = _load_tokenizer(config.student, config.rollout.stop_token_ids)
     swaps = {}
     for section, teacher in config.teachers_by_option():
         _check_layout(teacher, section, config, layout)
@@ -75,12 +76,12 @@ def check(config: Config, world_size: int) -> Inputs:
     return Inputs(tokenizer, prompts, swaps, _resume_from(config, prompts))
 
 
-def _load_tokenizer(model: StudentConfig | TeacherConfig, config: Config) -> Tokenizer:
+def _load_tokenizer(model: StudentConfig | TeacherConfig, stop_ids: Sequence[int]) -> Tokenizer:
     return load_tokenizer(
         model.tokenizer or model.hf_path,
         model_path=model.hf_path,
         vocab_size=read_hf_config(model.hf_path).vocab_size,
-        stop_ids=config.rollout.stop_token_ids,
+        stop_ids=stop_ids,
     )
 
 
@@ -111,7 +112,9 @@ def _check_vocabulary(
             f"{section}.eos_token_map={teacher.eos_token_map} names a token twice. Each can trade "
             f"places with one other."
         )
-    check_same_vocabulary(tokenizer, _load_tokenizer(teacher, config), section, swaps)
+    # Ids that were given are the student's: with a map the teacher ends as it says itself.
+    stop_ids = () if swaps else config.rollout.stop_token_ids
+    check_same_vocabulary(tokenizer, _load_tokenizer(teacher, stop_ids), section, swaps)
     return swaps
 
 

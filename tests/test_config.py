@@ -63,6 +63,10 @@ def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
         ("training.overlap_param_gather=true", r"needs overlap_grad_reduce=true"),
         ("teachers.teacher.hf_path=x", r"is the one of \[teacher\]"),
         ('teachers={ a = { hf_path = "x", payload = "logits" } }', r"different payloads"),
+        (
+            'teachers={ a = { hf_path = "x", microbatches_per_exchange = 1 } }',
+            r"Set teacher\.microbatches_per_exchange",
+        ),
         ("run_dir", r"has no '='"),
         ("run_dir.x=1", r"'run_dir' is an option, not a section"),
     ],

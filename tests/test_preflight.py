@@ -101,6 +101,10 @@ def test_end_tokens_that_trade_places(refused, broken_model):
     assert "teacher.eos_token_map" in refused(teacher)
     config = load_config(QUICKSTART, [teacher, EOS_IS_PAD, "parallel.tensor_model_parallel_size=2"])
     assert preflight.check(config, 2).swaps == {"teacher": [(109, 107)]}
+    given = load_config(
+        QUICKSTART, [teacher, EOS_IS_PAD, "rollout.stop_token_ids=[109]", "run_dir=unused"]
+    )
+    assert preflight.check(given, 2).swaps == {"teacher": [(109, 107)]}
     assert "'<im_end>' is no token" in refused('teacher.eos_token_map={ "<eos>" = "<im_end>" }')
     twice = 'teacher.eos_token_map={ "<eos>" = "<pad>", "<bos>" = "<pad>" }'
     assert "names a token twice" in refused(twice)

@@ -289,9 +289,9 @@ def check_same_vocabulary(
         raise ConfigError(
             f"the student ends a response with ids {student.stop_ids}, the {who} with "
             f"{teacher.stop_ids}{f' (traded places: {place})' if swaps else ''}: at every end of a "
-            f"response the teacher would score a token it never writes. Set {who}.eos_token_map to "
-            f"what the teacher writes instead, or rollout.stop_token_ids to what shall end a "
-            f"response of both."
+            f"response the teacher would score a token it never writes. "
+            f"{'Correct' if swaps else 'Set'} {who}.eos_token_map to what the teacher writes "
+            f"instead, or set rollout.stop_token_ids to what shall end a response of both."
         )
 
 

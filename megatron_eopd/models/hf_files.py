@@ -165,7 +165,7 @@ def _open_safetensors(path: Path) -> safe_open:
         raise CheckpointError(f"{path}: no such file. The checkpoint is incomplete.")
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it cannot be mapped
         raise CheckpointError(
             f"{path}: cannot be read ({error}). The file is damaged or truncated "
             f"({path.stat().st_size} bytes): copy it again."

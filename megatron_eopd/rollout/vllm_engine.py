@@ -233,7 +233,12 @@ def _transfer_backend(rollout: RolloutConfig) -> str:
 def _llm_arguments(
     model_path: Path, dtype: str, seed: int, max_model_len: int, rollout: RolloutConfig
 ) -> dict[str, Any]:
-    return {
+    shared = {}
+    if torch.cuda.is_available() and not rollout.visible_devices:
+        # vLLM refuses to start unless this share of the GPU is free, although kv_cache_memory_bytes
+        # decides what it takes; on the trainer's GPUs it never is.
+        shared["gpu_memory_utilization"] = 0.01
+    return shared | {
         "model": str(model_path),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
