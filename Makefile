@@ -18,6 +18,9 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # The second line of Megatron-Core, laid over the environment by PYTHONPATH.
 MCORE_SECOND := megatron-core==0.19.2
 OVERLAY := $(VENV)/megatron-core-second
+# What is run on both lines: everything that calls Megatron-Core.
+MCORE_TESTS := $(foreach name,models step checkpoint conversion megatron_engine parallelism plan,\
+	tests/distributed/test_$(name).py)
 
 # One thread per process: ranks and engine share the cores, and more threads cost 4 times the time.
 export OMP_NUM_THREADS ?= 1
@@ -61,7 +64,7 @@ test: lint $(OVERLAY)/installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 	$(if $(HAS_GPU),$(BIN)/python -m pytest tests/triton -m gpu)
 	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/e2e -k leaves_everything
-	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/distributed
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest $(MCORE_TESTS)
 
 test-matrix: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.distributed.parity_matrix

@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 import torch
 
 from megatron_eopd.config import TrainingConfig
-from megatron_eopd.models.packed_sequences import PackedSequences, local_tokens
+from megatron_eopd.models.packed_sequences import PackedSequences, chunks_of, positions_of
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import (
     MicroBatch,
@@ -161,14 +161,19 @@ def common_row_length(microbatches: Sequence[Sequence[Rollout]], layout: Layout)
 
 def own_response_tokens(
     rollout: Rollout, layout: Layout, cp_rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, response tokens), each [N]: which of a sequence's rows on a context-parallel rank
-    predict a response token, and which token each of them predicts, in rising order."""
-    _, position_S = local_tokens([padded_length(rollout, layout)], layout.cp, cp_rank)
+) -> tuple[list[int], list[int]]:
+    """(rows, response tokens): which of a sequence's rows on a context-parallel rank predict a
+    response token, and which token each of them predicts, in rising order."""
     # Response token j stands at P + j and is predicted by the row before it.
-    token_S = position_S - (len(rollout.prompt.prompt_ids) - 1)
-    rows = ((token_S >= 0) & (token_S < len(rollout.response_ids))).nonzero().flatten()
-    return rows, token_S[rows]
+    shift = len(rollout.prompt.prompt_ids) - 1
+    rows: list[int] = []
+    tokens: list[int] = []
+    length = padded_length(rollout, layout)
+    for row, chunk in chunks_of(length, layout.cp, cp_rank):
+        first, last = max(chunk.start, shift), min(chunk.stop, shift + len(rollout.response_ids))
+        rows += range(row + first - chunk.start, row + last - chunk.start)
+        tokens += range(first - shift, last - shift)
+    return rows, tokens
 
 
 def make_microbatches(
@@ -185,34 +190,34 @@ def _make_microbatch(
     """This context-parallel rank's part of the packed sequences; without any, a row of padding."""
     rollouts = [s.rollout for s in scored]
     lengths = padded_lengths(rollouts, layout, row_length)
-    # Token 0 as padding: causal attention keeps it out of every real token, and no row of it is
-    # ever picked.
-    token_ids_BL = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    rows, targets, logprobs, positions = [], [], [], []
-    first_row = 0
-    for b, (rollout, length) in enumerate(zip(rollouts, lengths, strict=False)):
-        ids = torch.tensor(rollout.prompt.prompt_ids + rollout.response_ids)
-        token_ids_BL[b, : len(ids)] = ids
-        rows_N, token_N = own_response_tokens(rollout, layout, layout.cp_rank)
-        rows.append(first_row + rows_N)
-        targets.append(torch.tensor(rollout.response_ids)[token_N])
-        logprobs.append(torch.tensor(rollout.response_logprobs, dtype=torch.float32)[token_N])
-        positions.append(torch.linspace(0, 1, len(rollout.response_ids))[token_N])
-        first_row += length // layout.cp
-    sequence_S, position_S = local_tokens(lengths, layout.cp, layout.cp_rank)
+    cp, cp_rank = layout.cp, layout.cp_rank
+    token_ids: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    logprobs: list[float] = []
+    positions: list[float] = []
+    for rollout, length in zip(rollouts, lengths, strict=False):
+        first_row = len(token_ids)
+        # Token 0 as padding: causal attention keeps it out of every real token, and no row of it
+        # is ever picked.
+        ids = [*rollout.prompt.prompt_ids, *rollout.response_ids, *[0] * length]
+        token_ids += [ids[position] for position in positions_of(length, cp, cp_rank)]
+        own_rows, tokens = own_response_tokens(rollout, layout, cp_rank)
+        rows += [first_row + row for row in own_rows]
+        targets += [rollout.response_ids[token] for token in tokens]
+        logprobs += [rollout.response_logprobs[token] for token in tokens]
+        last = max(len(rollout.response_ids) - 1, 1)
+        positions += [token / last for token in tokens]
+    token_ids += [0] * (sum(lengths) // cp - len(token_ids))
     return MicroBatch(
-        token_ids_1S=token_ids_BL[sequence_S, position_S].unsqueeze(0).to(device),
-        sequences=PackedSequences.of_lengths(lengths, layout.cp, layout.cp_rank, device),
-        prediction_rows_N=_cat(rows, torch.long, device),
-        target_ids_N=_cat(targets, torch.long, device),
-        rollout_logprobs_N=_cat(logprobs, torch.float32, device),
-        positions_N=_cat(positions, torch.float32, device),
+        token_ids_1S=torch.tensor([token_ids], device=device),
+        sequences=PackedSequences.of_lengths(lengths, cp, cp_rank, device),
+        prediction_rows_N=torch.tensor(rows, dtype=torch.long, device=device),
+        target_ids_N=torch.tensor(targets, dtype=torch.long, device=device),
+        rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
+        positions_N=torch.tensor(positions, dtype=torch.float32, device=device),
         teacher=join_signals([s.signal for s in scored]),
     )
-
-
-def _cat(parts: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=dtype, device=device)
 
 
 def join_signals(signals: Sequence[TeacherSignal | None]) -> tuple[TeacherPart, ...]:

@@ -9,26 +9,26 @@ Context parallelism cuts each sequence into 2 · cp chunks and gives rank r the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 
-def local_tokens(lengths: Sequence[int], cp: int, cp_rank: int) -> tuple[torch.Tensor, ...]:
-    """(sequence [S], position in it [S]) of every token of a rank, in the order of its row.
+def chunks_of(length: int, cp: int, cp_rank: int) -> list[tuple[int, range]]:
+    """(row, positions) of the chunks of a sequence that a rank holds; rows count from the first of
+    the sequence. `length` must be a multiple of 2 · cp, where cp > 1."""
+    if cp == 1:
+        return [(0, range(length))]
+    assert length % (2 * cp) == 0, f"sequence of {length} tokens, context parallel {cp}"
+    size = length // (2 * cp)
+    first, second = cp_rank * size, (2 * cp - 1 - cp_rank) * size
+    return [(0, range(first, first + size)), (size, range(second, second + size))]
 
-    `lengths` must be multiples of 2 · cp, where cp > 1.
-    """
-    sequences, positions = [], []
-    for sequence, length in enumerate(lengths):
-        position = torch.arange(length)
-        if cp > 1:
-            assert length % (2 * cp) == 0, f"sequence of {length} tokens, context parallel {cp}"
-            chunks = position.chunk(2 * cp)
-            position = torch.cat([chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]])
-        positions.append(position)
-        sequences.append(torch.full_like(position, sequence))
-    return torch.cat(sequences), torch.cat(positions)
+
+def positions_of(length: int, cp: int, cp_rank: int) -> list[int]:
+    """Positions of a sequence's tokens on a rank, row by row."""
+    return [position for _, chunk in chunks_of(length, cp, cp_rank) for position in chunk]
 
 
 @dataclass
@@ -47,28 +47,30 @@ class PackedSequences(PackedSeqParams):
     def of_lengths(
         cls, lengths: Sequence[int], cp: int, cp_rank: int, device: torch.device
     ) -> "PackedSequences":
-        ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-        longest = max(lengths)
-        ranks = [local_tokens(lengths, cp, rank) for rank in range(cp)]
-        sequence_S, position_S = ranks[cp_rank]
-        num_local = len(sequence_S)
+        longest, num_local = max(lengths), sum(lengths) // cp
+        starts = [0, *accumulate(lengths)]
         # Each rank has the same number of a sequence's tokens, one block of its row.
-        within_S = torch.cat([torch.arange(length // cp) for length in lengths])
-        query_rows_BQ = torch.zeros(len(lengths), longest // cp, dtype=torch.long)
-        query_rows_BQ[sequence_S, within_S] = torch.arange(num_local)
-        query_positions_BQ = torch.zeros_like(query_rows_BQ)
-        query_positions_BQ[sequence_S, within_S] = position_S
-        key_rows_BL = torch.zeros(len(lengths), longest, dtype=torch.long)
-        for rank, (sequence, position) in enumerate(ranks):
-            key_rows_BL[sequence, position] = torch.arange(num_local) + rank * num_local
+        rows, positions, keys, slots = [], [], [], []
+        for sequence, length in enumerate(lengths):
+            first, missing = starts[sequence] // cp, (longest - length) // cp
+            rows.append([*range(first, first + length // cp), *[0] * missing])
+            positions.append([*positions_of(length, cp, cp_rank), *[0] * missing])
+            slots += range(sequence * (longest // cp), sequence * (longest // cp) + length // cp)
+            row_at = [0] * longest
+            for rank in range(cp):
+                for row, chunk in chunks_of(length, cp, rank):
+                    begin = rank * num_local + first + row
+                    row_at[chunk.start : chunk.stop] = range(begin, begin + len(chunk))
+            keys.append(row_at)
+        ends = torch.tensor(starts, dtype=torch.int32, device=device)
         return cls(
             qkv_format="thd",
             cu_seqlens_q=ends,
             cu_seqlens_kv=ends,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
-            query_rows_BQ=query_rows_BQ.to(device),
-            query_positions_BQ=query_positions_BQ.to(device),
-            key_rows_BL=key_rows_BL.to(device),
-            slots_S=(sequence_S * (longest // cp) + within_S).to(device),
+            query_rows_BQ=torch.tensor(rows, device=device),
+            query_positions_BQ=torch.tensor(positions, device=device),
+            key_rows_BL=torch.tensor(keys, device=device),
+            slots_S=torch.tensor(slots, device=device),
         )

@@ -163,7 +163,7 @@ def map_tokens(
         places = [
             (n, token)
             for n in batch
-            for token in own_response_tokens(rollouts[n], layout, layout.cp_rank)[1].tolist()
+            for token in own_response_tokens(rollouts[n], layout, layout.cp_rank)[1]
         ]
         found += zip(places, of_tokens(logits_NV, places), strict=True)
     values = dict(_from_last_stage(found, context))

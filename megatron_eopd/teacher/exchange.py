@@ -134,10 +134,10 @@ def send_scores(
                     yield receiver, torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
 
 
-def _pick(x: torch.Tensor, tokens_M: torch.Tensor, columns: slice) -> torch.Tensor:
+def _pick(x: torch.Tensor, tokens: Sequence[int], columns: slice) -> torch.Tensor:
     """A view where all tokens are wanted, so that only what is sent is copied."""
-    if len(tokens_M) < len(x):
-        x = x[tokens_M.to(x.device)]
+    if len(tokens) < len(x):
+        x = x[torch.tensor(tokens, dtype=torch.long, device=x.device)]
     return x[:, columns] if x.dim() > 1 else x
 
 

@@ -187,7 +187,7 @@ def _terms_by_token(batches, seen, layout) -> dict[tuple[int, int, int], torch.T
     for rollouts in batches:
         for rollout in rollouts:
             _, tokens = own_response_tokens(rollout, layout, layout.cp_rank)
-            for token in tokens.tolist():
+            for token in tokens:
                 found[rollout.prompt.index, rollout.sample_index, token] = next(rows)
     assert next(rows, None) is None, "terms of tokens that no rollout has"
     return found

@@ -213,8 +213,8 @@ RUNS = [("qwen3", LAYOUTS[0]), ("qwen3_moe", LAYOUTS[2])]
 
 def save_a_run(model, family, hf_dir, out, context):
     config = make_config(hf_dir, hf_dir)
-    student = make_trainable(model, config, context)
-    student.wrapped.zero_grad_buffer()
+    student = make_trainable([model], config, context)
+    student.wrapped[0].zero_grad_buffer()
     student.optimizer.step()  # on no gradients: Adam has moments, and weights have decayed
     position = checkpoint.make_position(1, config.seed, "digest", context)
     checkpoint.save(out / f"run-{family}", student, position, hf_dir, 1, context)
