@@ -41,7 +41,7 @@ class ColocatedTeacher:
         self._shape = payload_shape(teacher, config)
         self._limits = Limits.of(config.training)
         self._device = context.device
-        self._wire = GroupWire(dist.group.WORLD)
+        self._wire = GroupWire(dist.group.WORLD, context.device)
         self._route = Route(
             teacher=own.layout,
             student=context.layout,

@@ -10,6 +10,7 @@ receiver have on the same rank is not sent. No rank ever holds the logits of a w
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -35,8 +36,11 @@ class Wire(Protocol):
 class GroupWire:
     """Over a torch.distributed group that has all ranks of student and teacher."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Collective over the group: NCCL wants all its ranks in its first call, and the ranks of
+        the last stages would be alone in theirs."""
         self._group = group
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         operations = [
@@ -115,23 +119,26 @@ def send_scores(
     `owners`: the teacher's data-parallel rank that scored each item; `held` its own scores.
     """
     me, student = route.teacher, route.student
-    for dp_rank in range(student.dp):
+    for dp_rank, cp_rank in product(range(student.dp), range(student.cp)):
         own = [n for n in items if owners[n] == me.dp_rank and items[n].dp_rank == dp_rank]
-        for cp_rank in range(student.cp):
-            tokens = {n: own_response_tokens(items[n].rollout, student, cp_rank)[1] for n in own}
-            if not sum(map(len, tokens.values())):
+        tokens = [own_response_tokens(items[n].rollout, student, cp_rank)[1] for n in own]
+        if not any(tokens):
+            continue
+        for tp_rank in range(student.tp):
+            columns = route.columns(me.tp_rank, tp_rank, isinstance(held[own[0]], Logits))
+            if columns is None:
                 continue
-            for tp_rank in range(student.tp):
-                is_logits = isinstance(held[own[0]], Logits)
-                columns = route.columns(me.tp_rank, tp_rank, is_logits)
-                if columns is None:
-                    continue
-                receiver = student.last_stage_rank(dp_rank, cp_rank, tp_rank)
-                for parts in zip(*(held[n] for n in own), strict=True):
-                    rows = [
-                        _pick(x, tokens[n], columns[0]) for n, x in zip(own, parts, strict=True)
-                    ]
-                    yield receiver, torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
+            receiver = student.last_stage_rank(dp_rank, cp_rank, tp_rank)
+            for parts in zip(*(held[n] for n in own), strict=True):
+                yield receiver, _join_rows(parts, tokens, columns[0])
+
+
+def _join_rows(
+    parts: Sequence[torch.Tensor], tokens: Sequence[list[int]], columns: slice
+) -> torch.Tensor:
+    """Of each part these tokens and columns, one behind the other; contiguous."""
+    rows = [_pick(x, own, columns) for x, own in zip(parts, tokens, strict=True)]
+    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
 
 
 def _pick(x: torch.Tensor, tokens: Sequence[int], columns: slice) -> torch.Tensor:
@@ -197,18 +204,18 @@ def unpack_scores(
     found: dict[int, Payload] = {}
     for n in own:
         if shape.kind is Logits:
-            size = len(
-                own_response_tokens(items[n].rollout, route.student, route.student.cp_rank)[1]
-            )
-            found[n] = Logits(_join_columns(pieces.get(n, []), size, shape, route, device))
+            tokens = own_response_tokens(items[n].rollout, route.student, route.student.cp_rank)[1]
+            found[n] = Logits(_join_columns(pieces.get(n, []), len(tokens), shape, route, device))
         elif n in pieces:
             ((_, tensors),) = pieces[n]
             found[n] = shape.kind(*tensors)
         else:  # all its tokens are on other context-parallel ranks
+            sizes = ((0,) if width is None else (0, width) for _, width in shape.tensors)
+            dtypes = (dtype for dtype, _ in shape.tensors)
             found[n] = shape.kind(
                 *(
-                    torch.empty((0,) if width is None else (0, width), dtype=dtype, device=device)
-                    for dtype, width in shape.tensors
+                    torch.empty(s, dtype=d, device=device)
+                    for s, d in zip(sizes, dtypes, strict=True)
                 )
             )
     return found
