@@ -31,7 +31,7 @@ from megatron_eopd.models.load import check_files
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import separate_layout, student_layout
 from megatron_eopd.planning.activations import Lengths, Load, Platform
-from megatron_eopd.planning.memory import Setup, describe, plan_memory
+from megatron_eopd.planning.memory import Placed, Setup, describe, plan_memory
 from megatron_eopd.planning.shapes import Models
 from megatron_eopd.records import DEFAULT_TEACHER
 from megatron_eopd.rollout.vllm_engine import vllm_available
@@ -186,6 +186,13 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
     who, stage, fullest = plan_memory(setup).worst
     return {
         "layout": setup.student.layout.describe(),
+        "vocabulary": f"{inputs.tokenizer.vocab_size:,} columns, padded to "
+        f"{_padded(setup.student):,}; tokenizer {inputs.tokenizer.digest[:12]}; responses end with "
+        f"{', '.join(map(str, inputs.tokenizer.stop_ids))}",
+        **{
+            section: _describe_teacher(section, placed, config, inputs)
+            for section, placed in setup.teachers.items()
+        },
         "prompts": f"{len(inputs.prompts)}, the longest {inputs.prompts.longest} tokens",
         "prompts / iteration": f"{rollout.batch_size // rollout.samples_per_prompt} × "
         f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
@@ -199,6 +206,22 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         f"fullest, as docs/planning.md counts: {describe(fullest.parts_of_peak)}",
         "starts": f"from {inputs.resume_from}" if inputs.resume_from else "at iteration 0",
     }
+
+
+def _describe_teacher(section: str, placed: Placed, config: Config, inputs: Inputs) -> str:
+    """What it hands over, and from where; the tokenizer was compared with the student's."""
+    options = dict(config.teachers_by_option())[section]
+    swaps = ", ".join(f"{a} ↔ {b}" for a, b in inputs.swaps[section])
+    return (
+        f"{placed.layout.describe()}, {options.placement}; {options.payload}, hidden size "
+        f"{placed.shape.hidden_size:,}, vocabulary padded to {_padded(placed):,}"
+        f"{f', tokens that trade places {swaps}' if swaps else ''}; same tokenizer"
+    )
+
+
+def _padded(placed: Placed) -> int:
+    """Vocabulary columns of all tensor-parallel ranks, padding included."""
+    return placed.columns * placed.layout.tp
 
 
 def _microbatches(training: TrainingConfig, load: Load) -> str:

@@ -100,7 +100,10 @@ def test_end_tokens_that_trade_places(refused, broken_model):
     teacher = f"teacher.hf_path={broken_model}"
     assert "teacher.eos_token_map" in refused(teacher)
     config = load_config(QUICKSTART, [teacher, EOS_IS_PAD, "parallel.tensor_model_parallel_size=2"])
-    assert preflight.check(config, 2).swaps == {"teacher": [(109, 107)]}
+    inputs = preflight.check(config, 2)
+    assert inputs.swaps == {"teacher": [(109, 107)]}
+    told = preflight.derived_numbers(config, inputs, 2)
+    assert "trade places 109 ↔ 107" in told["teacher"] and "padded to 256" in told["vocabulary"]
     given = load_config(
         QUICKSTART, [teacher, EOS_IS_PAD, "rollout.stop_token_ids=[109]", "run_dir=unused"]
     )

@@ -25,11 +25,14 @@ def teacher_logits(parts: Sequence[TeacherPart], rows: slice, heads: Heads) -> t
         return _scatter(here, [_logits_of(part, heads) for part in here])
 
 
-def teacher_top_k(parts: Sequence[TeacherPart], rows: slice, k: int) -> TeacherTopK:
-    """Of the tokens `rows`; without parts, of no tokens."""
+def teacher_top_k(
+    parts: Sequence[TeacherPart], rows: slice, k: int, device: torch.device
+) -> TeacherTopK:
+    """Of the tokens `rows`; without parts, k columns of no tokens."""
     if not parts:
-        ids_0K, logprobs_0K = torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k)
-        return TeacherTopK(ids_0K, logprobs_0K, *(torch.zeros(0) for _ in range(3)))
+        ids_0K = torch.zeros(0, k, dtype=torch.long, device=device)
+        none_0 = torch.zeros(0, device=device)
+        return TeacherTopK(ids_0K, ids_0K.float(), none_0, none_0, none_0)
     here = _of_rows(parts, rows)
     columns = zip(*(part.payload for part in here), strict=True)
     return TeacherTopK(*(_scatter(here, column) for column in columns))

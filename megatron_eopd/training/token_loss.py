@@ -133,7 +133,7 @@ class TokenLoss:
         if self._config.teacher.payload == "topk":
             top_k = top_k_terms(
                 logits_CV,
-                teacher_top_k(batch.teacher, rows, objective.top_k),
+                teacher_top_k(batch.teacher, rows, objective.top_k, logits_CV.device),
                 tp_group=self._groups.tp,
                 vocab_size=self._vocab_size,
                 student_temperature=self._config.student_temperature,
@@ -197,7 +197,8 @@ class TokenLoss:
 
     def _entropies(self, batch: MicroBatch) -> Iterator[float]:
         if self._config.teacher.payload == "topk":
-            top_k = teacher_top_k(batch.teacher, slice(None), self._config.objective.top_k)
+            k, device = self._config.objective.top_k, batch.target_ids_N.device
+            top_k = teacher_top_k(batch.teacher, slice(None), k, device)
             yield from top_k.entropy_N.tolist()
             return
         for first in range(0, batch.num_valid_tokens, self._chunk_size):
