@@ -18,9 +18,9 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # The second line of Megatron-Core, laid over the environment by PYTHONPATH.
 MCORE_SECOND := megatron-core==0.19.2
 OVERLAY := $(VENV)/megatron-core-second
-# What is run on both lines: everything that calls Megatron-Core.
-MCORE_TESTS := $(foreach name,models step checkpoint conversion megatron_engine parallelism plan,\
-	tests/distributed/test_$(name).py)
+# What is run on both lines: what calls Megatron-Core, once for each thing that it is asked to do.
+MCORE_TESTS := $(foreach name,models step checkpoint conversion megatron_engine parallelism,\
+	tests/distributed/test_$(name).py) -k "not teacher_layouts and not objective and not damaged"
 
 # One thread per process: ranks and engine share the cores, and more threads cost 4 times the time.
 export OMP_NUM_THREADS ?= 1
