@@ -674,6 +674,7 @@ def parse_value(text: str) -> Any:
 
 def _explain(error: ValidationError, toml_path: Path) -> str:
     lines = [f"{toml_path}: the configuration is not valid."]
+    options = {option for option, _, _ in describe_options()}
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
@@ -681,7 +682,8 @@ def _explain(error: ValidationError, toml_path: Path) -> str:
             lines.append(f"  {name}: unknown option. {_suggest(name)}")
         elif problem["type"] == "missing":
             lines.append(f"  {name}: missing. Set it in the file or as {name}=…")
-        elif name and isinstance(problem["input"], dict):  # options that contradict each other
+        elif name and name not in options and isinstance(problem["input"], dict):
+            # A section, whose options contradict each other.
             lines.append(f"  {name}: {message}")
         elif name:
             lines.append(f"  {name}={problem['input']!r}: {message}")

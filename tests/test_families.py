@@ -106,7 +106,10 @@ def test_what_a_config_may_not_ask_for(model_type, options, message):
             "does not divide the student's num_experts",
         ),
         ({"tp": 2}, "needs parallel.sequence_parallel=true"),
-        ({"tp": 1, "expert_tp": 5}, "moe_intermediate_size=768. Set it to one of [1, 2, 3, 4]"),
+        (
+            {"tp": 1, "expert_tp": 5},
+            "moe_intermediate_size=768. It must come to one of [1, 2, 3, 4]",
+        ),
     ],
 )
 def test_layouts_that_experts_cannot_have(sizes, message):
