@@ -533,7 +533,7 @@ class Config(Section):
         parallel = self.parallel
         own = [
             (f"{where}.parallel", t.parallel)
-            for where, t in self.teachers_by_option()
+            for where, t in self.all_teachers.items()
             if t.parallel
         ]
         for where, sizes in [("parallel", parallel), *own]:
@@ -562,7 +562,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _payload_fits(self) -> "Config":
-        payloads = {t.payload for _, t in self.teachers_by_option()}
+        payloads = {t.payload for t in self.all_teachers.values()}
         if len(payloads) > 1:
             raise ValueError(
                 f"teachers with different payloads {sorted(payloads)}: one objective would mean "
@@ -598,12 +598,15 @@ class Config(Section):
             size = _multiple(size, stages)
         return size
 
-    def teachers_by_option(self) -> list[tuple[str, TeacherConfig]]:
-        """Every teacher with the name of its section; the one of `[teacher]` first."""
-        return [
-            ("teacher", self.teacher),
-            *((f"teachers.{name}", teacher) for name, teacher in self.teachers.items()),
-        ]
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """By the names of their sections, the one of `[teacher]` first."""
+        more = {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
+        return {"teacher": self.teacher, **more}
+
+    def dtype_of(self, part: "TeacherConfig | RolloutConfig") -> str:
+        """Of a teacher's or the engine's weights and activations."""
+        return self.model.dtype if part.dtype == "as_model" else part.dtype
 
 
 def _check_top_k_payload(objective: ObjectiveConfig) -> None:

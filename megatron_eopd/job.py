@@ -88,7 +88,7 @@ def dry_run(config: Config, world_size: int | None) -> None:
         parallel.tensor_model_parallel_size
         * parallel.pipeline_model_parallel_size
         * parallel.context_parallel_size
-    ) + sum(teacher.world_size or 0 for _, teacher in config.teachers_by_option())
+    ) + sum(teacher.world_size or 0 for teacher in config.all_teachers.values())
     inputs = preflight.check(config, world_size or smallest)
     print(config.model_dump_json(indent=2))
     numbers = preflight.derived_numbers(config, inputs, world_size or smallest)
@@ -107,7 +107,7 @@ def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
     store.set(f"host/{rank}", socket.gethostname())
     with _world(role, config, rank, store) as (context, log):
         if role.name != STUDENT:
-            teacher = dict(config.teachers_by_option())[role.name]
+            teacher = config.all_teachers[role.name]
             own_wire, swaps = wire_store(store, role.name), inputs.swaps[role.name]
             students = student_layout(config, world_size)
             log.stage = f"service as [{role.name}]"

@@ -60,7 +60,7 @@ def check(config: Config, world_size: int) -> Inputs:
     check_files(config.student.hf_path)
     tokenizer = _load_tokenizer(config.student, config.rollout.stop_token_ids)
     swaps = {}
-    for section, teacher in config.teachers_by_option():
+    for section, teacher in config.all_teachers.items():
         _check_layout(teacher, section, config, layout)
         check_files(teacher.hf_path)
         swaps[section] = _check_vocabulary(teacher, section, config, tokenizer)
@@ -133,7 +133,7 @@ def _check_lengths(config: Config, prompts: PromptSet, layout: Layout) -> None:
             f"{prompts.longest} tokens with rollout.max_response_length="
             f"{config.rollout.max_response_length}. Set it to {padded} or more."
         )
-    models = [("student", config.student), *config.teachers_by_option()]
+    models = [("student", config.student), *config.all_teachers.items()]
     for who, model in models:
         limit = read_hf_config(model.hf_path).max_position_embeddings
         if longest > limit:
@@ -210,7 +210,7 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
 
 def _describe_teacher(section: str, placed: Placed, config: Config, inputs: Inputs) -> str:
     """What it hands over, and from where; the tokenizer was compared with the student's."""
-    options = dict(config.teachers_by_option())[section]
+    options = config.all_teachers[section]
     swaps = ", ".join(f"{a} ↔ {b}" for a, b in inputs.swaps[section])
     return (
         f"{placed.layout.describe()}, {options.placement}; {options.payload}, hidden size "

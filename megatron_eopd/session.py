@@ -129,10 +129,9 @@ def _make_engine(
         log.line(f"rollouts: the trainer's exact sampler ({why}); slow for anything but toys")
         return MegatronEngine(chunks, vocab_size, rollout.max_num_seqs, context)
     log.line("rollouts: starting vLLM …")
-    dtype = config.model.dtype if rollout.dtype == "as_model" else rollout.dtype
     return VllmEngine(
         model_path=config.student.hf_path,
-        dtype=dtype,
+        dtype=config.dtype_of(rollout),
         seed=config.seed,
         # One more: to score a sequence vLLM also samples the token behind it.
         max_model_len=max(max_sequence_length(config, inputs.prompts), PROBE_TOKENS) + 1,
@@ -156,5 +155,5 @@ def probe_sequences(vocab_size: int, config: Config) -> list[list[int]]:
 def _probe_tolerance(config: Config) -> float:
     if config.weight_sync.tolerance is not None:
         return config.weight_sync.tolerance
-    exact = config.model.dtype == "float32" and config.rollout.dtype in ("as_model", "float32")
+    exact = config.model.dtype == "float32" and config.dtype_of(config.rollout) == "float32"
     return 1e-4 if exact else 0.1

@@ -128,7 +128,7 @@ def make_tokenizer(eos: str) -> PreTrainedTokenizerFast:
 
 
 def models_of(config: Config) -> list[Path]:
-    return [config.student.hf_path, *(t.hf_path for _, t in config.teachers_by_option())]
+    return [config.student.hf_path, *(t.hf_path for t in config.all_teachers.values())]
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_its_longest_samples_fit_the_gpus(in_work_dir, toml):
     # Not because something was left out: its parts are there, and the teacher's.
     _, _, fullest = plan.memory.worst
     assert fullest.weights and fullest.gradients and fullest.optimizer and fullest.activations
-    separate = {name for name, t in config.teachers_by_option() if t.placement == "separate"}
+    separate = {name for name, t in config.all_teachers.items() if t.placement == "separate"}
     assert set(plan.memory.stages) == {"student", *separate}
 
 

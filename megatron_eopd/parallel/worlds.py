@@ -30,10 +30,10 @@ class Role:
         """Of this world; `rank` of the job, one of the world's."""
         own_rank = rank - self.first_rank
         if self.name == STUDENT:
-            separate = any(teacher.world_size for _, teacher in config.teachers_by_option())
+            separate = any(teacher.world_size for teacher in config.all_teachers.values())
             world = "the ranks left to the student," if separate else "the world size"
             return Layout.from_config(config.parallel, self.size, own_rank, world=world)
-        teacher = dict(config.teachers_by_option())[self.name]
+        teacher = config.all_teachers[self.name]
         return separate_layout(teacher, self.name, config, own_rank)
 
     def describe(self) -> str:
@@ -47,7 +47,7 @@ def roles_of(config: Config, world_size: int) -> dict[str, Role]:
     Raises:
         ConfigError: the separate teachers leave no rank to the student.
     """
-    separate = [(name, t.world_size) for name, t in config.teachers_by_option() if t.world_size]
+    separate = [(name, t.world_size) for name, t in config.all_teachers.items() if t.world_size]
     student = world_size - sum(size for _, size in separate)
     if student < 1:
         asked = " + ".join(f"{name}.world_size={size}" for name, size in separate)

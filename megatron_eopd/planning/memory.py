@@ -202,7 +202,7 @@ class Setup:
     config: Config
     student: Placed
     teachers: dict[str, Placed]
-    """By the names of their sections, as `Config.teachers_by_option` has them."""
+    """By the names of their sections, as `Config.all_teachers` has them."""
     lengths: Lengths
 
     @classmethod
@@ -224,9 +224,9 @@ class Setup:
             section: place(
                 models.teachers[section],
                 teacher_layout(config, section, teacher, layout),
-                dtype_of(teacher, config),
+                config.dtype_of(teacher),
             )
-            for section, teacher in config.teachers_by_option()
+            for section, teacher in config.all_teachers.items()
         }
         student = place(models.student, layout, config.model.dtype)
         return cls(config, student, teachers, lengths)
@@ -237,23 +237,14 @@ class Setup:
         sizes = {(x.tp, x.pp, x.dp, x.cp) for x in (teacher, student)}
         return self.options_of(section).placement == "colocated" and len(sizes) == 1
 
-    @property
-    def engine_dtype(self) -> str:
-        own = self.config.rollout.dtype
-        return self.student.dtype if own == "as_model" else own
-
     def options_of(self, section: str) -> TeacherConfig:
-        return dict(self.config.teachers_by_option())[section]
+        return self.config.all_teachers[section]
 
     @property
     def microbatches_per_exchange(self) -> int:
         """Of a student's rank."""
         count = self.student.load.num_microbatches
         return min(count, self.config.exchange_size or count)
-
-
-def dtype_of(teacher: TeacherConfig, config: Config) -> str:
-    return config.model.dtype if teacher.dtype == "as_model" else teacher.dtype
 
 
 def teacher_layout(config: Config, section: str, teacher: TeacherConfig, student: Layout) -> Layout:
@@ -430,7 +421,7 @@ def _engine_bytes(setup: Setup, stage: int) -> int:
         return 0
     if first_rank >= rollout.tensor_model_parallel_size:
         return 0
-    weights = student.shape.num_parameters * itemsize(setup.engine_dtype)
+    weights = student.shape.num_parameters * itemsize(setup.config.dtype_of(rollout))
     return weights // rollout.tensor_model_parallel_size + int(rollout.kv_cache_gib * 2**30)
 
 

@@ -19,7 +19,6 @@ from megatron_eopd.planning.memory import (
     MemoryPlan,
     Setup,
     describe,
-    dtype_of,
     itemsize,
     plan_memory,
 )
@@ -88,8 +87,8 @@ class Plan:
         parallel, model = self.config.parallel, self.config.model
         sections = {"parallel": parallel}
         unset = []
-        configured = dict(self.request.config.teachers_by_option())
-        for section, teacher in self.config.teachers_by_option():
+        configured = self.request.config.all_teachers
+        for section, teacher in self.config.all_teachers.items():
             if teacher.parallel:
                 sections[f"{section}.parallel"] = teacher.parallel
             elif configured[section].parallel:
@@ -148,7 +147,7 @@ def _plan_on(layout: Layout, config: Config, request: Request) -> Plan:
     models = request.models
     setup = Setup.of(config, models, layout, request.longest, request.platform)
     teachers = {section: teacher.layout for section, teacher in setup.teachers.items()}
-    for section, options in config.teachers_by_option():
+    for section, options in config.all_teachers.items():
         check_teacher(options, section, models.teachers[section].hf_config, teachers[section])
     memory = plan_memory(setup).with_estimates(request.calibration.memory)
     return Plan(request, config, layout, teachers, memory)
@@ -287,7 +286,7 @@ def _teacher_sizes(request: Request) -> list[tuple[ParallelSizes | None, int]]:
     leaves to the student beside it, at most."""
     config, shapes = request.config, request.models.teachers
     roles = roles_of(config, request.num_gpus)
-    ranks = gcd(*(roles.get(s, roles[STUDENT]).size for s, _ in config.teachers_by_option()))
+    ranks = gcd(*(roles.get(s, roles[STUDENT]).size for s in config.all_teachers))
     num_layers = gcd(*(len(shape.layers) for shape in shapes.values()))
     biggest = max(shapes.values(), key=lambda shape: shape.num_parameters)
     found = []
@@ -318,11 +317,11 @@ def _room_beside(sizes: ParallelSizes, request: Request) -> int:
         * sizes.pipeline_model_parallel_size
     )
     taken = 0
-    for section, teacher in request.config.teachers_by_option():
+    for section, teacher in request.config.all_teachers.items():
         if teacher.placement == "colocated" and not teacher.offload:
             layers = request.models.teachers[section].layers
             split, experts = sum(w.split for w in layers), sum(w.experts for w in layers)
-            e = itemsize(dtype_of(teacher, request.config))
+            e = itemsize(request.config.dtype_of(teacher))
             taken += e * (split // dense + experts // expert)
     return request.memory - taken
 

@@ -115,7 +115,7 @@ class Models:
         Raises:
             ConfigError: a model's directory has no config.json, or one of an unknown family.
         """
-        teachers = dict(config.teachers_by_option())
+        teachers = config.all_teachers
         paths = {config.student.hf_path, *(teacher.hf_path for teacher in teachers.values())}
         shapes = {path: ModelShape.of(read_hf_config(path)) for path in paths}
         return cls(

@@ -275,7 +275,7 @@ def rollout_seconds(setup: Setup, machine: Machine) -> float:
         return 0.0
     if config.rollout.engine == "megatron":
         return _megatron_rollout_seconds(setup, machine)
-    dtype, gpus = setup.engine_dtype, config.rollout.tensor_model_parallel_size
+    dtype, gpus = config.dtype_of(config.rollout), config.rollout.tensor_model_parallel_size
     e = itemsize(dtype)
     response, row = setup.lengths.response, _cache_row(setup)
     batch = sequences_at_once(setup)
@@ -297,7 +297,7 @@ def _cache_row(setup: Setup) -> int:
     """Bytes of keys and values of one token in vLLM."""
     shape = setup.student.shape
     heads = shape.heads.num_groups * shape.heads.head_dim
-    return 2 * heads * len(shape.layers) * itemsize(setup.engine_dtype)
+    return 2 * heads * len(shape.layers) * itemsize(setup.config.dtype_of(setup.config.rollout))
 
 
 def sequences_at_once(setup: Setup) -> int:

@@ -36,8 +36,7 @@ class TeacherModel:
     def __init__(
         self, teacher: TeacherConfig, config: Config, swaps: Swaps, context: ParallelContext
     ) -> None:
-        dtype = config.model.dtype if teacher.dtype == "as_model" else teacher.dtype
-        own = {"dtype": dtype, "recompute_granularity": None}
+        own = {"dtype": config.dtype_of(teacher), "recompute_granularity": None}
         model_config = config.model.model_copy(update=own)
         hf_config = read_hf_config(teacher.hf_path)
         self.hidden_size = hf_config.hidden_size
@@ -144,7 +143,7 @@ def vocab_cut(vocab_size: int, config: Config, tp: int) -> VocabCut:
 
 def model_dtype(teacher: TeacherConfig, config: Config) -> torch.dtype:
     """Of its parameters and of what it hands over."""
-    return getattr(torch, config.model.dtype if teacher.dtype == "as_model" else teacher.dtype)
+    return getattr(torch, config.dtype_of(teacher))
 
 
 def payload_shape(teacher: TeacherConfig, config: Config) -> PayloadShape:

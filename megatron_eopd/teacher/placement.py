@@ -25,13 +25,12 @@ def name_of(section: str) -> str:
 
 def rank_table(config: Config, world_size: int, hosts: Sequence[str] = ()) -> str:
     """Who sits where: a line for each rank of the job."""
-    columns = ["rank", *(["host"] if hosts else []), STUDENT]
-    columns += [section for section, _ in config.teachers_by_option()]
-    rows = [columns]
+    models = [STUDENT, *config.all_teachers]
+    rows = [["rank", *(["host"] if hosts else []), *models]]
     roles = roles_of(config, world_size)
     for rank in range(world_size):
         row = [str(rank), *([hosts[rank]] if hosts else [])]
-        for name in (STUDENT, *(section for section, _ in config.teachers_by_option())):
+        for name in models:
             layout = _layout_at(name, config, roles, rank)
             row.append(layout.place() if layout else "-")
         rows.append(row)
@@ -45,7 +44,7 @@ def _layout_at(name: str, config: Config, roles: Mapping[str, Role], rank: int) 
     if name in roles:
         return roles[name].layout(config, rank) if roles[name].holds(rank) else None
     student = _layout_at(STUDENT, config, roles, rank)
-    teacher = dict(config.teachers_by_option())[name]
+    teacher = config.all_teachers[name]
     return colocated_layout(teacher, name, student) if student else None
 
 
@@ -69,7 +68,7 @@ def open_teachers(
     teachers: dict[str, ColocatedTeacher | SeparateTeacher] = {}
     errors: list[Exception] = []
     with ExitStack() as stack:
-        for section, teacher in config.teachers_by_option():
+        for section, teacher in config.all_teachers.items():
             with collecting(errors):
                 if section in roles:
                     joint = wire_store(store, section)

@@ -138,7 +138,7 @@ def _rank_main(rank, port, world_size, cases, models, rollouts, out) -> None:
         if role.name == STUDENT:
             _student_case(config, case.swaps, world_size, rollouts, own, context, out / str(n))
         else:
-            teacher = dict(config.teachers_by_option())[role.name]
+            teacher = config.all_teachers[role.name]
             students = student_layout(config, world_size)
             joint = wire_store(own, role.name)
             serve(teacher, role, config, case.swaps, joint, students, context)
@@ -152,7 +152,7 @@ def _student_case(config, swaps, world_size, rollouts, store, context, out) -> N
     hf_config = read_hf_config(config.student.hf_path)
     student = make_trainable(chunks, config, context)
     roles = roles_of(config, world_size)
-    swaps = {section: swaps for section, _ in config.teachers_by_option()}
+    swaps = dict.fromkeys(config.all_teachers, swaps)
     packed = pack(rollouts, Limits.of(config.training), context.layout)
     rounds = rounds_of(packed, config.exchange_size)
     with open_teachers(config, roles, swaps, store, context) as pool:
