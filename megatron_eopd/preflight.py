@@ -18,24 +18,19 @@ from megatron_eopd.config import (
     TeacherConfig,
     TrainingConfig,
 )
-from megatron_eopd.data.packing import Limits
+from megatron_eopd.data.packing import Limits, check_budget
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
-from megatron_eopd.models.build import (
-    check_student,
-    check_teacher,
-    read_hf_config,
-    uses_transformer_engine,
-)
+from megatron_eopd.models.build import read_hf_config, uses_transformer_engine
+from megatron_eopd.models.fit import check_student, check_teacher
 from megatron_eopd.models.load import check_files
 from megatron_eopd.parallel.layout import Layout
-from megatron_eopd.parallel.worlds import separate_layout, student_layout
+from megatron_eopd.parallel.worlds import student_layout, teacher_layout
 from megatron_eopd.planning.activations import Lengths, Load, Platform
 from megatron_eopd.planning.memory import Placed, Setup, describe, plan_memory
 from megatron_eopd.planning.shapes import Models
 from megatron_eopd.records import DEFAULT_TEACHER
 from megatron_eopd.rollout.vllm_engine import vllm_available
-from megatron_eopd.teacher.colocated import colocated_layout
 
 
 @dataclass(frozen=True)
@@ -86,10 +81,7 @@ def _load_tokenizer(model: StudentConfig | TeacherConfig, stop_ids: Sequence[int
 
 
 def _check_layout(teacher: TeacherConfig, section: str, config: Config, student: Layout) -> None:
-    if teacher.placement == "separate":
-        layout = separate_layout(teacher, section, config, rank=0)
-    else:
-        layout = colocated_layout(teacher, section, student)
+    layout = teacher_layout(teacher, section, config, student)
     check_teacher(teacher, section, read_hf_config(teacher.hf_path), layout)
 
 
@@ -125,14 +117,11 @@ def max_sequence_length(config: Config, prompts: PromptSet) -> int:
 
 def _check_lengths(config: Config, prompts: PromptSet, layout: Layout) -> None:
     longest = max_sequence_length(config, prompts)
-    budget, multiple = config.training.max_tokens_per_microbatch, layout.sequence_multiple
-    padded = -(-longest // multiple) * multiple
-    if budget is not None and padded > budget:
-        raise ConfigError(
-            f"training.max_tokens_per_microbatch={budget} cannot hold the longest prompt of "
-            f"{prompts.longest} tokens with rollout.max_response_length="
-            f"{config.rollout.max_response_length}. Set it to {padded} or more."
-        )
+    sample = (
+        f"the longest prompt of {prompts.longest} tokens with rollout.max_response_length="
+        f"{config.rollout.max_response_length}"
+    )
+    check_budget(config.training, layout.padded(longest), sample)
     models = [("student", config.student), *config.all_teachers.items()]
     for who, model in models:
         limit = read_hf_config(model.hf_path).max_position_embeddings

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from megatron_eopd.config import ConfigError, ModelConfig
-from megatron_eopd.models import build, hf_weights
+from megatron_eopd.models import build, fit, hf_weights
 from megatron_eopd.models.families import FAMILIES
 from megatron_eopd.models.families.base import Split
 from megatron_eopd.models.hf_weights import HeadShape, fill_shard, join, weights_of
@@ -115,13 +115,13 @@ def test_what_a_config_may_not_ask_for(model_type, options, message):
 def test_layouts_that_experts_cannot_have(sizes, message):
     layout = Layout(**({"pp": 1, "dp": 4, "rank": 0} | sizes))
     with pytest.raises(ConfigError, match=re.escape(message)):
-        build.check_divides(AutoConfig.for_model("qwen3_moe"), layout, "student")
+        fit.check_divides(AutoConfig.for_model("qwen3_moe"), layout, "student")
 
 
 def test_expert_sizes_without_experts():
     layout = Layout(tp=1, pp=1, dp=2, rank=0, ep=2)
     with pytest.raises(ConfigError, match=r"has no experts\. Set both to 1"):
-        build.check_divides(AutoConfig.for_model("qwen3"), layout, "teacher")
+        fit.check_divides(AutoConfig.for_model("qwen3"), layout, "teacher")
 
 
 def test_specification_follows_what_is_installed(monkeypatch):

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_eopd.config import Config, load_config
-from megatron_eopd.models.build import check_divides, check_teacher, read_hf_config
+from megatron_eopd.models.build import read_hf_config
+from megatron_eopd.models.fit import check_divides, check_teacher
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import student_layout
 from megatron_eopd.planning.activations import Lengths, Platform, chunks_in_flight

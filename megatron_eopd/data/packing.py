@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 
 import torch
 
-from megatron_eopd.config import TrainingConfig
+from megatron_eopd.config import ConfigError, TrainingConfig
 from megatron_eopd.models.packed_sequences import PackedSequences, chunks_of, positions_of
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import (
@@ -42,6 +42,19 @@ class Limits:
         return cls(training.micro_batch_size or 1, None)
 
 
+def check_budget(training: TrainingConfig, longest: int, what: str) -> None:
+    """Raise ConfigError when a microbatch cannot hold the longest sample, padding included.
+
+    `what`: how its tokens come together, for the message.
+    """
+    budget = training.max_tokens_per_microbatch
+    if budget is not None and budget < longest:
+        raise ConfigError(
+            f"training.max_tokens_per_microbatch={budget} cannot hold {what}. Set it to {longest} "
+            f"or more."
+        )
+
+
 def num_tokens(rollout: Rollout) -> int:
     """Of prompt and response."""
     return len(rollout.prompt.prompt_ids) + len(rollout.response_ids)
@@ -62,8 +75,7 @@ def pack(rollouts: Sequence[Rollout], limits: Limits, layout: Layout) -> PackedR
 
 def pack_lengths(lengths: Sequence[int], limits: Limits, layout: Layout) -> list[list[list[int]]]:
     """As `pack`, of indices into the sequences' lengths."""
-    multiple = layout.sequence_multiple
-    padded = [-(-length // multiple) * multiple for length in lengths]
+    padded = [layout.padded(length) for length in lengths]
     bins = _balance(padded, layout.dp, limits, step=layout.pp if layout.vpp > 1 else 1)
     # Bins come with falling loads. Dealt back and forth, the ranks' sums are nearly equal, and the
     # microbatches that they work on at the same time are nearly equally long.
@@ -132,16 +144,11 @@ def load_imbalance(packed: PackedRollouts) -> float:
     return max(loads) * len(loads) / sum(loads)
 
 
-def padded_length(rollout: Rollout, layout: Layout) -> int:
-    """Of its sequence, as context parallelism can cut it. Padding is causally behind all of it."""
-    multiple = layout.sequence_multiple
-    return -(-num_tokens(rollout) // multiple) * multiple
-
-
 def padded_lengths(rollouts: Sequence[Rollout], layout: Layout, row_length: int = 0) -> list[int]:
-    """Of each sequence; and behind them, where one is needed, of a sequence of padding that fills
-    the row up to what sequence parallelism can cut, or to `row_length`."""
-    lengths = [padded_length(rollout, layout) for rollout in rollouts]
+    """Of each sequence, its padding causally behind all of it; and behind them, where one is
+    needed, of a sequence of padding that fills the row up to what sequence parallelism can cut, or
+    to `row_length`."""
+    lengths = [layout.padded(num_tokens(rollout)) for rollout in rollouts]
     row_multiple = layout.sequence_multiple * layout.tp
     row_length = max(row_length, row_multiple)
     filled = max(row_length, -(-sum(lengths) // row_multiple) * row_multiple)
@@ -168,7 +175,7 @@ def own_response_tokens(
     shift = len(rollout.prompt.prompt_ids) - 1
     rows: list[int] = []
     tokens: list[int] = []
-    length = padded_length(rollout, layout)
+    length = layout.padded(num_tokens(rollout))
     for row, chunk in chunks_of(length, layout.cp, cp_rank):
         first, last = max(chunk.start, shift), min(chunk.stop, shift + len(rollout.response_ids))
         rows += range(row + first - chunk.start, row + last - chunk.start)

@@ -136,6 +136,15 @@ class Layout:
         every layer at the same time."""
         return self.ep * self.expert_tp > self.tp * self.cp
 
+    def cuts_like(self, other: "Layout") -> bool:
+        """Whether both put the same shards and, packed alike, the same sequences on a rank."""
+        ours, theirs = ((x.tp, x.pp, x.dp, x.cp) for x in (self, other))
+        return ours == theirs
+
+    def padded(self, num_tokens: int) -> int:
+        """Of a sequence, up to what context parallelism can cut."""
+        return -(-num_tokens // self.sequence_multiple) * self.sequence_multiple
+
     @property
     def sequence_multiple(self) -> int:
         """Packed sequences are padded to this: context parallelism cuts each into 2 · cp chunks."""

@@ -6,7 +6,7 @@ and one role's collectives can never wait for another's. What worlds share is th
 they say to each other goes over wires that are joined on it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_eopd.config import Config, ConfigError, TeacherConfig
 from megatron_eopd.parallel.layout import Layout
@@ -65,6 +65,29 @@ def roles_of(config: Config, world_size: int) -> dict[str, Role]:
 def student_layout(config: Config, world_size: int, rank: int = 0) -> Layout:
     """In a job with this many ranks; `rank` among the student's."""
     return roles_of(config, world_size)[STUDENT].layout(config, rank)
+
+
+def teacher_layout(teacher: TeacherConfig, section: str, config: Config, student: Layout) -> Layout:
+    """Wherever it was put; of a separate one as its first rank sees it.
+
+    Raises:
+        ConfigError: its sizes do not divide its ranks.
+    """
+    if teacher.placement == "separate":
+        return separate_layout(teacher, section, config, rank=0)
+    return colocated_layout(teacher, section, student)
+
+
+def colocated_layout(teacher: TeacherConfig, section: str, student: Layout) -> Layout:
+    """On the student's ranks; it never cuts sequences or interleaves chunks.
+
+    Raises:
+        ConfigError: its sizes do not divide the world size.
+    """
+    if teacher.parallel is None:
+        return replace(student, cp=1, dp=student.dp * student.cp, vpp=1)
+    named = f"{section}.parallel"
+    return Layout.from_config(teacher.parallel, student.world_size, student.rank, named)
 
 
 def separate_layout(teacher: TeacherConfig, section: str, config: Config, rank: int) -> Layout:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
-from megatron_eopd.parallel.worlds import separate_layout
+from megatron_eopd.parallel.worlds import teacher_layout
 from megatron_eopd.planning.activations import (
     Activations,
     Lengths,
@@ -23,7 +23,6 @@ from megatron_eopd.planning.activations import (
     activation_bytes,
 )
 from megatron_eopd.planning.shapes import Models, ModelShape, layers_of_stage
-from megatron_eopd.teacher.colocated import colocated_layout
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ class Setup:
         teachers = {
             section: place(
                 models.teachers[section],
-                teacher_layout(config, section, teacher, layout),
+                teacher_layout(teacher, section, config, layout),
                 config.dtype_of(teacher),
             )
             for section, teacher in config.all_teachers.items()
@@ -233,9 +232,8 @@ class Setup:
 
     def is_local(self, section: str) -> bool:
         """Whether the student's ranks have scored their own samples, so that nothing travels."""
-        teacher, student = self.teachers[section].layout, self.student.layout
-        sizes = {(x.tp, x.pp, x.dp, x.cp) for x in (teacher, student)}
-        return self.options_of(section).placement == "colocated" and len(sizes) == 1
+        is_colocated = self.options_of(section).placement == "colocated"
+        return is_colocated and self.teachers[section].layout.cuts_like(self.student.layout)
 
     def options_of(self, section: str) -> TeacherConfig:
         return self.config.all_teachers[section]
@@ -245,17 +243,6 @@ class Setup:
         """Of a student's rank."""
         count = self.student.load.num_microbatches
         return min(count, self.config.exchange_size or count)
-
-
-def teacher_layout(config: Config, section: str, teacher: TeacherConfig, student: Layout) -> Layout:
-    """As the first of its ranks sees it.
-
-    Raises:
-        ConfigError: its sizes do not divide its ranks.
-    """
-    if teacher.placement == "colocated":
-        return colocated_layout(teacher, section, student)
-    return separate_layout(teacher, section, config, rank=0)
 
 
 def plan_memory(setup: Setup) -> MemoryPlan:

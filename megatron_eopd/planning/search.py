@@ -11,7 +11,8 @@ from itertools import product
 from math import gcd
 
 from megatron_eopd.config import Config, ConfigError, ParallelConfig, ParallelSizes
-from megatron_eopd.models.build import check_student, check_teacher
+from megatron_eopd.data.packing import check_budget
+from megatron_eopd.models.fit import check_student, check_teacher
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import STUDENT, roles_of, student_layout
 from megatron_eopd.planning.activations import Lengths, Platform
@@ -125,12 +126,9 @@ def check_request(request: Request) -> None:
             f"rollout.tensor_model_parallel_size={engine}, but vLLM finds {room} GPUs on the "
             f"machine of rank 0. Set it to {room} or less."
         )
-    budget = config.training.max_tokens_per_microbatch
-    if budget is not None and budget < longest:
-        raise ConfigError(
-            f"training.max_tokens_per_microbatch={budget} cannot hold a sample of {longest} tokens "
-            f"({request.longest.prompt} + {request.longest.response}). Set it to {longest} or more."
-        )
+    prompt, response = request.longest.prompt, request.longest.response
+    sample = f"a sample of {longest} tokens ({prompt} + {response})"
+    check_budget(config.training, longest, sample)
 
 
 def make_plan(config: Config, request: Request) -> Plan:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits
 from megatron_eopd.parallel.init import ParallelContext, second_layout
-from megatron_eopd.parallel.layout import Layout
+from megatron_eopd.parallel.worlds import colocated_layout
 from megatron_eopd.records import Payload
 from megatron_eopd.teacher.exchange import (
     GroupWire,
@@ -80,20 +80,6 @@ class ColocatedTeacher:
             yield exchange_scores(
                 items, owners_of(plan), held, self._shape, self._route, self._wire, self._device
             )
-
-
-def colocated_layout(teacher: TeacherConfig, section: str, student: Layout) -> Layout:
-    """The teacher's layout on the student's ranks; it never cuts sequences or interleaves chunks.
-
-    Raises:
-        ConfigError: its sizes do not divide the world size.
-    """
-    if teacher.parallel is None:
-        dp = student.dp * student.cp
-        return replace(student, cp=1, dp=dp, vpp=1)
-    return Layout.from_config(
-        teacher.parallel, student.world_size, student.rank, f"{section}.parallel"
-    )
 
 
 def colocated_context(

@@ -9,7 +9,6 @@ receiver have on the same rank is not sent. No rank ever holds the logits of a w
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from typing import Protocol
 
@@ -88,12 +87,10 @@ class Route:
     teacher_cut: VocabCut
     student_cut: VocabCut
 
-    @cached_property
+    @property
     def is_local(self) -> bool:
         """Whether every rank already has what it needs, once student and teacher pack alike."""
-        ends = [(s.tp, s.pp, s.dp, s.cp) for s in (self.teacher, self.student)]
-        cuts_agree = self.teacher_cut == self.student_cut
-        return self.teacher_first_rank == 0 and ends[0] == ends[1] and cuts_agree
+        return self.teacher_first_rank == 0 and self.teacher.cuts_like(self.student)
 
     def teacher_rank(self, dp_rank: int, tp_rank: int) -> int:
         return self.teacher_first_rank + self.teacher.last_stage_rank(dp_rank, 0, tp_rank)

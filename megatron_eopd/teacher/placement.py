@@ -10,9 +10,9 @@ from megatron_eopd.config import Config
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout
-from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of
+from megatron_eopd.parallel.worlds import STUDENT, Role, colocated_layout, roles_of
 from megatron_eopd.records import DEFAULT_TEACHER
-from megatron_eopd.teacher.colocated import ColocatedTeacher, colocated_layout
+from megatron_eopd.teacher.colocated import ColocatedTeacher
 from megatron_eopd.teacher.model import Swaps
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.teacher.separate import SeparateTeacher
