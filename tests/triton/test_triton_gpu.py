@@ -95,10 +95,12 @@ def test_nothing_waits_for_the_device():
     mask = torch.tensor([True, True, False, True], device="cuda")
     arguments = (student, teacher, mask, 1403, TEMPERATURES)
 
+    # Before the watch: the random upstream gradients are copied to the device.
+    weights = checks.gradient_weights(triton_gpu.shard_sums(*arguments, 5).sums_N8)
+
     def sweep():
-        sums = triton_gpu.shard_sums(*arguments, 5).sums_N8
-        weights = checks.gradient_weights(sums)
-        return triton_gpu.shard_gradient(*arguments, weights, inplace=False)
+        triton_gpu.shard_sums(*arguments, 5)
+        triton_gpu.shard_gradient(*arguments, weights, inplace=False)
 
     sweep()
     torch.cuda.synchronize()
