@@ -231,7 +231,7 @@ def transformer_config(
         # Weights come from a checkpoint; on CPU Megatron has no other initialisation.
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
-        gradient_accumulation_fusion=_fuses_gradient_accumulation(model),
+        gradient_accumulation_fusion=_has_apex_kernel(),
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -252,13 +252,13 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     return model.transformer_impl == "transformer_engine"
 
 
-def _fuses_gradient_accumulation(model: ModelConfig) -> bool:
-    """TransformerEngine's layers add to the float32 gradient themselves; Megatron's own do so with
-    Apex's kernel."""
-    if not torch.cuda.is_available():
-        return False
-    has_apex_kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return uses_transformer_engine(model) or has_apex_kernel
+def _has_apex_kernel() -> bool:
+    """Apex's kernel that adds a weight's gradient to the float32 buffer while it multiplies.
+
+    TransformerEngine's layers could do so without it. But the switch is one for the whole model,
+    and the LM head is Megatron's own layer, whose constructor raises where Apex is missing.
+    """
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def layer_specs(
