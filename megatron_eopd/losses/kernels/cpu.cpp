@@ -13,6 +13,7 @@ constexpr int LANES = 16, BLOCK = 256;
 constexpr float LOWEST = -1e30f;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
@@ -77,8 +78,8 @@ static inline Floats exponential(Floats x) {
 
 static inline float exponential(float x) { return exponential(all(x))[0]; }
 
-static inline float sum(Floats x) {
-    float total = 0;
+static inline float sum(Doubles x) {
+    double total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];
     return total;
 }
@@ -109,11 +110,11 @@ struct TopK {
 
 struct Sums {
     float m_s = LOWEST, m_t = LOWEST;
-    Floats z_s{}, z_t{}, d_s{}, d_t{}, a_t{}, a_s{};
+    Doubles z_s{}, z_t{}, d_s{}, d_t{}, a_t{}, a_s{}; // over blocks
 
     // Student logits are from now on relative to `m`.
     void raise_student(float m, float i_s) {
-        float shift = (m_s - m) * i_s, scale = exponential(shift);
+        double shift = (m_s - m) * i_s, scale = exponential((float)shift);
         z_s *= scale;
         d_s = d_s * scale + z_s * shift;
         a_s = a_s * scale + z_s * shift;
@@ -122,7 +123,7 @@ struct Sums {
     }
 
     void raise_teacher(float m, float i_t) {
-        float shift = (m_t - m) * i_t, scale = exponential(shift);
+        double shift = (m_t - m) * i_t, scale = exponential((float)shift);
         z_t *= scale;
         d_t = d_t * scale - z_t * shift;
         a_t = a_t * scale + z_t * shift;
@@ -141,9 +142,10 @@ struct Sums {
             d_s += e_s * d, d_t += e_t * d;
             a_t += e_t * t, a_s += e_s * s;
         }
-        this->z_s += z_s, this->z_t += z_t;
-        this->d_s += d_s, this->d_t += d_t;
-        this->a_t += a_t, this->a_s += a_s;
+        auto wide = [](Floats x) { return __builtin_convertvector(x, Doubles); };
+        this->z_s += wide(z_s), this->z_t += wide(z_t);
+        this->d_s += wide(d_s), this->d_t += wide(d_t);
+        this->a_t += wide(a_t), this->a_s += wide(a_s);
     }
 
     void write(float *out) const {
