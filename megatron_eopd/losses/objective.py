@@ -8,7 +8,6 @@ threshold τ may move with the step number.
 """
 # Shapes: N valid response tokens, V this rank's columns of the vocabulary.
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from megatron_eopd.losses.estimators import (
     TOKEN_WEIGHTS,
     TokenSignals,
 )
+from megatron_eopd.schedules import scheduled
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,10 @@ class Coefficients:
 def coefficients_at(objective: ObjectiveConfig, step: int, num_steps: int) -> Coefficients:
     """After `step` optimizer steps of a run of `num_steps`: from the initial to the final values
     over `objective.schedule_steps`, and constant from there on."""
-    done = min(step / max(objective.schedule_steps or num_steps, 1), 1.0)
-    if objective.schedule == "cosine":
-        done = (1 - math.cos(math.pi * done)) / 2
+    done = step / max(objective.schedule_steps or num_steps, 1)
 
     def between(start: float, end: float | None) -> float:
-        return start if end is None else start + done * (end - start)
+        return scheduled(start, end, objective.schedule, done)
 
     return Coefficients(
         between(objective.parts.forward_kl_weight, objective.final_forward_kl_weight),
