@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_eopd.models.hf_files import CheckpointError, fingerprint
+from megatron_eopd.parallel.collectives import lost_rank, tells_of_lost_rank
 
 CHUNK_BYTES = 32 * 2**20
 """Tensors are stored in rows of about this size, so that neither side ever holds one twice."""
@@ -73,6 +74,8 @@ def loading_errors(path: Path) -> Iterator[None]:
         # torch's CheckpointException carries every rank's error; one is enough to act on.
         failures = getattr(error, "failures", None)
         cause = next(iter(failures.values()))[0] if failures else error
+        if tells_of_lost_rank(cause):
+            raise lost_rank(cause, f"loading {path}") from error
         raise CheckpointError(
             f"{path}: cannot be loaded ({type(cause).__name__}: {cause}). The checkpoint is "
             f"damaged, or belongs to another model."

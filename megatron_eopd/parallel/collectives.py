@@ -38,18 +38,27 @@ def naming_stage(stage: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Ours have other types; a collective raises RuntimeError or one of torch.distributed's.
-        is_torchs = type(error) is RuntimeError or isinstance(error, dist.DistError)
-        if not (is_torchs and _LOST.search(str(error))):
+        if not tells_of_lost_rank(error):
             raise
-        raise LostRankError(
-            f"another rank is lost, or slower than parallel.distributed_timeout_minutes. This rank "
-            f"noticed in {stage}: {reason_of(error)} Look for the first error in the files of "
-            f"RUN_DIR/log."
-        ) from error
+        raise lost_rank(error, stage) from error
 
 
-def reason_of(error: Exception) -> str:
+def tells_of_lost_rank(error: BaseException) -> bool:
+    """Whether a collective raised it because another rank is gone."""
+    # Ours have other types; a collective raises RuntimeError or one of torch.distributed's.
+    is_torchs = type(error) is RuntimeError or isinstance(error, dist.DistError)
+    return is_torchs and _LOST.search(str(error)) is not None
+
+
+def lost_rank(error: BaseException, stage: str) -> LostRankError:
+    return LostRankError(
+        f"another rank is lost, or slower than parallel.distributed_timeout_minutes. This rank "
+        f"noticed in {stage}: {reason_of(error)} Look for the first error in the files of "
+        f"RUN_DIR/log."
+    )
+
+
+def reason_of(error: BaseException) -> str:
     """What a failed collective says, without the source line of gloo before it and the advice
     behind it."""
     text = re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0])
