@@ -6,7 +6,7 @@ problems solved within the first k samples, which has the same mean and a larger
 """
 
 from collections.abc import Sequence
-from math import comb
+from math import comb, sqrt
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -44,6 +44,16 @@ def summarize(
             [found / valid for found, valid in zip(num_distinct, num_valid, strict=True)]
         )
     return report
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share seen in `count` independent trials (Wilson 1927), which
+    keeps inside [0, 1] and has a width also where the share is 0."""
+    z = 1.959964
+    spread = z / (1 + z * z / count)
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = spread * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _samples_per_problem(
