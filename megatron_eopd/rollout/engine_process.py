@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from typing import Any
 from megatron_eopd.rollout.engine import EngineError
 from megatron_eopd.rollout.wire import Reply, Request
 
+CHILD_MODULE = "megatron_eopd.rollout.vllm_child"
 LOG_TAIL_LINES = 20
+TELL_INTERVAL_S = 5.0
+LINE_WIDTH = 100
 # Set by torchrun for the trainer's ranks; an engine that sees them joins the wrong job.
 TORCHRUN_VARIABLES = (
     "RANK",
@@ -46,8 +50,9 @@ class EngineProcess:
         self._killed = False
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._connection, theirs = Pipe()
-        command = [sys.executable, "-m", "megatron_eopd.rollout.vllm_child"]
+        command = [sys.executable, "-m", CHILD_MODULE]
         with log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 [*command, "--pipe", str(theirs.fileno()), "--parent", str(os.getpid())],
                 env=_clean_environment() | environment,
@@ -83,13 +88,18 @@ class EngineProcess:
         except OSError:
             raise self._death() from None
 
-    def answer(self, wait_s: float) -> Any:
+    def answer(self, wait_s: float, tell: Callable[[str], None] | None = None) -> Any:
         """The reply to the request posted last. A process that is late is killed: whatever it
-        does next would answer a question nobody asks any more."""
-        deadline = time.monotonic() + wait_s
+        does next would answer a question nobody asks any more. `tell` hears every few seconds
+        what the process wrote last."""
+        begin = told = time.monotonic()
+        deadline = begin + wait_s
         while not self._connection.poll(0.05):
             if self._process.poll() is not None and not self._connection.poll():
                 raise self._death()
+            if tell is not None and time.monotonic() - told > TELL_INTERVAL_S:
+                told = time.monotonic()
+                tell(f"{self._name} {self._doing}, {told - begin:.0f} s: {self._last_line()}")
             if time.monotonic() > deadline:
                 self.kill()
                 raise EngineError(
@@ -133,10 +143,17 @@ class EngineProcess:
         return EngineError(f"{self._name} died while {self._doing}: {how}.\n{self._log_tail()}")
 
     def _log_tail(self) -> str:
-        with self._log_path.open("rb") as log:
-            log.seek(max(0, self._log_path.stat().st_size - 16384))
-            lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        lines = self._log_lines()[-LOG_TAIL_LINES:]
         return f"Last lines of {self._log_path}:\n" + "\n".join(f"  {line}" for line in lines)
+
+    def _last_line(self) -> str:
+        lines = [line.strip() for line in self._log_lines() if line.strip()]
+        return lines[-1][:LINE_WIDTH] if lines else "nothing in its log yet"
+
+    def _log_lines(self) -> list[str]:
+        with self._log_path.open("rb") as log:
+            log.seek(max(self._log_start, self._log_path.stat().st_size - 16384))
+            return log.read().decode(errors="replace").splitlines()
 
 
 def _clean_environment() -> dict[str, str]:
