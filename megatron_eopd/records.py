@@ -38,18 +38,21 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. Made by a RolloutEngine, identical on every rank."""
+    """One response to a prompt: sampled by a RolloutEngine, or a reference answer that somebody
+    else wrote. Identical on every rank."""
 
     prompt: Prompt
     sample_index: int
     """Which of the prompt's `samples_per_prompt` responses this is."""
     response_ids: tuple[int, ...]
-    """Sampled token ids, the end-of-sequence token included when the model wrote it."""
+    """Token ids, the end-of-sequence token included when the model wrote it."""
     response_logprobs: tuple[float, ...]
-    """The engine's own log-probability of each token, in nats, at the rollout temperature."""
+    """The engine's own log-probability of each token, in nats, at the rollout temperature; 0 for
+    the tokens of a reference, which no engine wrote."""
     finish_reason: Literal["stop", "length"]
     weight_version: int
-    """The student weights that wrote this response."""
+    """The student weights that wrote this response, or would have."""
+    source: Literal["sampled", "reference"] = "sampled"
 
 
 class HiddenStates(NamedTuple):
@@ -112,6 +115,8 @@ class MicroBatch:
     """Rows of the hidden states that predict a response token: each the row *before* it."""
     target_ids_N: torch.Tensor
     rollout_logprobs_N: torch.Tensor
+    sampled_N: torch.Tensor
+    """bool: whether the student wrote the token. Only then is there a log-probability of it."""
     positions_N: torch.Tensor
     """Where in its response each token stands: 0 the first, 1 the last."""
     teacher: tuple[TeacherPart, ...]

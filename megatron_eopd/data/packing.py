@@ -202,6 +202,7 @@ def _make_microbatch(
     rows: list[int] = []
     targets: list[int] = []
     logprobs: list[float] = []
+    sampled: list[bool] = []
     positions: list[float] = []
     for rollout, length in zip(rollouts, lengths, strict=False):
         first_row = len(token_ids)
@@ -213,6 +214,7 @@ def _make_microbatch(
         rows += [first_row + row for row in own_rows]
         targets += [rollout.response_ids[token] for token in tokens]
         logprobs += [rollout.response_logprobs[token] for token in tokens]
+        sampled += [rollout.source == "sampled"] * len(tokens)
         last = max(len(rollout.response_ids) - 1, 1)
         positions += [token / last for token in tokens]
     token_ids += [0] * (sum(lengths) // cp - len(token_ids))
@@ -222,6 +224,7 @@ def _make_microbatch(
         prediction_rows_N=torch.tensor(rows, dtype=torch.long, device=device),
         target_ids_N=torch.tensor(targets, dtype=torch.long, device=device),
         rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
+        sampled_N=torch.tensor(sampled, dtype=torch.bool, device=device),
         positions_N=torch.tensor(positions, dtype=torch.float32, device=device),
         teacher=join_signals([s.signal for s in scored]),
     )

@@ -48,6 +48,10 @@ class Tokenizer(ABC):
         """Exactly the ids that the tokenizer's own library gives."""
 
     @abstractmethod
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        """Ids of a text that goes on behind a prompt: nothing is added in front or behind."""
+
+    @abstractmethod
     def encode_chat(self, user_text: str, /, **options: Any) -> tuple[int, ...]:
         """One user turn of the chat template, up to where the assistant begins.
 
@@ -109,6 +113,12 @@ class Tokenizer(ABC):
             f"the tokenizer {self.path}. Set rollout.stop_token_ids."
         )
 
+    @property
+    def end_id(self) -> int:
+        """The id that ends a text which no model wrote: the tokenizer's own end of sequence where
+        it is one of `stop_ids`, which is how its chat template ends a turn; else the first."""
+        return self.eos_id if self.eos_id in self.stop_ids else self.stop_ids[0]
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A directory with tokenizer.json, or whatever else transformers can read."""
@@ -136,6 +146,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text))
+
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode_chat(self, user_text: str, /, **options: Any) -> tuple[int, ...]:
         unknown = options.keys() - self._template_variables
@@ -192,6 +205,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._processor.encode(text))
+
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)  # it adds nothing to a prompt either
 
     def encode_chat(self, user_text: str, /, **options: Any) -> tuple[int, ...]:
         raise ConfigError(
