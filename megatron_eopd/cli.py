@@ -53,6 +53,9 @@ def run_command(config_path: Path, overrides: Sequence[str], work: Callable[[Con
 
 
 def _tell(error: Exception) -> int:
+    from megatron_eopd.run_log import tell_torchrun
+
+    tell_torchrun(f"error: {error}")
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     return 1

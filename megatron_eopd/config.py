@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -28,6 +29,9 @@ from megatron_eopd.presets import PRESETS, Parts
 
 class ConfigError(ValueError):
     """An option is unknown, has the wrong type, or contradicts another. The message says which."""
+
+
+BUILT_IN_TASKS = ("countdown",)
 
 
 class Section(BaseModel):
@@ -165,6 +169,9 @@ class DataConfig(Section):
     """In tokens; a longer prompt is an error that names its line."""
     shuffle: bool = True
     """Draw prompts in a seeded random order, anew each epoch."""
+    response_key: str | None = None
+    """Key under which a line of `prompts` holds a reference answer, or a list of several, for
+    `rollout.reference_fraction`. tools/generate.py has a teacher write them."""
     teacher_key: str = "teacher"
     """Key under which a line of `prompts` names its teacher, one of `[teachers.NAME]`. A line
     without it has the one of `[teacher]`."""
@@ -199,8 +206,8 @@ class RolloutConfig(Section):
     """Samples per iteration: prompts × samples_per_prompt."""
     samples_per_prompt: int = Field(1, gt=0)
     """Responses drawn for each prompt of the batch."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature. The loss divides both models' logits by it as well."""
+    temperature: float = Field(1.0, gt=0, le=2)
+    """Sampling temperature, at most 2. The loss divides both models' logits by it as well."""
     max_response_length: int = Field(4096, gt=0)
     """In tokens; a response that reaches it is cut and counted as truncated."""
     stop_token_ids: tuple[int, ...] = ()
@@ -228,9 +235,31 @@ class RolloutConfig(Section):
     """Longest wait, in seconds, for the engine process to become ready."""
     generate_timeout_s: float = Field(1800.0, gt=0)
     """Longest wait, in seconds, for the rollouts of one iteration."""
-    logprob_mismatch_limit: float = Field(1.05, gt=1)
-    """A warning is printed when the mean of exp|Δ|, Δ being the difference between the engine's and
-    the trainer's log-probability of a sampled token, passes this."""
+    reference_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of an iteration's prompts whose reference answers (`data.response_key`) are trained on
+    instead of samples, 1 − λ of GKD: off-policy distillation. At 1, from first to last, it is
+    classical knowledge distillation, and no engine is started unless an evaluation wants one."""
+    final_reference_fraction: float | None = Field(None, ge=0, le=1)
+    """`reference_fraction` at the end of its schedule, e.g. from 1 to 0 to warm a student up on
+    references and go over to its own samples. Default: it does not move."""
+    reference_schedule: Literal["linear", "cosine"] = "linear"
+    """How `reference_fraction` goes to its final value."""
+    reference_schedule_iters: int | None = Field(None, gt=0)
+    """Iterations until it is there. Default: all of the run."""
+    mismatch_warn_factor: float = Field(3.0, gt=1)
+    """A warning is told, once, when the mean of exp|Δ| − 1, Δ being the difference between the
+    engine's and the trainer's log-probability of a sampled token, passes this many times that of
+    the first iteration (which counts as 0.001 in float32 and 0.1 in bfloat16 at least)."""
+
+    @property
+    def uses_references(self) -> bool:
+        return max(self.reference_fraction, self.final_reference_fraction or 0.0) > 0
+
+    @property
+    def ever_samples(self) -> bool:
+        """Whether any iteration needs responses of the student's own."""
+        last = self.final_reference_fraction
+        return min(self.reference_fraction, 1.0 if last is None else last) < 1
 
 
 class WeightSyncConfig(Section):
@@ -245,10 +274,27 @@ class WeightSyncConfig(Section):
     timeout_s: float = Field(300.0, gt=0)
     """Longest wait, in seconds, for one weight sync."""
     verify: bool = True
-    """After each sync, compare the engine's log-probabilities of fixed probe sequences with the
-    trainer's, and stop the run when they differ by more than `tolerance`."""
-    tolerance: float | None = Field(None, gt=0)
-    """In nats. Default: 1e-4 when model and engine are float32, else 0.1."""
+    """After each sync, compare the engine's log-probabilities of likely tokens, of real prompts and
+    of the newest responses, with the trainer's. Their mean difference is the metric
+    `weight_sync/probe_difference`; the two factors below are multiples of the rounding that engine
+    and trainer were measured to have at the first sync, at least 3e-5 nats in float32 and 0.03 in
+    bfloat16."""
+    probe_min_probability: float = Field(0.1, gt=0, lt=1)
+    """Tokens that the trainer gives less are not compared: rounding grows with their rarity."""
+    probe_warn_factor: float = Field(3.0, gt=1)
+    """A mean difference of so many times the rounding is told."""
+    probe_stop_factor: float = Field(10.0, gt=1)
+    """A mean difference of so many times the rounding stops the run, after metrics and checkpoint
+    are written."""
+
+    @model_validator(mode="after")
+    def _warns_before_it_stops(self) -> "WeightSyncConfig":
+        if self.probe_warn_factor > self.probe_stop_factor:
+            raise ValueError(
+                f"probe_warn_factor={self.probe_warn_factor:g} is above probe_stop_factor="
+                f"{self.probe_stop_factor:g}. Set it to {self.probe_stop_factor:g} or less."
+            )
+        return self
 
 
 class ObjectiveConfig(Section):
@@ -443,11 +489,29 @@ class EvaluationConfig(Section):
     """Iterations between evaluations, beside the ones before the first and after the last; 0: only
     those two."""
     task: Literal["countdown"] | None = None
-    """Held-out problems and their grader; none does not evaluate."""
+    """Held-out problems of a built-in task and their grader. With neither this nor `prompts`
+    nothing is evaluated."""
+    prompts: Path | None = None
+    """Held-out problems of your own, a jsonl file like `data.prompts`: a response is right when its
+    last number is that of `answer`. Figures are named after the file, eval/<file>/…."""
     num_problems: int = Field(200, gt=0)
-    """Problems taken from the start of the held-out split."""
+    """Problems taken from the start of the held-out set."""
     samples_per_problem: int = Field(16, gt=0)
     """Responses per problem, drawn at the rollout temperature; bounds the k of pass@k."""
+
+    @property
+    def name(self) -> str | None:
+        """Of the held-out set; None evaluates nothing."""
+        return self.prompts.stem if self.prompts is not None else self.task
+
+    @model_validator(mode="after")
+    def _has_one_set(self) -> "EvaluationConfig":
+        if self.task is not None and self.prompts is not None:
+            raise ValueError(
+                f"task={self.task} and prompts={self.prompts} are two held-out sets. Set one of "
+                f"the two to none."
+            )
+        return self
 
 
 class LoggingConfig(Section):
@@ -479,6 +543,16 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    _missing_inputs: tuple[str, ...] = PrivateAttr(())
+
+    def check_inputs_exist(self) -> None:
+        """
+        Raises:
+            ConfigError: a relative path in the file that was found nowhere; says where it was
+                looked for.
+        """
+        if self._missing_inputs:
+            raise ConfigError("\n".join(self._missing_inputs))
 
     @property
     def optimizer_steps_per_iteration(self) -> int:
@@ -519,6 +593,7 @@ class Config(Section):
                 f"step of an iteration would be short. Set rollout.batch_size="
                 f"{_multiple(rollout.batch_size, training.global_batch_size)}."
             )
+        self._check_references()
         reverse_kl, student = self.objective.parts.reverse_kl, self.student_temperature
         if reverse_kl in ("sampled", "vopd") and student != rollout.temperature:
             raise ValueError(
@@ -527,6 +602,34 @@ class Config(Section):
                 f"rollout.temperature={rollout.temperature}. Set both to the same value."
             )
         return self
+
+    def _check_references(self) -> None:
+        rollout, reverse_kl = self.rollout, self.objective.parts.reverse_kl
+        if rollout.final_reference_fraction is None and rollout.reference_schedule_iters:
+            raise ValueError(
+                f"rollout.reference_schedule_iters={rollout.reference_schedule_iters} would be "
+                f"ignored without rollout.final_reference_fraction. Set it, or leave both out."
+            )
+        if not rollout.uses_references or rollout.replay is not None:
+            return
+        if self.data.prompts in BUILT_IN_TASKS:
+            raise ValueError(
+                f"rollout.reference_fraction={rollout.reference_fraction:g} trains on reference "
+                f"answers, and data.prompts={self.data.prompts} has none. Set data.prompts to a "
+                f"file that has, or the fraction to 0."
+            )
+        if self.data.response_key is None:
+            raise ValueError(
+                f"rollout.reference_fraction={rollout.reference_fraction:g} (final "
+                f"{rollout.final_reference_fraction}) trains on reference answers, and "
+                f"data.response_key does not say which key of {self.data.prompts} holds them."
+            )
+        if reverse_kl in ("sampled", "vopd"):
+            raise ValueError(
+                f"objective.reverse_kl={reverse_kl} needs tokens that the student sampled, and "
+                f"rollout.reference_fraction={rollout.reference_fraction:g} brings others. Set "
+                f"objective.reverse_kl=full, or the fraction to 0."
+            )
 
     @model_validator(mode="after")
     def _layouts_fit(self) -> "Config":
@@ -604,6 +707,12 @@ class Config(Section):
         more = {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
         return {"teacher": self.teacher, **more}
 
+    @property
+    def coarsest_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of trainer and engine: what their log-probabilities can agree to."""
+        dtypes = {self.model.dtype, self.dtype_of(self.rollout)}
+        return "bfloat16" if "bfloat16" in dtypes else "float32"
+
     def dtype_of(self, part: "TeacherConfig | RolloutConfig") -> str:
         """Of a teacher's or the engine's weights and activations."""
         return self.model.dtype if part.dtype == "as_model" else part.dtype
@@ -634,7 +743,8 @@ def _multiple(value: int, of: int) -> int:
 def load_config(toml_path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides on top, in order.
 
-    Relative paths inside the TOML are taken as given, relative to the working directory.
+    A relative path in the file means the file's own directory if it exists there, else the working
+    directory, as it always does on the command line and for `run_dir`.
 
     Raises:
         ConfigError: naming the option, the value, and what would be right.
@@ -647,12 +757,55 @@ def load_config(toml_path: Path, overrides: Sequence[str] = ()) -> Config:
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{toml_path}: not valid TOML: {error}") from None
+    missing = _resolve_paths(tree, Path(toml_path).parent)
     for override in overrides:
         _apply_override(tree, override)
+        missing.pop(override.partition("=")[0], None)  # the command line names another
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, toml_path)) from None
+    config._missing_inputs = tuple(missing.values())
+    return config
+
+
+def _resolve_paths(tree: dict[str, Any], directory: Path) -> dict[str, str]:
+    """Point what the file names, and has beside it, there. Returns what is to be said of each
+    option whose relative path exists neither there nor in the working directory."""
+    missing = {}
+    for option in _input_paths(tree):
+        where, _, key = option.rpartition(".")
+        section = _section(tree, where)
+        value = section.get(key)
+        if not isinstance(value, str) or value in ("", "none", *BUILT_IN_TASKS):
+            continue
+        beside = directory / value  # an absolute value stays what it is
+        if beside.exists():
+            section[key] = str(beside)
+        elif not Path(value).is_absolute() and not Path(value).exists():
+            missing[option] = (
+                f"{option}={value}: no such file or directory. Looked for {beside.absolute()} and "
+                f"{Path(value).absolute()}."
+            )
+    return missing
+
+
+def _input_paths(tree: dict[str, Any]) -> list[str]:
+    """The options that name something to read."""
+    teachers = tree.get("teachers")
+    names = list(teachers) if isinstance(teachers, dict) else []
+    models = ["student", "teacher", *(f"teachers.{name}" for name in names)]
+    files = ["data.prompts", "evaluation.prompts", "rollout.replay", "checkpoint.load"]
+    return [f"{model}.{key}" for model in models for key in ("hf_path", "tokenizer")] + files
+
+
+def _section(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """The table of this name; an empty one where there is none, or something else."""
+    for name in where.split("."):
+        tree = tree.get(name)
+        if not isinstance(tree, dict):
+            return {}
+    return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -7,13 +7,19 @@ step reports ─▶ new weights in the engine.
 from itertools import islice
 
 from megatron_eopd import checkpoint, report
-from megatron_eopd.config import ConfigError
+from megatron_eopd.config import Config, ConfigError
 from megatron_eopd.data.packing import Limits, PackedRollouts, pack, rounds_of
 from megatron_eopd.evaluation.evaluate import Evaluation, evaluate
+from megatron_eopd.health import HealthCheck
 from megatron_eopd.metrics import MetricsWriter
-from megatron_eopd.records import Rollout, StepReport
-from megatron_eopd.rollout.engine import Sampling
+from megatron_eopd.records import Prompt, Rollout, StepReport
+from megatron_eopd.rollout.engine import EngineError, Sampling, SyncReport
 from megatron_eopd.rollout.recording import read_rollouts, rollout_file, write_rollouts
+from megatron_eopd.rollout.references import (
+    places_of_references,
+    reference_fraction_at,
+    reference_rollouts,
+)
 from megatron_eopd.run_log import StageTimes
 from megatron_eopd.session import Session
 from megatron_eopd.training.step import NonFiniteError, train_step
@@ -23,8 +29,12 @@ def train(session: Session, writer: MetricsWriter | None) -> None:
     """All iterations. Runs once more than it trains, so that the last evaluation and checkpoint
     take the same path as all others."""
     config, log = session.config, session.log
+    if 0 < config.training.train_iters == session.first_iteration:
+        return  # nothing is left to do, so nobody would use the engine
     sync = session.push_weights(version=session.first_iteration)
     log.line(f"weights pushed to the engine in {sync.seconds:.2f} s")
+    _stop_if_unsound(session, sync)
+    health = HealthCheck(config, log)
     with log.progress(session.first_iteration, config.training.train_iters) as bar:
         for iteration in range(session.first_iteration, config.training.train_iters + 1):
             # A run that resumes here did both before it stopped.
@@ -39,11 +49,20 @@ def train(session: Session, writer: MetricsWriter | None) -> None:
             plans = plan_steps(session, rollouts)
             reports = train_on(session, plans, iteration, times)
             with times("sync"):
-                sync = session.push_weights(version=iteration + 1)
+                sync = session.push_weights(iteration + 1, rollouts)
             scalars = report.iteration_scalars(rollouts, reports, sync, times)
             scalars |= report.packing_scalars(plans, session.context.layout)
             publish(session, iteration + 1, scalars, rollouts, reports, writer)
+            health.look(scalars, sync)
+            if sync.is_unsound:  # the trainer's own weights are good
+                save(session, iteration + 1)
+            _stop_if_unsound(session, sync)
             bar.update()
+
+
+def _stop_if_unsound(session: Session, sync: SyncReport) -> None:
+    if sync.is_unsound:
+        raise EngineError(sync.probe.message)
 
 
 def stage_times(session: Session, iteration: int) -> StageTimes:
@@ -54,34 +73,57 @@ def stage_times(session: Session, iteration: int) -> StageTimes:
 
 
 def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
-    """The student's responses of this iteration: sampled, or read from a recording."""
+    """The responses of this iteration: sampled, reference answers, or read from a recording."""
     config = session.config
-    rollout = config.rollout
-    if rollout.replay is not None:
-        rollouts = read_rollouts(rollout_file(rollout.replay, iteration))
-        if len(rollouts) != rollout.batch_size:
-            raise ConfigError(
-                f"{rollout_file(rollout.replay, iteration)} holds {len(rollouts)} rollouts. Set "
-                f"rollout.batch_size={len(rollouts)} (it is {rollout.batch_size})."
-            )
-        return rollouts
+    if config.rollout.replay is not None:
+        return replay_rollouts(config, iteration)
+    count = config.rollout.samples_per_prompt
+    prompts = session.prompts.batch(iteration, config.rollout.batch_size // count)
+    fraction = reference_fraction_at(config.rollout, iteration, config.training.train_iters)
+    answered = places_of_references(len(prompts), fraction, config.seed, iteration)
+    open_prompts = [p for n, p in enumerate(prompts) if n not in answered]
+    given_prompts = [p for n, p in enumerate(prompts) if n in answered]
+    sampled = iter(sample(session, open_prompts, iteration))
+    given = iter(reference_rollouts(given_prompts, session.prompts, count, version=iteration))
+    # In the prompts' order, so that every optimizer step has its share of both.
+    places = [n for n in range(len(prompts)) for _ in range(count)]
+    rollouts = [next(given if n in answered else sampled) for n in places]
+    if config.rollout.record and session.context.layout.rank == 0:
+        path = rollout_file(config.run_dir / "rollouts", iteration)
+        write_rollouts(path, rollouts, session.tokenizer)
+    return rollouts
+
+
+def replay_rollouts(config: Config, iteration: int) -> list[Rollout]:
+    path = rollout_file(config.rollout.replay, iteration)
+    rollouts = read_rollouts(path)
+    if len(rollouts) != config.rollout.batch_size:
+        raise ConfigError(
+            f"{path} holds {len(rollouts)} rollouts. Set rollout.batch_size={len(rollouts)} (it is "
+            f"{config.rollout.batch_size})."
+        )
+    return rollouts
+
+
+def sample(session: Session, prompts: list[Prompt], iteration: int) -> list[Rollout]:
+    """The student's responses, by the weights of this iteration."""
+    config = session.config
+    if not prompts:
+        return []
     rollouts = session.engine.generate(
-        session.prompts.batch(iteration, rollout.batch_size // rollout.samples_per_prompt),
+        prompts,
         Sampling(
-            samples_per_prompt=rollout.samples_per_prompt,
-            temperature=rollout.temperature,
-            max_response_length=rollout.max_response_length,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            temperature=config.rollout.temperature,
+            max_response_length=config.rollout.max_response_length,
             stop_ids=session.tokenizer.stop_ids,
             seed=hash((config.seed, iteration)),
         ),
     )
-    for sample in rollouts:
-        assert sample.weight_version == iteration, (
-            f"rollout from weight version {sample.weight_version} in iteration {iteration}"
+    for rollout in rollouts:
+        assert rollout.weight_version == iteration, (
+            f"rollout from weight version {rollout.weight_version} in iteration {iteration}"
         )
-    if rollout.record and session.context.layout.rank == 0:
-        path = rollout_file(config.run_dir / "rollouts", iteration)
-        write_rollouts(path, rollouts, session.tokenizer)
     return rollouts
 
 
@@ -134,21 +176,18 @@ def publish(
     reports: list[StepReport],
     writer: MetricsWriter | None,
 ) -> None:
-    """Files, the step line, and a warning if engine and trainer drift apart."""
+    """Files, and the step line."""
     config, log = session.config, session.log
-    if writer is not None:
-        writer.write(iteration, scalars, report.histograms(reports))
-        if iteration % config.logging.text_interval == 0:
-            shown = rollouts[: config.logging.text_samples]
-            writer.text(iteration, "rollouts", report.samples_markdown(shown, session.tokenizer))
+    if writer is None:
+        return
+    scalars["throughput/tokens_total"] = writer.tokens_total + report.num_tokens(rollouts)
+    writer.write(iteration, scalars, report.histograms(reports))
+    if iteration % config.logging.text_interval == 0:
+        shown = rollouts[: config.logging.text_samples]
+        writer.text(iteration, "rollouts", report.samples_markdown(shown, session.tokenizer))
     if iteration % config.logging.log_interval == 0:
-        log.line(report.step_line(iteration, scalars))
-    if scalars["mismatch/mult_prob_error"] > config.rollout.logprob_mismatch_limit:
-        log.line(
-            f"WARNING: engine and trainer disagree on the sampled tokens: mean exp|Δ| = "
-            f"{scalars['mismatch/mult_prob_error']:.3f} > rollout.logprob_mismatch_limit="
-            f"{config.rollout.logprob_mismatch_limit}"
-        )
+        remaining_s = log.remaining_s(iteration, config.training.train_iters)
+        log.line(report.step_line(iteration, config.training.train_iters, scalars, remaining_s))
 
 
 def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | None) -> None:
@@ -164,9 +203,10 @@ def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | No
     session.log.line(f"eval {iteration} | {shown}")
     if writer is not None:
         writer.write(iteration, result.figures)
-        first_of_each = result.samples[:: config.evaluation.samples_per_problem]
-        shown = first_of_each[: config.logging.text_samples]
-        writer.text(iteration, "evaluation", report.samples_markdown(shown, session.tokenizer))
+        each, count = config.evaluation.samples_per_problem, config.logging.text_samples
+        shown, marks = result.samples[::each][:count], result.correct[::each][:count]
+        text = report.samples_markdown(shown, session.tokenizer, marks)
+        writer.text(iteration, "evaluation", text)
 
 
 def evaluate_student(session: Session) -> Evaluation:
@@ -186,8 +226,12 @@ def evaluate_student(session: Session) -> Evaluation:
 def save_if_due(session: Session, iteration: int) -> None:
     config = session.config
     last = iteration == config.training.train_iters
-    if iteration == 0 or not (last or iteration % config.checkpoint.save_interval == 0):
-        return
+    if iteration > 0 and (last or iteration % config.checkpoint.save_interval == 0):
+        save(session, iteration)
+
+
+def save(session: Session, iteration: int) -> None:
+    config = session.config
     position = checkpoint.make_position(
         iteration, config.seed, session.prompts.digest, session.context
     )

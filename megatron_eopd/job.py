@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,13 +16,13 @@ from torch.distributed import PrefixStore
 
 from megatron_eopd import distill, preflight, report
 from megatron_eopd.config import Config, ConfigError, changed_options
-from megatron_eopd.metrics import MetricsWriter, read_metrics
+from megatron_eopd.metrics import MetricsWriter, read_metrics, rounded
 from megatron_eopd.models.hf_files import CheckpointError
 from megatron_eopd.parallel.collectives import LostRankError, RemoteError
 from megatron_eopd.parallel.init import ParallelContext, job_store, own_rank, world_context
 from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, student_layout
 from megatron_eopd.rollout.engine import EngineError
-from megatron_eopd.run_log import RunLog
+from megatron_eopd.run_log import RunLog, seconds_since_start, tell_torchrun
 from megatron_eopd.session import Session, open_session
 from megatron_eopd.teacher.placement import rank_table, wire_store
 from megatron_eopd.teacher.separate import TeacherError, serve
@@ -47,7 +46,7 @@ def train(config: Config) -> None:
 
 
 def _train(session: Session) -> None:
-    config, begin = session.config, time.monotonic()
+    config = session.config
     writer = None
     if session.context.layout.rank == 0:
         _tell_changes(session)
@@ -60,27 +59,32 @@ def _train(session: Session) -> None:
         writer.close()
         hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
         table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
-        minutes = (time.monotonic() - begin) / 60
+        minutes = seconds_since_start() / 60
         session.log.line("\n" + report.write_report(config, table, hf_dir, minutes))
 
 
 def evaluate(config: Config) -> None:
     """Evaluate the newest checkpoint of the run, or the student as it came where there is none."""
-    if config.evaluation.task is None:
-        raise ConfigError("evaluation.task is not set: nothing to evaluate on. Set countdown.")
+    if config.evaluation.name is None:
+        raise ConfigError(
+            "nothing to evaluate on. Set evaluation.prompts to a file of held-out problems, or "
+            "evaluation.task=countdown."
+        )
     on_every_rank(config, _evaluate)
 
 
 def _evaluate(session: Session) -> None:
-    session.push_weights(version=session.first_iteration)
-    figures = distill.evaluate_student(session).figures
+    sync = session.push_weights(version=session.first_iteration)
+    if sync.is_unsound:
+        raise EngineError(sync.probe.message)
+    figures = {n: rounded(v) for n, v in distill.evaluate_student(session).figures.items()}
     if session.context.layout.rank == 0:
         path = session.config.run_dir / f"evaluation-{session.first_iteration:06d}.json"
         path.write_text(json.dumps(figures, indent=2) + "\n")
         session.log.line("\n" + report.figures_table(figures) + f"\n\nwritten to {path}")
 
 
-def dry_run(config: Config, world_size: int | None) -> None:
+def dry_run(config: Config, world_size: int | None, show_config: bool) -> None:
     """Check as a run would, and print what it would do with this many ranks (default: the fewest
     that the layouts allow)."""
     parallel = config.parallel
@@ -90,17 +94,20 @@ def dry_run(config: Config, world_size: int | None) -> None:
         * parallel.context_parallel_size
     ) + sum(teacher.world_size or 0 for teacher in config.all_teachers.values())
     inputs = preflight.check(config, world_size or smallest)
-    print(config.model_dump_json(indent=2))
     numbers = preflight.derived_numbers(config, inputs, world_size or smallest)
     for name, value in numbers.items():
         print(f"{name}: {value}")
     print(rank_table(config, world_size or smallest))
+    if show_config:
+        print(config.model_dump_json(indent=2))
 
 
 def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
     """`work` on the student's ranks, while those of separate teachers serve them."""
     rank, world_size = own_rank()
+    imports_s = seconds_since_start()
     inputs = preflight.check(config, world_size)
+    checks_s = seconds_since_start() - imports_s
     roles = roles_of(config, world_size)
     role = next(role for role in roles.values() if role.holds(rank))
     store = job_store(config.parallel.distributed_timeout_minutes)
@@ -115,7 +122,10 @@ def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
             return
         if rank == 0:
             _tell_plan(config, inputs, world_size, store, log)
+        log.startup |= {"imports": imports_s, "checks": checks_s}
         with open_session(config, inputs, roles, store, context, log) as session:
+            parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in log.startup.items())
+            log.line(f"start-up: {seconds_since_start():.1f} s ({parts})")
             work(session)
 
 
@@ -167,6 +177,7 @@ def _tell_plan(
 def _fail_together(error: Exception, log: RunLog, context: ParallelContext) -> NoReturn:
     """Tell the error once, by rank 0, and exit. torchrun ends all ranks with the first that exits,
     so the others wait until rank 0 has spoken; a rank that failed alone speaks for itself."""
+    tell_torchrun(f"error: {error}")
     if context.layout.rank == 0:
         log.error(f"error: {error}")
     try:

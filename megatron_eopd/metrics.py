@@ -106,7 +106,9 @@ class MetricsWriter:
         """Returns the tokens of the rows that are kept."""
         if not self._path.is_file():
             return 0
-        kept = [row for row in read_metrics(self._path) if row["iteration"] <= iteration]
+        # At 0 nothing counts: the evaluation before the first iteration is made again.
+        rows = read_metrics(self._path) if iteration else []
+        kept = [row for row in rows if row["iteration"] <= iteration]
         unfinished = self._path.with_suffix(".unfinished")
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(unfinished, self._path)

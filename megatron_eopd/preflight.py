@@ -21,6 +21,7 @@ from megatron_eopd.config import (
 from megatron_eopd.data.packing import Limits, check_budget
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
+from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.models.build import read_hf_config, uses_transformer_engine
 from megatron_eopd.models.fit import check_student, check_teacher
 from megatron_eopd.models.load import check_files
@@ -29,7 +30,7 @@ from megatron_eopd.parallel.worlds import student_layout, teacher_layout
 from megatron_eopd.planning.activations import Lengths, Load, Platform
 from megatron_eopd.planning.memory import Placed, Setup, describe, plan_memory
 from megatron_eopd.planning.shapes import Models
-from megatron_eopd.records import DEFAULT_TEACHER
+from megatron_eopd.records import DEFAULT_TEACHER, Prompt
 from megatron_eopd.rollout.vllm_engine import vllm_available
 
 
@@ -39,6 +40,9 @@ class Inputs:
 
     tokenizer: Tokenizer
     prompts: PromptSet
+    held_out: list[Prompt]
+    max_sequence_length: int
+    """Longest prompt, of both sets, and response together, in tokens."""
     swaps: dict[str, list[tuple[int, int]]]
     """A teacher's section → pairs of token ids that trade places in its distribution."""
     resume_from: Path | None
@@ -49,6 +53,7 @@ def check(config: Config, world_size: int) -> Inputs:
     Raises:
         ConfigError, CheckpointError: naming the option, its value and what would be right.
     """
+    config.check_inputs_exist()
     layout = student_layout(config, world_size)
     uses_transformer_engine(config.model)
     check_student(config, read_hf_config(config.student.hf_path), layout)
@@ -66,9 +71,25 @@ def check(config: Config, world_size: int) -> Inputs:
         )
     if config.rollout.replay is not None and not config.rollout.replay.is_dir():
         raise ConfigError(f"rollout.replay={config.rollout.replay}: no such directory.")
-    prompts = load_prompts(config.data, tokenizer, config.seed, [DEFAULT_TEACHER, *config.teachers])
-    _check_lengths(config, prompts, layout)
-    return Inputs(tokenizer, prompts, swaps, _resume_from(config, prompts))
+    reads_references = config.rollout.uses_references and config.rollout.replay is None
+    prompts = load_prompts(
+        config.data,
+        tokenizer,
+        config.seed,
+        [DEFAULT_TEACHER, *config.teachers],
+        max_reference_length=config.rollout.max_response_length if reads_references else None,
+    )
+    held_out = held_out_prompts(config, tokenizer)
+    longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
+    _check_lengths(config, longest, layout)
+    return Inputs(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        held_out=held_out,
+        max_sequence_length=longest + config.rollout.max_response_length,
+        swaps=swaps,
+        resume_from=_resume_from(config, prompts),
+    )
 
 
 def _load_tokenizer(model: StudentConfig | TeacherConfig, stop_ids: Sequence[int]) -> Tokenizer:
@@ -110,15 +131,10 @@ def _check_vocabulary(
     return swaps
 
 
-def max_sequence_length(config: Config, prompts: PromptSet) -> int:
-    """Longest prompt and response together, in tokens."""
-    return prompts.longest + config.rollout.max_response_length
-
-
-def _check_lengths(config: Config, prompts: PromptSet, layout: Layout) -> None:
-    longest = max_sequence_length(config, prompts)
+def _check_lengths(config: Config, longest_prompt: int, layout: Layout) -> None:
+    longest = longest_prompt + config.rollout.max_response_length
     sample = (
-        f"the longest prompt of {prompts.longest} tokens with rollout.max_response_length="
+        f"the longest prompt of {longest_prompt} tokens with rollout.max_response_length="
         f"{config.rollout.max_response_length}"
     )
     check_budget(config.training, layout.padded(longest), sample)
@@ -127,10 +143,10 @@ def _check_lengths(config: Config, prompts: PromptSet, layout: Layout) -> None:
         limit = read_hf_config(model.hf_path).max_position_embeddings
         if longest > limit:
             raise ConfigError(
-                f"the longest prompt has {prompts.longest} tokens, and with "
+                f"the longest prompt has {longest_prompt} tokens, and with "
                 f"rollout.max_response_length={config.rollout.max_response_length} that makes "
                 f"{longest}; the {who}'s max_position_embeddings is {limit}. Set "
-                f"rollout.max_response_length={limit - prompts.longest} or less."
+                f"rollout.max_response_length={limit - longest_prompt} or less."
             )
 
 
@@ -185,6 +201,7 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         "prompts": f"{len(inputs.prompts)}, the longest {inputs.prompts.longest} tokens",
         "prompts / iteration": f"{rollout.batch_size // rollout.samples_per_prompt} × "
         f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
+        **_describe_references(config),
         "optimizer steps": f"{config.optimizer_steps_per_iteration} / iteration × "
         f"{training.train_iters} = {config.optimizer_steps}",
         "response tokens / step": f"at most {training.global_batch_size} × "
@@ -194,6 +211,22 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         "memory / rank": f"{fullest.peak / 2**30:.3g} GiB on stage {stage} of the {who}, the "
         f"fullest, as docs/planning.md counts: {describe(fullest.parts_of_peak)}",
         "starts": f"from {inputs.resume_from}" if inputs.resume_from else "at iteration 0",
+    }
+
+
+def _describe_references(config: Config) -> dict[str, str]:
+    rollout = config.rollout
+    if not rollout.uses_references:
+        return {}
+    first, last = rollout.reference_fraction, rollout.final_reference_fraction
+    if last is None:
+        share = f"{first:g} of the prompts"
+    else:
+        iters = rollout.reference_schedule_iters or config.training.train_iters
+        share = f"{first:g} → {last:g} of the prompts over {iters} iterations"
+    return {
+        "reference answers": f"{share} ({rollout.reference_schedule}), data.response_key="
+        f"{config.data.response_key}"
     }
 
 

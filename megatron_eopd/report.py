@@ -1,5 +1,7 @@
 """An iteration as named scalars, a step line, and the run's report. Pure functions of records."""
 
+import math
+import re
 import resource
 import sys
 from collections.abc import Sequence
@@ -37,13 +39,18 @@ def iteration_scalars(
         "weight_sync/seconds": sync.seconds,
         "weight_sync/bytes": sync.num_bytes,
         "weight_sync/version": sync.version,
+        "weight_sync/probe_difference": sync.probe.difference if sync.probe else math.nan,
     }
     scalars |= _rollout_scalars(rollouts) | _memory_scalars()
     scalars |= {f"time/{stage}": seconds for stage, seconds in times.seconds.items()}
     scalars["time/total"] = times.total
-    num_tokens = sum(len(r.response_ids) for r in rollouts)
-    scalars["throughput/tokens_per_s"] = num_tokens / times.total
+    scalars["throughput/tokens_per_s"] = num_tokens(rollouts) / times.total
     return scalars
+
+
+def num_tokens(rollouts: Sequence[Rollout]) -> int:
+    """Of all responses."""
+    return sum(len(r.response_ids) for r in rollouts)
 
 
 def packing_scalars(plans: Sequence[PackedRollouts], layout: Layout) -> dict[str, float]:
@@ -63,12 +70,21 @@ def histograms(reports: Sequence[StepReport]) -> dict[str, list[float]]:
 
 
 def _rollout_scalars(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    count = len(rollouts)
-    return {
-        "rollout/length_mean": sum(len(r.response_ids) for r in rollouts) / count,
-        "rollout/truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / count,
-        "rollout/repetition": sum(_repetition(r.response_ids) for r in rollouts) / count,
-    }
+    """Of the student's samples; of reference answers under a name of their own."""
+    sampled = [r for r in rollouts if r.source == "sampled"]
+    references = [r for r in rollouts if r.source == "reference"]
+    scalars = {"rollout/reference_fraction": len(references) / len(rollouts)}
+    if references:
+        scalars["reference/length_mean"] = num_tokens(references) / len(references)
+    if sampled:
+        count = len(sampled)
+        cut = sum(r.finish_reason == "length" for r in sampled)
+        scalars |= {
+            "rollout/length_mean": num_tokens(sampled) / count,
+            "rollout/truncated_fraction": cut / count,
+            "rollout/repetition": sum(_repetition(r.response_ids) for r in sampled) / count,
+        }
+    return scalars
 
 
 def _repetition(ids: Sequence[int], n: int = 4) -> float:
@@ -83,54 +99,118 @@ def _memory_scalars() -> dict[str, float]:
     return {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def step_line(iteration: int, scalars: dict[str, float]) -> str:
-    """`step 120 | loss 0.4312 | rev_kl 0.38 | …`, what to watch first."""
+def step_line(
+    iteration: int, total: int, scalars: dict[str, float], remaining_s: float | None
+) -> str:
+    """`step 120/200 | loss 0.4312 | rev_kl 0.38 | …`, what to watch first."""
 
     def seconds(stage: str) -> str:
         return f"{stage} {scalars.get(f'time/{stage}', 0):.1f}"
 
+    def named(label: str, name: str, form: str) -> list[str]:
+        value = scalars.get(name, math.nan)
+        return [f"{label} {value:{form}}"] if value == value else []
+
     stages = " ".join(seconds(stage) for stage in ("rollout", "score", "train", "sync"))
-    return (
-        f"step {iteration} | loss {scalars['loss/total']:.4f} | "
-        f"rev_kl {scalars['loss/reverse_kl']:.3f} | gate {scalars['gate/fraction']:.3f} | "
-        f"teacher_H {scalars['entropy/teacher_mean']:.3f} | "
-        f"student_H {scalars['entropy/student_mean']:.3f} | "
-        f"len {scalars['rollout/length_mean']:.1f} | "
-        f"mismatch {scalars['mismatch/logprob_abs_mean']:.1e} | "
-        f"gnorm {scalars['optim/grad_norm']:.2f} | "
-        f"tok/s {scalars['throughput/tokens_per_s']:.0f} | "
-        f"{scalars['time/total']:.1f} s ({stages})"
-    )
+    memory = next(v for name, v in scalars.items() if name.startswith("memory/"))
+    references = scalars["rollout/reference_fraction"]
+    parts = [
+        f"step {iteration}/{total}",
+        f"loss {scalars['loss/total']:.4f}",
+        f"rev_kl {scalars['loss/reverse_kl']:.3f}",
+        f"gate {scalars['gate/fraction']:.3f}",
+        f"teacher_H {scalars['entropy/teacher_mean']:.3f}",
+        f"student_H {scalars['entropy/student_mean']:.3f}",
+        *([f"references {references:.0%}"] if references else []),
+        *named("len", "rollout/length_mean", ".1f"),
+        *named("mismatch", "mismatch/logprob_abs_mean", ".1e"),
+        f"gnorm {scalars['optim/grad_norm']:.2f}",
+        f"tokens {scalars['throughput/tokens_total']:,.0f}",
+        f"tok/s {scalars['throughput/tokens_per_s']:.0f}",
+        f"{memory:.1f} GiB",
+        f"{scalars['time/total']:.1f} s ({stages})",
+    ]
+    if remaining_s is not None:
+        parts.append(f"ETA {_clock(remaining_s)}")
+    return " | ".join(parts)
 
 
-def samples_markdown(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> str:
-    """Prompts and responses as text, for TensorBoard."""
-    return "\n\n".join(
-        f"**{r.prompt.text}** → {tokenizer.decode(r.response_ids)} _({r.finish_reason})_"
-        for r in rollouts
-    )
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def samples_markdown(
+    rollouts: Sequence[Rollout], tokenizer: Tokenizer, correct: Sequence[bool] | None = None
+) -> str:
+    """Prompts and responses as text for TensorBoard, with what a reader judges them by; `correct`:
+    marks, where they were graded."""
+    parts = []
+    for n, rollout in enumerate(rollouts):
+        ending = {"stop": "ended", "length": "cut"}[rollout.finish_reason]
+        facts = [f"{len(rollout.response_ids)} tokens, {ending}"]
+        if rollout.source == "reference":
+            facts.append("a reference answer, not the student's")
+        if rollout.prompt.answer:
+            facts.append(f"answer: {escape_markdown(rollout.prompt.answer)}")
+        if correct is not None:
+            facts.append("right" if correct[n] else "wrong")
+        text = escape_markdown(tokenizer.decode(rollout.response_ids))
+        parts.append(
+            f"**{escape_markdown(rollout.prompt.text)}**\n\n{text}\n\n_({'; '.join(facts)})_"
+        )
+    return "\n\n---\n\n".join(parts)
+
+
+_SPECIAL = re.compile(r"[\\`*_{}\[\]()<>#+\-.!|~=^:&$]|^ +", re.MULTILINE)
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is: `3*4*5` is no emphasis, `# 18` no heading, `|` no table,
+    and lines end where they end."""
+    # Entities: TensorBoard's Markdown takes a backslash before some of these only.
+    escaped = _SPECIAL.sub(lambda found: "".join(f"&#{ord(c)};" for c in found[0]), text)
+    return escaped.replace("\n", "  \n")
 
 
 def before_after_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: every evaluation figure at the first and at the last evaluation of the run."""
     evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
     if not evaluations:
-        return "No evaluation was configured (evaluation.task)."
+        return "No evaluation was configured (evaluation.prompts or evaluation.task)."
     before, after = evaluations[0], evaluations[-1]
     lines = [
         f"| held-out figure | before (iteration {before['iteration']}) | "
         f"after (iteration {after['iteration']}) | change |",
         "|---|---|---|---|",
     ]
-    for name in (n for n in before if n.startswith("eval/")):
+    for name in (n for n in before if n.startswith("eval/") and not _is_bound(n)):
         old, new = before[name], after.get(name, float("nan"))
-        lines.append(f"| {name.removeprefix('eval/')} | {old:.4f} | {new:.4f} | {new - old:+.4f} |")
+        shown = [_with_interval(name, row) for row in (before, after)]
+        label = name.removeprefix("eval/")
+        lines.append(f"| {label} | {shown[0]} | {shown[1]} | {new - old:+.4f} |")
     return "\n".join(lines)
+
+
+def _is_bound(name: str) -> bool:
+    return name.endswith(("/accuracy_low", "/accuracy_high"))
+
+
+def _with_interval(name: str, figures: dict[str, Any]) -> str:
+    """The mean accuracy with its 95 % interval, every other figure alone."""
+    task, _, figure = name.rpartition("/")
+    shown = f"{figures.get(name, math.nan):.4f}"
+    low = figures.get(f"{task}/accuracy_low")
+    if figure.startswith("avg@") and low is not None:
+        shown += f" ({low:.4f} to {figures[f'{task}/accuracy_high']:.4f})"
+    return shown
 
 
 def figures_table(figures: dict[str, float]) -> str:
     """Markdown: the figures of one evaluation."""
-    rows = [f"| {name.removeprefix('eval/')} | {value:.4f} |" for name, value in figures.items()]
+    names = [name for name in figures if not _is_bound(name)]
+    rows = [f"| {n.removeprefix('eval/')} | {_with_interval(n, figures)} |" for n in names]
     return "\n".join(["| held-out figure | value |", "|---|---|", *rows])
 
 
@@ -142,8 +222,8 @@ def write_report(config: Config, table: str, hf_dir: Path | None, minutes: float
         "",
         table,
         "",
-        f"- run: {run_dir} ({config.training.train_iters} iterations, this start took "
-        f"{minutes:.1f} min)",
+        f"- run: {run_dir} ({config.training.train_iters} iterations; this command took "
+        f"{minutes:.1f} min from its start)",
         f"- Hugging Face export: {hf_dir or 'none (checkpoint.export_hf=false)'}",
         # With its path: the environment need not be activated.
         f"- TensorBoard: `{Path(sys.executable).with_name('tensorboard')} --logdir "

@@ -1,9 +1,11 @@
 """What a run says: lines on the terminal and in RUN_DIR/log/, and the time its stages take."""
 
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,13 +16,37 @@ from megatron_eopd.parallel.collectives import naming_stage
 Item = TypeVar("Item")
 
 
+def seconds_since_start() -> float:
+    """Of this process, from Linux's own books: imports count too."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime, field 22 of proc(5)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def tell_torchrun(reason: str) -> None:
+    """Why this rank ends: torchrun closes with it, below the noise of the ranks that it stops.
+
+    The file's form is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler, whose
+    own writer would put a traceback there.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"timestamp": str(int(time.time()))}
+        content = json.dumps({"message": {"message": reason, "extraInfo": extra}})
+        with suppress(OSError):  # it says the same above
+            Path(path).write_text(content)
+
+
 class RunLog:
     """Lines of this rank. Every rank has a file; only rank 0 also speaks on the terminal."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self.stage = "start-up"
         """What this rank is doing, for when it is stopped from outside."""
+        self.startup: dict[str, float] = {}
+        """Seconds of the parts of the start."""
         self._speaks = rank == 0
+        self._pace: tuple[int, float] | None = None  # an iteration, and when it was finished
         path = run_dir / "log" / f"rank{rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1)
@@ -39,6 +65,16 @@ class RunLog:
     def progress(self, first: int, total: int) -> tqdm:
         """A bar over iterations; none where the terminal is a file or another rank's."""
         return tqdm(initial=first, total=total, unit="iter", disable=None if self._speaks else True)
+
+    def remaining_s(self, finished: int, total: int) -> float | None:
+        """Seconds to the last iteration at the mean pace of this start, evaluations and checkpoints
+        included; None after its first iteration, whose start nobody took down."""
+        now = time.monotonic()
+        if self._pace is None:
+            self._pace = (finished, now)
+            return None
+        first, begin = self._pace
+        return (now - begin) / (finished - first) * (total - finished)
 
     def close(self) -> None:
         self._file.close()

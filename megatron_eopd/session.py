@@ -2,35 +2,32 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 import torch.distributed as dist
 
 from megatron_eopd import checkpoint
 from megatron_eopd.config import Config
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.data.tokenizer import Tokenizer
-from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.models.build import CausalLM, build_model, read_hf_config
 from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.load import load_weights
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.worlds import Role
-from megatron_eopd.preflight import Inputs, max_sequence_length
-from megatron_eopd.records import Prompt
+from megatron_eopd.preflight import Inputs
+from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, SyncReport
+from megatron_eopd.rollout.engine_process import EngineProcess
 from megatron_eopd.rollout.megatron_engine import MegatronEngine, score_tokens
-from megatron_eopd.rollout.vllm_engine import VllmEngine, vllm_available
-from megatron_eopd.run_log import RunLog
+from megatron_eopd.rollout.vllm_engine import VllmEngine, launch_vllm, vllm_available
+from megatron_eopd.run_log import RunLog, StageTimes
 from megatron_eopd.teacher.placement import open_teachers
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.optimizer import Trainable, make_trainable
 from megatron_eopd.training.token_loss import TokenLoss
-from megatron_eopd.weight_sync.verify import check_probe
-
-PROBE_SEQUENCES, PROBE_TOKENS = 4, 16
+from megatron_eopd.weight_sync.verify import SyncCheck, probe_sequences
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,25 @@ class Session:
     token_loss: TokenLoss
     exporter: Exporter
     engine: RolloutEngine
+    sync_check: SyncCheck
+    max_probe_tokens: int
     vocab_size: int
     first_iteration: int
     """0, or the iteration of the checkpoint that was loaded."""
 
-    def push_weights(self, version: int) -> SyncReport:
-        """Give the engine the student's weights, and check with probes that it holds them."""
+    def push_weights(self, version: int, rollouts: Sequence[Rollout] = ()) -> SyncReport:
+        """Give the engine the student's weights, and compare what both make of likely tokens, also
+        of these rollouts."""
         report = self.engine.update_weights(version)
-        if self.config.weight_sync.verify and isinstance(self.engine, VllmEngine):
-            probes = probe_sequences(self.vocab_size, self.config)
-            check_probe(
-                self.engine.score(probes),
-                score_tokens(self.student.chunks, probes, self.vocab_size, self.context),
-                tolerance=_probe_tolerance(self.config),
-                version=version,
-            )
-        return report
+        if not (self.config.weight_sync.verify and isinstance(self.engine, VllmEngine)):
+            return report
+        probes = probe_sequences(self.prompts, rollouts, self.max_probe_tokens)
+        probe = self.sync_check.judge(
+            self.engine.score(probes),
+            score_tokens(self.student.chunks, probes, self.vocab_size, self.context),
+            version,
+        )
+        return replace(report, probe=probe)
 
 
 @contextmanager
@@ -76,42 +76,88 @@ def open_session(
     log: RunLog,
 ) -> Iterator[Session]:
     """On the student's ranks. `store`: the job's, where separate teachers are met."""
-    student_path = config.student.hf_path
-    hf_config = read_hf_config(student_path)
-    chunks = build_model(student_path, config.model, context)
-    errors: list[Exception] = []
-    with collecting(errors):  # each rank reads other tensors, so one may fail alone
-        load_weights(chunks, student_path, context)
-    raise_together(errors, context.cpu_group)  # before the collectives of the next model's loading
-    student = make_trainable(chunks, config, context)
-    first_iteration = 0
-    if inputs.resume_from is not None:
-        first_iteration = checkpoint.load(inputs.resume_from, student, context).iteration
-        log.line(f"resumed from {inputs.resume_from}")
-    bucket_bytes = int(config.weight_sync.bucket_mib * 2**20)
-    exporter = Exporter(chunks, hf_config, context, bucket_bytes)
+    times = StageTimes(log, "start-up")
+    hf_config = read_hf_config(config.student.hf_path)
     with ExitStack() as stack:
-        teachers = stack.enter_context(open_teachers(config, roles, inputs.swaps, store, context))
-        engine = _make_engine(config, inputs, chunks, exporter, hf_config.vocab_size, context, log)
+        # First of all: vLLM loads in its own process while the models are built here.
+        errors: list[Exception] = []
+        process = None
+        with collecting(errors):
+            if context.layout.rank == 0 and _wants_vllm(config, inputs):
+                process = _launch_vllm(config, inputs)
+                stack.callback(process.kill)
+        raise_together(errors, context.cpu_group)
+        with times("student"):
+            student = _build_student(config, context)
+        first_iteration = 0
+        if inputs.resume_from is not None:
+            with times("checkpoint"):
+                first_iteration = checkpoint.load(inputs.resume_from, student, context).iteration
+            log.line(f"resumed from {inputs.resume_from}")
+        bucket_bytes = int(config.weight_sync.bucket_mib * 2**20)
+        chunks = student.chunks
+        exporter = Exporter(chunks, hf_config, context, bucket_bytes)
+        with times("teachers"):
+            teachers = stack.enter_context(
+                open_teachers(config, roles, inputs.swaps, store, context)
+            )
+        with times("engine"):
+            engine = _make_engine(
+                process, config, inputs, chunks, exporter, hf_config.vocab_size, context, log
+            )
         stack.enter_context(closing(engine))
+        log.startup |= times.seconds
         yield Session(
             config=config,
             context=context,
             log=log,
             tokenizer=inputs.tokenizer,
             prompts=inputs.prompts,
-            held_out=held_out_prompts(config, inputs.tokenizer),
+            held_out=inputs.held_out,
             student=student,
             teachers=teachers,
             token_loss=TokenLoss(chunks[-1], teachers.heads, config, hf_config.vocab_size, context),
             exporter=exporter,
             engine=engine,
+            sync_check=SyncCheck(config.weight_sync, config.coarsest_dtype),
+            # To score a sequence vLLM also samples the token behind it.
+            max_probe_tokens=inputs.max_sequence_length - 1,
             vocab_size=hf_config.vocab_size,
             first_iteration=first_iteration,
         )
 
 
+def _build_student(config: Config, context: ParallelContext) -> Trainable:
+    path = config.student.hf_path
+    chunks = build_model(path, config.model, context)
+    errors: list[Exception] = []
+    with collecting(errors):  # each rank reads other tensors, so one may fail alone
+        load_weights(chunks, path, context)
+    raise_together(errors, context.cpu_group)  # before the collectives of the next model's loading
+    return make_trainable(chunks, config, context)
+
+
+def _wants_vllm(config: Config, inputs: Inputs) -> bool:
+    """The same on every rank."""
+    rollout = config.rollout
+    if rollout.replay is not None or rollout.engine == "megatron" or not vllm_available():
+        return False
+    return rollout.ever_samples or bool(inputs.held_out)
+
+
+def _launch_vllm(config: Config, inputs: Inputs) -> EngineProcess:
+    return launch_vllm(
+        model_path=config.student.hf_path,
+        dtype=config.dtype_of(config.rollout),
+        seed=config.seed,
+        max_model_len=inputs.max_sequence_length,
+        rollout=config.rollout,
+        log_path=config.run_dir / "log" / "engine.txt",
+    )
+
+
 def _make_engine(
+    process: EngineProcess | None,
     config: Config,
     inputs: Inputs,
     chunks: Sequence[CausalLM],
@@ -120,40 +166,29 @@ def _make_engine(
     context: ParallelContext,
     log: RunLog,
 ) -> RolloutEngine:
+    """`process`: vLLM's, on rank 0 of a run that wants it."""
     rollout = config.rollout
-    if rollout.replay is not None:
-        log.line(f"rollouts: replayed from {rollout.replay}; evaluations use the exact sampler")
+    if not _wants_vllm(config, inputs):
+        log.line(f"rollouts: {_why_without_vllm(config, inputs)}")
         return MegatronEngine(chunks, vocab_size, rollout.max_num_seqs, context)
-    if rollout.engine == "megatron" or not vllm_available():
-        why = "as configured" if rollout.engine == "megatron" else "vLLM is NOT installed here"
-        log.line(f"rollouts: the trainer's exact sampler ({why}); slow for anything but toys")
-        return MegatronEngine(chunks, vocab_size, rollout.max_num_seqs, context)
-    log.line("rollouts: starting vLLM …")
     return VllmEngine(
-        model_path=config.student.hf_path,
-        dtype=config.dtype_of(rollout),
-        seed=config.seed,
-        # One more: to score a sequence vLLM also samples the token behind it.
-        max_model_len=max(max_sequence_length(config, inputs.prompts), PROBE_TOKENS) + 1,
+        process,
+        max_model_len=inputs.max_sequence_length,
         rollout=rollout,
         weight_sync=config.weight_sync,
         manifest=exporter.manifest,
         stage_leader=context.layout.leads_stage,
         export_buckets=exporter.buckets,
         cpu_group=context.cpu_group,
-        log_path=config.run_dir / "log" / "engine.txt",
+        tell=log.line,
     )
 
 
-def probe_sequences(vocab_size: int, config: Config) -> list[list[int]]:
-    """Fixed random token ids: they touch weights that real text may leave alone."""
-    generator = torch.Generator().manual_seed(config.seed)
-    shape = (PROBE_SEQUENCES, PROBE_TOKENS)
-    return torch.randint(vocab_size, shape, generator=generator).tolist()
-
-
-def _probe_tolerance(config: Config) -> float:
-    if config.weight_sync.tolerance is not None:
-        return config.weight_sync.tolerance
-    exact = config.model.dtype == "float32" and config.dtype_of(config.rollout) == "float32"
-    return 1e-4 if exact else 0.1
+def _why_without_vllm(config: Config, inputs: Inputs) -> str:
+    rollout = config.rollout
+    if rollout.replay is not None:
+        return f"replayed from {rollout.replay}; evaluations use the exact sampler"
+    if not rollout.ever_samples and not inputs.held_out:
+        return "none; every iteration trains on reference answers"
+    why = "as configured" if rollout.engine == "megatron" else "vLLM is NOT installed here"
+    return f"the trainer's exact sampler ({why}); slow for anything but toys"

@@ -25,7 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved configuration and derived numbers, and stop",
+        help="check everything that a run would, print what it would do, and stop",
+    )
+    parser.add_argument(
+        "--show-config", action="store_true", help="in a dry run, also every option's value"
     )
     parser.add_argument(
         "--world-size", type=int, help="ranks to assume in a dry run; default TP × PP"
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from megatron_eopd import job
 
         if parsed.dry_run:
-            job.dry_run(config, parsed.world_size)
+            job.dry_run(config, parsed.world_size, parsed.show_config)
         else:
             job.train(config)
 

@@ -7,6 +7,7 @@ import pytest
 from megatron_eopd import evaluate, train
 from megatron_eopd.config import ConfigError, changed_options, describe_options, load_config
 from megatron_eopd.presets import PRESETS
+from tests.test_preflight import QUICKSTART
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,3 +118,33 @@ def test_help_lists_every_option_with_its_default(command, capsys):
 def test_every_preset_can_be_chosen(toml):
     for name in PRESETS:
         assert load_config(toml, [f"objective.name={name}"]).objective.name == name
+
+
+def test_paths_of_a_file_may_be_relative_to_it(tmp_path, monkeypatch):
+    """Beside the file if it is there, else from where the command runs; the command line always
+    means the latter, and a path that is nowhere is refused with both places, but only when a run
+    wants it."""
+    here, elsewhere = tmp_path / "configs", tmp_path / "work"
+    for directory in (here / "student", elsewhere / "teacher", elsewhere / "student"):
+        directory.mkdir(parents=True)
+    toml = here / "run.toml"
+    toml.write_text(
+        'run_dir = "run"\n[student]\nhf_path = "student"\n[teacher]\nhf_path = "teacher"\n'
+        '[data]\nprompts = "prompts.jsonl"\n'
+    )
+    monkeypatch.chdir(elsewhere)
+    config = load_config(toml)
+    assert config.student.hf_path == here / "student"
+    assert config.teacher.hf_path == Path("teacher") and config.run_dir == Path("run")
+    with pytest.raises(ConfigError) as refused:
+        config.check_inputs_exist()
+    for place in (here, elsewhere):
+        assert str(place / "prompts.jsonl") in str(refused.value)
+    config = load_config(toml, ["data.prompts=countdown", "student.hf_path=student"])
+    config.check_inputs_exist()
+    assert config.student.hf_path == Path("student") and config.data.prompts == "countdown"
+
+
+def test_two_held_out_sets_are_one_too_many():
+    with pytest.raises(ConfigError, match="two held-out sets"):
+        load_config(QUICKSTART, ["evaluation.prompts=p.jsonl"])

@@ -1,11 +1,21 @@
 """Means are sums and counts until the last moment; the files tell one story after a resume."""
 
 import math
+import re
+from html import unescape
 
 import pytest
+import torch
 
-from megatron_eopd.metrics import MetricsWriter, divide, percentile, read_metrics
-from megatron_eopd.report import _repetition, before_after_table
+from megatron_eopd.metrics import Means, MetricsWriter, divide, percentile, read_metrics
+from megatron_eopd.records import Prompt, Rollout
+from megatron_eopd.report import (
+    _repetition,
+    before_after_table,
+    escape_markdown,
+    figures_table,
+    samples_markdown,
+)
 
 
 def test_means_weigh_tokens_not_batches():
@@ -36,6 +46,15 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     assert [(r["iteration"], r["x"]) for r in rows] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
+    """Its first evaluation is made again, and stands in the file once."""
+    for _ in range(2):
+        writer = MetricsWriter(tmp_path, resumed_at=0)
+        writer.write(0, {"eval/t/pass@1": 0.5})
+        writer.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
 def test_percentiles_interpolate():
     assert percentile([0.0, 1.0, 2.0, 3.0], 0.5) == 1.5
     assert math.isnan(percentile([], 0.5))
@@ -57,3 +76,81 @@ def test_the_table_compares_the_first_and_the_last_evaluation():
     assert "before (iteration 0) | after (iteration 9)" in table
     assert "| t/pass@1 | 0.1000 | 0.4000 | +0.3000 |" in table
     assert "No evaluation" in before_after_table(rows[1:2])
+
+
+def test_a_constant_is_drawn_as_a_constant(tmp_path):
+    """A mean of many 0.8 is 0.8, and of sums of 0.1 as well."""
+    means = Means()
+    for count in (3, 7, 11):
+        means.add("gate/threshold", torch.full((count,), 0.8, dtype=torch.float64))
+    total, count = means._sums["gate/threshold"].tolist()
+    writer = MetricsWriter(tmp_path, resumed_at=0)
+    writer.write(1, {"gate/threshold": total / count, "x": (0.1 + 0.2) / 1})
+    writer.close()
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["gate/threshold"] == 0.8 and row["x"] == 0.3
+
+
+def test_a_long_sum_of_float32_values_keeps_its_digits():
+    values = torch.full((100_001,), 0.1)
+    means = Means()
+    means.add("x", values)
+    total, count = means._sums["x"].tolist()
+    assert total / count == pytest.approx(values[0].item(), rel=1e-12)
+
+
+def test_tokens_are_counted_over_resumes(tmp_path):
+    writer = MetricsWriter(tmp_path, resumed_at=0)
+    for iteration in range(1, 4):
+        writer.write(iteration, {"throughput/tokens_total": 100 * iteration})
+    writer.write(3, {"eval/t/pass@1": 0.1})
+    assert writer.tokens_total == 300
+    writer.close()
+    writer = MetricsWriter(tmp_path, resumed_at=2)
+    assert writer.tokens_total == 200
+    writer.close()
+
+
+def test_the_accuracy_of_a_report_has_its_interval():
+    rows = [{"iteration": i, "eval/t/avg@1": 0.1, "eval/t/accuracy_low": 0.05} for i in (0, 3)]
+    rows = [row | {"eval/t/accuracy_high": 0.2} for row in rows]
+    table = before_after_table(rows)
+    assert "| t/avg@1 | 0.1000 (0.0500 to 0.2000) | 0.1000 (0.0500 to 0.2000) | +0.0000 |" in table
+    assert "accuracy_low" not in table
+    assert "| t/avg@1 | 0.1000 (0.0500 to 0.2000) |" in figures_table(rows[0] | {"iteration": 0.0})
+
+
+def test_text_is_shown_as_it_was_written():
+    """Rendered as Markdown, every character is back."""
+    markdown = pytest.importorskip("markdown")
+    for text in (
+        "3*4*5 = 60",
+        "# 18",
+        "a_b_c",
+        "x | y",
+        "1. one",
+        "- 2",
+        "a\n===",
+        "    4",
+        "<<48/2=24>>24",
+        "`x`",
+    ):
+        html = markdown.markdown(escape_markdown(text), extensions=["tables"])
+        shown = unescape(re.sub(r"</?p>|<br ?/?>", "", html))
+        assert shown == text, html
+    assert markdown.markdown(escape_markdown("a\nb")).count("<br") == 1
+
+
+def test_samples_say_what_a_reader_judges_them_by():
+    class Tokenizer:
+        def decode(self, ids):
+            return "so 3*4 = 12"
+
+    prompt = Prompt(0, "3*4 = ?", "12", (1,))
+    rollouts = [
+        Rollout(prompt, 0, (1, 2, 3), (0.0,) * 3, "stop", 0),
+        Rollout(prompt, 0, (1, 2), (0.0,) * 2, "length", 0, source="reference"),
+    ]
+    ended, cut = samples_markdown(rollouts, Tokenizer(), [True, False]).split("---")
+    assert "3&#42;4" in ended and "(3 tokens, ended; answer: 12; right)" in ended
+    assert "2 tokens, cut; a reference answer, not the student's; answer: 12; wrong" in cut

@@ -1,5 +1,6 @@
 """The wire format, the transfer groups and their deadlines, without an engine."""
 
+import math
 import threading
 import time
 
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_eopd.rollout.engine import EngineError
+from megatron_eopd.config import WeightSyncConfig
+from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.weight_sync.communicator import (
     GlooCommunicator,
     TransferError,
@@ -18,7 +20,12 @@ from megatron_eopd.weight_sync.communicator import (
 from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
 from megatron_eopd.weight_sync.packing import buffer_bytes, checksum, offsets, pack, unpack
 from megatron_eopd.weight_sync.sender import WeightSender
-from megatron_eopd.weight_sync.verify import check_probe, probe_difference
+from megatron_eopd.weight_sync.verify import (
+    EXPECTED_ROUNDING,
+    SyncCheck,
+    mean_difference,
+    probe_sequences,
+)
 
 CPU = torch.device("cpu")
 # Odd sizes and mixed types, so that nothing is aligned by accident.
@@ -213,12 +220,47 @@ def test_port_in_use_is_named():
         serve_store(taken.port, 1)
 
 
-def test_probe_difference_is_the_largest():
-    assert probe_difference([[-1.0, -2.0], [-3.0]], [[-1.0, -2.25], [-3.125]]) == 0.25
+LIKELY = [math.log(0.5)] * 8
 
 
-@pytest.mark.parametrize("wrong", [-1.5, float("nan")])
-def test_probe_out_of_tolerance_names_the_values(wrong):
-    check_probe([[-1.0]], [[-1.0]], tolerance=1e-4, version=3)
-    with pytest.raises(EngineError, match=r"weight version 3 .* nats; .*tolerance is 0.0001"):
-        check_probe([[-1.0]], [[wrong]], tolerance=1e-4, version=3)
+def test_only_likely_tokens_are_compared():
+    """A rare token is off by a step of bfloat16 and does not count; fewer than eight likely ones
+    are filled up with the likeliest."""
+    trainer = [[*LIKELY[:4], -30.0], LIKELY[4:]]
+    engine = [[*[x - 0.01 for x in LIKELY[:4]], -29.0], LIKELY[4:]]
+    difference, count = mean_difference(engine, trainer, min_probability=0.1)
+    assert count == 8 and difference == pytest.approx(0.005)
+    assert mean_difference([[-5.0, -9.0]], [[-4.0, -6.0]], 0.1) == (2.0, 2)
+
+
+@pytest.mark.parametrize("dtype,rounding", EXPECTED_ROUNDING.items())
+def test_the_check_warns_and_stops_by_the_rounding_of_the_first_sync(dtype, rounding):
+    def judge(check, difference):
+        probe = check.judge([[x - difference for x in LIKELY]], [LIKELY], version=3)
+        assert probe.difference == pytest.approx(difference) or difference != difference
+        return probe
+
+    quiet, noisy = (SyncCheck(WeightSyncConfig(), dtype) for _ in range(2))
+    assert judge(quiet, rounding / 10).verdict == "sound"
+    assert judge(quiet, 2.9 * rounding).verdict == "sound", "a lucky first figure is no baseline"
+    assert judge(quiet, 4 * rounding).verdict == "warn"
+    stopped = judge(quiet, 11 * rounding)
+    assert stopped.verdict == "stop"
+    assert "weight version 3" in stopped.message and "probe_stop_factor=10" in stopped.message
+    assert judge(quiet, math.nan).verdict == "stop"
+    assert judge(noisy, 2.5 * rounding).verdict == "sound"
+    assert judge(noisy, 7 * rounding).verdict == "sound", "three times what was measured"
+    assert judge(noisy, 8 * rounding).verdict == "warn"
+    assert judge(SyncCheck(WeightSyncConfig(), dtype), 11 * rounding).verdict == "stop"
+
+
+def test_probes_are_of_prompts_and_of_the_newest_responses():
+    prompts = [Prompt(i, "", "", (i,) * 300) for i in range(10)]
+    rollouts = [Rollout(p, 0, (90,) * 300, (0.0,) * 300, "stop", 1) for p in prompts]
+    probes = probe_sequences(prompts, rollouts, max_tokens=40)
+    assert [(ids[0], ids[-1], len(ids)) for ids in probes] == [
+        *((i, i, 40) for i in (0, 5)),
+        *((i, 90, 40) for i in (0, 5)),
+    ]
+    assert len(probe_sequences(prompts[:1], [], max_tokens=500)[0]) == 96
+    assert probe_sequences([Prompt(0, "", "", (1,))], [], 40) == [], "nothing to predict"

@@ -6,10 +6,10 @@ without having stored anything.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,16 +19,35 @@ from megatron_eopd.data.jsonl import read_jsonl
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt
 
+TokenIds = tuple[int, ...]
+
 
 class PromptSet:
-    def __init__(self, prompts: list[Prompt], seed: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        seed: int,
+        shuffle: bool,
+        references: Sequence[tuple[TokenIds, ...]] = (),
+    ) -> None:
+        """`references`: the reference answers of each prompt, if there are any."""
         self._prompts = prompts
+        self._references = references
         self._seed = seed
         self._shuffle = shuffle
         self._order_of: tuple[int, list[int]] = (-1, [])  # (epoch, order), the last one used
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self._prompts[index]
+
+    def reference(self, prompt: Prompt, sample_index: int) -> TokenIds:
+        """The answer, its end of sequence included, that stands in for a sample of the prompt; a
+        prompt with several has them in turn."""
+        answers = self._references[prompt.index]
+        return answers[sample_index % len(answers)]
 
     @property
     def longest(self) -> int:
@@ -45,7 +64,9 @@ class PromptSet:
                 for p in self._prompts
             ]
         )
-        return hashlib.sha256(texts.encode()).hexdigest()
+        # Prompts without references keep the digest that they had before there were any.
+        references = json.dumps(self._references) if self._references else ""
+        return hashlib.sha256((texts + references).encode()).hexdigest()
 
     def batch(self, iteration: int, size: int) -> list[Prompt]:
         """The `size` prompts of an iteration; epochs follow each other without a gap."""
@@ -71,17 +92,27 @@ def load_prompts(
     tokenizer: Tokenizer,
     seed: int,
     teachers: Collection[str] = (DEFAULT_TEACHER,),
+    *,
+    max_reference_length: int | None = None,
 ) -> PromptSet:
-    """`teachers`: names that lines may have under `data.teacher_key`.
+    """`teachers`: names that lines may have under `data.teacher_key`; `max_reference_length`, in
+    tokens: every prompt needs a reference answer under `data.response_key`, at most so long.
 
     Raises:
         ConfigError: a file that is missing or empty, or a line that cannot be used (which one).
     """
-    rows = countdown_rows("train") if data.prompts == "countdown" else _jsonl_rows(data, teachers)
-    prompts = list(encode_prompts(rows, data, tokenizer))
+    if data.prompts == "countdown":
+        rows = countdown_rows("train")
+    else:
+        rows = jsonl_rows(Path(data.prompts), data, teachers, "data.prompts")
+    rows = list(rows)
+    prompts = list(encode_prompts(iter(rows), data, tokenizer))
     if not prompts:
         raise ConfigError(f"data.prompts={data.prompts}: no prompts in it.")
-    return PromptSet(prompts, seed, data.shuffle)
+    references: list[tuple[TokenIds, ...]] = []
+    if max_reference_length is not None:
+        references = _encode_references(rows, data, tokenizer, max_reference_length)
+    return PromptSet(prompts, seed, data.shuffle, references)
 
 
 class Row(NamedTuple):
@@ -92,6 +123,8 @@ class Row(NamedTuple):
     text: str
     answer: str
     teacher: str = DEFAULT_TEACHER
+    responses: tuple[str, ...] = ()
+    """Reference answers."""
 
 
 def countdown_rows(split: str) -> Iterator[Row]:
@@ -122,13 +155,14 @@ def encode_prompts(rows: Iterator[Row], data: DataConfig, tokenizer: Tokenizer) 
         yield Prompt(index, text, row.answer, prompt_ids, row.teacher)
 
 
-def _jsonl_rows(data: DataConfig, teachers: Collection[str]) -> Iterator[Row]:
-    path = data.prompts
-    if not Path(path).is_file():
-        raise ConfigError(
-            f"data.prompts={path}: no such file, and no built-in task of that name (countdown)."
-        )
-    for where, row in read_jsonl(Path(path)):
+def jsonl_rows(
+    path: Path, data: DataConfig, teachers: Collection[str], option: str
+) -> Iterator[Row]:
+    """Lines of a prompt file; `option` is the one that named it."""
+    if not path.is_file():
+        builtin = ", and no built-in task of that name (countdown)" * (option == "data.prompts")
+        raise ConfigError(f"{option}={path}: no such file{builtin}.")
+    for where, row in read_jsonl(path):
         prompt, answer = row.get("prompt"), row.get("answer")
         if not isinstance(prompt, str):
             raise ConfigError(
@@ -141,4 +175,53 @@ def _jsonl_rows(data: DataConfig, teachers: Collection[str]) -> Iterator[Row]:
                 f"{where}: {data.teacher_key}={teacher!r} is no teacher of this run. Known are "
                 f"{', '.join(teachers)}; set data.teacher_key if the key means something else."
             )
-        yield Row(where, prompt, "" if answer is None else str(answer), teacher)
+        responses = _responses(row.get(data.response_key)) if data.response_key else ()
+        yield Row(where, prompt, "" if answer is None else str(answer), teacher, responses)
+
+
+def _responses(value: Any) -> tuple[str, ...]:
+    """None where there is no text, or anything but text."""
+    texts = value if isinstance(value, list) else [value]
+    is_text = all(isinstance(text, str) and text.strip() for text in texts)
+    return tuple(texts) if is_text else ()
+
+
+def _encode_references(
+    rows: Sequence[Row], data: DataConfig, tokenizer: Tokenizer, max_length: int
+) -> list[tuple[TokenIds, ...]]:
+    """
+    Raises:
+        ConfigError: lines without a reference answer, or with one that is too long; all of them.
+    """
+    missing = [row.where for row in rows if not row.responses]
+    if missing:
+        raise ConfigError(
+            f"data.response_key={data.response_key}: {len(missing)} of {len(rows)} prompts have no "
+            f"text there, and rollout.reference_fraction needs one: {_places(missing)}. Write them "
+            f"with tools/generate.py, or take these lines out."
+        )
+    end = (tokenizer.end_id,)
+    references = [tuple(tokenizer.encode_response(t) + end for t in r.responses) for r in rows]
+    longest = [max(map(len, answers)) for answers in references]
+    too_long = [r.where for r, length in zip(rows, longest, strict=True) if length > max_length]
+    if too_long:
+        raise ConfigError(
+            f"data.response_key={data.response_key}: {len(too_long)} reference answers are longer "
+            f"than rollout.max_response_length={max_length} tokens, the longest {max(longest)}: "
+            f"{_places(too_long)}. Raise the option, or take these lines out."
+        )
+    return references
+
+
+def _places(wheres: Sequence[str]) -> str:
+    """`FILE lines 3, 7-12` of `FILE line 3`, `FILE line 7`, …"""
+    path = wheres[0].rpartition(" line ")[0]
+    numbers = [int(where.rpartition(" line ")[2]) for where in wheres]
+    runs = [[numbers[0], numbers[0]]]
+    for number in numbers[1:]:
+        if number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    return f"{path} line{'s' * (len(numbers) > 1)} {shown}"

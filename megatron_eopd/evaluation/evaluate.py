@@ -5,17 +5,18 @@ The same stages as training: generate, score, measure; then grade. All ranks get
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
-from megatron_eopd.config import Config
-from megatron_eopd.data import countdown
+from megatron_eopd.config import Config, ConfigError
 from megatron_eopd.data.packing import Limits, pack, rounds_of
-from megatron_eopd.data.prompts import countdown_rows, encode_prompts
+from megatron_eopd.data.prompts import countdown_rows, encode_prompts, jsonl_rows
 from megatron_eopd.data.tokenizer import Tokenizer
-from megatron_eopd.evaluation.pass_at_k import summarize
+from megatron_eopd.evaluation.grading import Graded, grade_countdown, grade_last_number
+from megatron_eopd.evaluation.pass_at_k import summarize, wilson_interval
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
-from megatron_eopd.records import Prompt, Rollout
+from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, Sampling
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.step import measure
@@ -31,15 +32,28 @@ class Evaluation:
     figures: dict[str, float]
     """`eval/<task>/<figure>` → value."""
     samples: list[Rollout]
+    correct: list[bool]
+    """Of each sample."""
 
 
 def held_out_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
-    """The first `evaluation.num_problems` held-out problems; none without a task."""
-    if config.evaluation.task is None:
+    """The first `evaluation.num_problems` held-out problems; none without a held-out set.
+
+    Raises:
+        ConfigError: a file that is missing or empty, or a line that cannot be used (which one).
+    """
+    options = config.evaluation
+    if options.name is None:
         return []
-    rows = countdown_rows("test")
-    kept = (row for row, _ in zip(rows, range(config.evaluation.num_problems), strict=False))
-    return list(encode_prompts(kept, config.data, tokenizer))
+    if options.prompts is None:
+        rows = countdown_rows("test")
+    else:
+        names = [DEFAULT_TEACHER, *config.teachers]
+        rows = jsonl_rows(options.prompts, config.data, names, "evaluation.prompts")
+    prompts = list(encode_prompts(islice(rows, options.num_problems), config.data, tokenizer))
+    if not prompts:
+        raise ConfigError(f"evaluation.prompts={options.prompts}: no problems in it.")
+    return prompts
 
 
 def evaluate(
@@ -64,7 +78,8 @@ def evaluate(
             seed=EVALUATION_SEED,
         ),
     )
-    figures = _grade(rollouts, samples_per_problem, tokenizer)
+    graded = _grade(rollouts, samples_per_problem, tokenizer, config)
+    figures = _summarize(graded, rollouts)
     packed = pack(rollouts, Limits.of(config.training), context.layout)
     rounds = teachers.microbatches(rounds_of(packed, config.exchange_size))
     means = divide([measure(token_loss, chunks, rounds, context).sums])
@@ -75,29 +90,33 @@ def evaluate(
         ("student_entropy", "entropy/student_mean"),
     ):
         figures[figure] = means[name]
-    task = config.evaluation.task
-    return Evaluation({f"eval/{task}/{name}": value for name, value in figures.items()}, rollouts)
+    name = config.evaluation.name
+    return Evaluation(
+        {f"eval/{name}/{figure}": value for figure, value in figures.items()},
+        rollouts,
+        list(chain.from_iterable(graded.correct)),
+    )
 
 
 def _grade(
-    rollouts: list[Rollout], samples_per_problem: int, tokenizer: Tokenizer
-) -> dict[str, float]:
-    correct, canonical, num_valid = [], [], []
-    for first in range(0, len(rollouts), samples_per_problem):
-        group = rollouts[first : first + samples_per_problem]
-        problem = countdown.Problem.from_answer(group[0].prompt.answer)
-        texts = [tokenizer.decode(r.response_ids) for r in group]
-        # A response that was cut has not ended, however right it looks.
-        ended = [r.finish_reason == "stop" for r in group]
-        marks = [e and countdown.verify(problem, t) for e, t in zip(ended, texts, strict=True)]
-        correct.append(marks)
-        canonical.append(
-            [countdown.canonical(t) if m else "" for m, t in zip(marks, texts, strict=True)]
-        )
-        num_valid.append(countdown.num_valid_traces(problem))
+    rollouts: list[Rollout], samples_per_problem: int, tokenizer: Tokenizer, config: Config
+) -> Graded:
+    grade = grade_countdown if config.evaluation.prompts is None else grade_last_number
+    answers = [r.prompt.answer for r in rollouts[::samples_per_problem]]
+    # A response that was cut has not ended, however right it looks.
+    texts = [
+        tokenizer.decode(r.response_ids) if r.finish_reason == "stop" else None for r in rollouts
+    ]
+    n = samples_per_problem
+    return grade(answers, [texts[i : i + n] for i in range(0, len(texts), n)])
+
+
+def _summarize(graded: Graded, rollouts: list[Rollout]) -> dict[str, float]:
+    num_problems, samples_per_problem = len(graded.correct), len(graded.correct[0])
     ks = [k for k in REPORTED_K if k <= samples_per_problem]
-    figures = summarize(correct, canonical, num_valid, ks)
-    figures["truncated_fraction"] = sum(r.finish_reason == "length" for r in rollouts) / len(
-        rollouts
-    )
-    return figures
+    figures = summarize(graded.correct, graded.canonical, graded.num_valid, ks)
+    # Samples of one problem are not independent: the problems alone count.
+    low, high = wilson_interval(figures[f"avg@{samples_per_problem}"], num_problems)
+    figures |= {"accuracy_low": low, "accuracy_high": high}
+    cut = sum(r.finish_reason == "length" for r in rollouts)
+    return figures | {"truncated_fraction": cut / len(rollouts)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_eopd.records import Prompt, Rollout
+from megatron_eopd.weight_sync.verify import Probe
 
 
 class EngineError(RuntimeError):
@@ -35,6 +36,13 @@ class SyncReport:
     version: int
     seconds: float
     num_bytes: int
+    probe: Probe | None = None
+    """What the comparison of log-probabilities afterwards found, where there was one."""
+
+    @property
+    def is_unsound(self) -> bool:
+        """Whether the engine must not sample: it does not hold the trainer's weights."""
+        return self.probe is not None and self.probe.verdict == "stop"
 
 
 class RolloutEngine(Protocol):

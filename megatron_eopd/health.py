@@ -1,0 +1,98 @@
+"""Signs that a run goes wrong although nothing fails. In: an iteration's scalars. Out: warnings.
+
+Each is told once, with what it means and what helps. Nothing here changes the run.
+"""
+
+from collections.abc import Mapping
+from math import nan
+
+from megatron_eopd.config import Config
+from megatron_eopd.rollout.engine import SyncReport
+from megatron_eopd.run_log import RunLog
+
+EXPECTED_MISMATCH = {"float32": 1e-3, "bfloat16": 0.1}
+"""mean exp|Δ| − 1 over sampled tokens between two sound implementations; a flat student in bfloat16
+was seen at 0.15 to 0.35, which its own first iteration then says."""
+
+OPEN_GATE, TRUNCATED, REPETITION = 0.9, 0.9, 0.5
+MOSTLY_REFERENCES = 0.5
+COLLAPSED = 0.1
+"""Of the student's entropy in the first iteration, and of the teacher's at the same tokens."""
+
+
+class HealthCheck:
+    """Remembers what the first iteration of this start was like, and what was told already."""
+
+    def __init__(self, config: Config, log: RunLog) -> None:
+        self._config = config
+        self._log = log
+        self._told: set[str] = set()
+        self._mismatch = EXPECTED_MISMATCH[config.coarsest_dtype]
+        self._first: Mapping[str, float] | None = None
+
+    def look(self, scalars: Mapping[str, float], sync: SyncReport) -> None:
+        """At one iteration."""
+        # A batch of references alone has no mismatch, and no length of its own.
+        values = {name: value for name, value in scalars.items() if value == value}
+        if self._first is None and "rollout/length_mean" in values:
+            self._first = values
+            self._mismatch = max(self._mismatch, values.get("mismatch/mult_prob_error", 1.0) - 1)
+        for name, message in self._signs(values, sync).items():
+            if name not in self._told:
+                self._told.add(name)
+                self._log.line(f"WARNING (told once): {message}")
+
+    def _signs(self, values: Mapping[str, float], sync: SyncReport) -> dict[str, str]:
+        """Of this iteration, by kind."""
+        rollout, objective = self._config.rollout, self._config.objective
+        signs = {}
+        if sync.probe is not None and sync.probe.verdict == "warn":
+            signs["probe"] = sync.probe.message
+        mismatch = values.get("mismatch/mult_prob_error", nan) - 1
+        if mismatch > rollout.mismatch_warn_factor * self._mismatch:
+            signs["mismatch"] = (
+                f"engine and trainer disagree on the sampled tokens: mean exp|Δ| − 1 is "
+                f"{mismatch:.3g}, more than rollout.mismatch_warn_factor="
+                f"{rollout.mismatch_warn_factor:g} times the {self._mismatch:.3g} that rounding "
+                f"makes. The samples may come from other weights, or from a cache that was filled "
+                f"under other weights; the loss still scores them exactly."
+            )
+        gate = values.get("gate/fraction", nan)
+        if gate > OPEN_GATE and objective.parts.gate not in ("always", "never"):
+            signs["gate"] = (
+                f"the gate is open for {gate:.0%} of the tokens, so forward KL joins nearly "
+                f"everywhere: the teacher is unsure of what it reads (mean entropy "
+                f"{values['entropy/teacher_mean']:.2f} nats, objective.entropy_threshold="
+                f"{objective.entropy_threshold:g}). A student that writes garbage does that: warm "
+                f"it up with rollout.reference_fraction=1 and final_reference_fraction=0."
+            )
+        if values.get("rollout/reference_fraction", 0.0) > MOSTLY_REFERENCES:
+            return signs  # few samples, which say little
+        truncated = values.get("rollout/truncated_fraction", nan)
+        if truncated > TRUNCATED:
+            signs["truncated"] = (
+                f"{truncated:.0%} of the responses were cut at rollout.max_response_length="
+                f"{rollout.max_response_length}: the student does not end its answers, or needs "
+                f"more room. Raise the option, or check the stop ids that were told at start."
+            )
+        repetition = values.get("rollout/repetition", nan)
+        if repetition > REPETITION:
+            signs["repetition"] = (
+                f"{repetition:.0%} of the 4-grams of a response occurred in it before: the "
+                f"student repeats itself. Lower training.lr, or warm it up on reference answers."
+            )
+        if self._has_collapsed(values):
+            signs["entropy"] = (
+                f"the student's entropy fell to {values['entropy/student_mean']:.3f} nats, from "
+                f"{self._first['entropy/student_mean']:.3f} at the start, and the teacher's is "
+                f"{values['entropy/teacher_mean']:.3f}: its answers lose their diversity. Lower "
+                f"training.lr or objective.entropy_threshold, or raise "
+                f"objective.forward_kl_weight."
+            )
+        return signs
+
+    def _has_collapsed(self, values: Mapping[str, float]) -> bool:
+        if self._first is None:
+            return False
+        bound = min(self._first["entropy/student_mean"], values["entropy/teacher_mean"])
+        return values["entropy/student_mean"] < COLLAPSED * bound

@@ -1,0 +1,94 @@
+"""Warnings: when they come, that they come once, and that a healthy run has none."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_eopd.config import Config
+from megatron_eopd.health import HealthCheck
+from megatron_eopd.rollout.engine import SyncReport
+from megatron_eopd.weight_sync.verify import Probe
+
+HEALTHY = {
+    "mismatch/mult_prob_error": 1.0,
+    "gate/fraction": 0.3,
+    "rollout/length_mean": 100.0,
+    "rollout/truncated_fraction": 0.1,
+    "rollout/repetition": 0.05,
+    "entropy/student_mean": 0.8,
+    "entropy/teacher_mean": 0.9,
+}
+SYNC = SyncReport(1, 0.0, 0)
+
+
+@pytest.fixture
+def health():
+    """(check, what it said)."""
+    told: list[str] = []
+    config = Config.model_validate(
+        {"run_dir": "r", "student": {"hf_path": "s"}, "teacher": {"hf_path": "t"}}
+        | {"model": {"dtype": "bfloat16"}}
+    )
+    return HealthCheck(config, SimpleNamespace(line=told.append)), told
+
+
+def test_a_healthy_run_hears_nothing(health):
+    check, told = health
+    for _ in range(3):
+        check.look(HEALTHY, SYNC)
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    "values,said",
+    [
+        ({"gate/fraction": 0.99}, "the gate is open for 99% .*reference_fraction=1"),
+        ({"rollout/truncated_fraction": 1.0}, "100% .* cut at rollout.max_response_length=4096"),
+        ({"rollout/repetition": 0.7}, "repeats itself"),
+        ({"entropy/student_mean": 0.02}, "entropy fell to 0.020 nats, from 0.800"),
+        ({"mismatch/mult_prob_error": 1.9}, "engine and trainer disagree .* is 0.9"),
+    ],
+)
+def test_each_sign_is_told_once_with_advice(health, values, said):
+    check, told = health
+    check.look(HEALTHY, SYNC)
+    for _ in range(2):
+        check.look(HEALTHY | values, SYNC)
+    assert len(told) == 1
+    assert re.search(said, told[0], re.DOTALL), told[0]
+
+
+def test_what_a_bfloat16_run_starts_with_is_its_rounding(health):
+    """A flat student was seen at 1.35: three times the excess is the bound from there on."""
+    check, told = health
+    for error in (1.35, 1.9, 2.0):
+        check.look(HEALTHY | {"mismatch/mult_prob_error": error}, SYNC)
+    assert told == []
+    check.look(HEALTHY | {"mismatch/mult_prob_error": 2.2}, SYNC)
+    assert len(told) == 1 and "the 0.35 that rounding makes" in told[0]
+
+
+def test_a_probe_that_warns_is_passed_on(health):
+    check, told = health
+    check.look(HEALTHY, SyncReport(1, 0.0, 0, Probe(0.2, 90, "warn", "look at the probe")))
+    assert told == ["WARNING (told once): look at the probe"]
+
+
+def test_a_batch_of_references_alone_is_no_baseline(health):
+    """It has neither a length nor a mismatch of its own."""
+    check, told = health
+    nothing = float("nan")
+    alone = {k: v for k, v in HEALTHY.items() if not k.startswith("rollout/")}
+    check.look(alone | {"mismatch/mult_prob_error": nothing, "entropy/student_mean": 5.0}, SYNC)
+    check.look(HEALTHY, SYNC)
+    check.look(HEALTHY | {"entropy/student_mean": 0.2}, SYNC)
+    assert told == []
+
+
+def test_the_few_samples_of_a_warm_up_are_not_judged(health):
+    check, told = health
+    check.look(
+        HEALTHY | {"rollout/truncated_fraction": 1.0, "rollout/reference_fraction": 0.9}, SYNC
+    )
+    assert told == []
