@@ -13,7 +13,7 @@ from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.models.build import CausalLM, build_model, read_hf_config
 from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.load import load_weights
-from megatron_eopd.parallel.collectives import collecting, raise_together
+from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.worlds import Role
 from megatron_eopd.preflight import Inputs
@@ -57,11 +57,14 @@ class Session:
         report = self.engine.update_weights(version)
         if not (self.config.weight_sync.verify and isinstance(self.engine, VllmEngine)):
             return report
-        probes = probe_sequences(self.prompts, rollouts, self.max_probe_tokens)
-        probe = self.sync_check.judge(
-            self.engine.score(probes),
-            score_tokens(self.student.chunks, probes, self.vocab_size, self.context),
-            version,
+        sequences = probe_sequences(self.prompts, rollouts, self.max_probe_tokens)
+        if not sequences:  # prompts of one token, before the first responses
+            return report
+        engine = self.engine.score(sequences)
+        trainer = score_tokens(self.student.chunks, sequences, self.vocab_size, self.context)
+        # One rank judges for all: on GPUs replicas need not agree to the last bit.
+        probe = from_rank_zero(
+            lambda: self.sync_check.judge(engine, trainer, version), self.context.cpu_group
         )
         return replace(report, probe=probe)
 
