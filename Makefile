@@ -1,4 +1,5 @@
 # make quickstart   from a fresh clone to a finished distillation
+# make real         the same with a real model of 135M parameters on GSM8K, in at most 40 minutes
 # make test         lint and tests, on both supported lines of Megatron-Core
 # make test-matrix  gradient parity over all layouts that fit 8 processes; rewrites its table in docs
 # make bench        loss, weight-sync, step and conversion benchmarks for the device at hand
@@ -26,7 +27,17 @@ MCORE_TESTS := $(foreach name,models step checkpoint conversion megatron_engine 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-matrix lint bench toy-models clean
+# make real: where it works, and GSM8K's files, train.jsonl and test.jsonl, or its name on the hub.
+REAL := runs/smollm2_gsm8k
+GSM8K ?= $(firstword $(wildcard data/gsm8k ../shared/data/gsm8k) openai/gsm8k:main)
+GSM8K_TRAIN ?= $(if $(wildcard $(GSM8K)),$(GSM8K)/train.jsonl,$(GSM8K):train)
+GSM8K_TEST ?= $(if $(wildcard $(GSM8K)),$(GSM8K)/test.jsonl,$(GSM8K):test)
+# As examples/smollm2_gsm8k/eopd.toml asks its student.
+REAL_SUFFIX := Answer in a few short steps, one line each.
+REAL_PROMPTS := --apply-chat-template --prompt-suffix " $(REAL_SUFFIX)" --max-prompt-length 112
+REAL_OPTIONS ?=
+
+.PHONY: install quickstart real test test-matrix lint bench toy-models clean
 
 install: $(VENV)/installed
 
@@ -47,6 +58,32 @@ endif
 quickstart: install
 	$(BIN)/torchrun --standalone --nproc_per_node=2 -m megatron_eopd.train \
 		examples/quickstart/eopd.toml
+
+# The five commands of examples/smollm2_gsm8k/README.md. Each file is made once; training resumes.
+real: install $(REAL)/student/config.json $(REAL)/prompts.jsonl $(REAL)/held_out.jsonl
+	$(BIN)/torchrun --standalone --nproc_per_node=2 -m megatron_eopd.train \
+		examples/smollm2_gsm8k/eopd.toml $(REAL_OPTIONS)
+
+$(REAL)/teacher/config.json: $(VENV)/installed
+	$(BIN)/python examples/smollm2_gsm8k/fetch_teacher.py $(REAL)/teacher
+
+$(REAL)/student/config.json: $(REAL)/teacher/config.json
+	$(BIN)/python tools/drop_layers.py $(REAL)/teacher $(REAL)/student --layers 6,12,18,24
+
+$(REAL)/train.jsonl: $(REAL)/teacher/config.json
+	$(BIN)/python tools/prepare_data.py $(GSM8K_TRAIN) -o $@ --overwrite --preset gsm8k \
+		--exclude $(GSM8K_TEST) --tokenizer $(REAL)/teacher $(REAL_PROMPTS)
+
+$(REAL)/held_out.jsonl: $(REAL)/teacher/config.json
+	$(BIN)/python tools/prepare_data.py $(GSM8K_TEST) -o $@ --overwrite --preset gsm8k \
+		--tokenizer $(REAL)/teacher $(REAL_PROMPTS)
+
+# Under another name until it is whole: the command goes on where it was stopped.
+$(REAL)/prompts.jsonl: $(REAL)/train.jsonl
+	OMP_NUM_THREADS=2 $(BIN)/python tools/generate.py $(REAL)/teacher $(REAL)/train.jsonl \
+		-o $(REAL)/written.jsonl --limit 640 $(REAL_PROMPTS) --temperature 0.7 \
+		--max-response-length 160 --dtype bfloat16
+	cp $(REAL)/written.jsonl $@
 
 toy-models: install
 	$(BIN)/python tools/make_toy_models.py --force
