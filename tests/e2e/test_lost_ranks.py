@@ -93,7 +93,7 @@ def await_training(process: subprocess.Popen, run_dir: Path) -> list[psutil.Proc
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         log = run_dir / "log/rank0.txt"
-        if log.is_file() and "step 5 " in log.read_text():
+        if log.is_file() and "step 5/" in log.read_text():
             return psutil.Process(process.pid).children(recursive=True)
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.2)

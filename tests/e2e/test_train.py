@@ -73,7 +73,7 @@ def first_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 def test_a_run_leaves_everything_that_it_promises(first_run):
     run_dir, done = first_run
-    assert len(re.findall(r"^step \d+ \| loss ", done.stdout, re.MULTILINE)) == 3
+    assert len(re.findall(r"^step \d+/\d+ \| loss ", done.stdout, re.MULTILINE)) == 3
     assert "| countdown/reverse_kl |" in done.stdout and str(run_dir / "hf") in done.stdout
     assert (run_dir / "report.md").read_text() in done.stdout
     assert json.loads((run_dir / "config.json").read_text())["training"]["train_iters"] == 3
