@@ -13,9 +13,9 @@ from megatron_eopd.data.tokenizer import load_tokenizer
 from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 from megatron_eopd.records import Prompt, Rollout
-from megatron_eopd.rollout.engine import sample_seed
+from megatron_eopd.rollout.engine import Sampling, numbered_samples, sample_seed
 from megatron_eopd.rollout.recording import read_rollouts, write_rollouts
-from tests.test_preflight import MODELS
+from tests.test_preflight import MODELS, QUICKSTART
 
 
 def make_rollout(index: int, prompt_length: int, response_length: int) -> Rollout:
@@ -195,3 +195,24 @@ def test_a_damaged_recording_names_the_line(tmp_path):
         read_rollouts(path)
     with pytest.raises(ConfigError, match="no recorded rollouts for this iteration"):
         read_rollouts(tmp_path / "000001.jsonl")
+
+
+def test_a_prompt_that_comes_twice_draws_other_samples():
+    """As in a batch over the end of an epoch; its first samples are those that it draws alone."""
+    prompt = Prompt(3, "", "", (1,))
+    sampling = Sampling(2, 1.0, 8, (1,), seed=5)
+    jobs = numbered_samples([prompt, prompt_set(1)[0], prompt], sampling)
+    assert [(p.index, i) for p, i, _ in jobs] == [(3, 0), (3, 1), (0, 0), (0, 1), (3, 0), (3, 1)]
+    assert len({seed for _, _, seed in jobs}) == 6
+    assert numbered_samples([prompt], sampling) == jobs[:2]
+
+
+def test_held_out_answers_that_cannot_be_graded_are_named(tmp_path):
+    path = tmp_path / "test.jsonl"
+    rows = [
+        {"prompt": "1 2 3 4 -> 10 :", "answer": a} for a in ("10", "x", "3/4", None, "#### 1,000")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config(QUICKSTART, ["evaluation.task=none", f"evaluation.prompts={path}"])
+    with pytest.raises(ConfigError, match=r"3 of 5 problems .* lines 2-4\. Take"):
+        held_out_prompts(config, load_tokenizer(MODELS / "student"))

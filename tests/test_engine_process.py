@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eopd.rollout.engine import EngineError
+from megatron_eopd.errors import EngineError
 from megatron_eopd.rollout.engine_process import EngineProcess
 
 REPOSITORY = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_eopd.evaluation.grading import grade_last_number, last_number
+from megatron_eopd.evaluation.grading import gold_number, grade_last_number, last_number
 from megatron_eopd.evaluation.pass_at_k import wilson_interval
 
 
@@ -55,3 +55,19 @@ def test_wilson_interval():
     assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson_interval(1.0, 5)[1] <= 1.0
+
+
+@pytest.mark.parametrize(
+    "answer,expected",
+    [
+        *(("18", 18), ("so 3 * 6 #### 1,018", 1018), ("$5", 5), ("\N{MINUS SIGN}5", -5)),
+        *((text, None) for text in ("3/4", "five", "", "2 or 3", "2^5")),
+    ],
+)
+def test_an_answer_is_one_plain_number(answer, expected):
+    assert gold_number(answer) == expected
+
+
+def test_long_numbers_are_compared_whole():
+    long = "9" * 28
+    assert grade_last_number([f"{long}1"], [[f"{long}2", f"{long}1"]]).correct == [[False, True]]

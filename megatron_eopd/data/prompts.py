@@ -7,7 +7,7 @@ without having stored anything.
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class PromptSet:
         """Tokens of the longest prompt."""
         return max(len(p.prompt_ids) for p in self._prompts)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Changes with any prompt and with their number."""
         # The default teacher says nothing, as in sets from before there was a choice.
@@ -64,9 +64,14 @@ class PromptSet:
                 for p in self._prompts
             ]
         )
-        # Prompts without references keep the digest that they had before there were any.
-        references = json.dumps(self._references) if self._references else ""
-        return hashlib.sha256((texts + references).encode()).hexdigest()
+        return hashlib.sha256(texts.encode()).hexdigest()
+
+    @cached_property
+    def references_digest(self) -> str:
+        """Changes with any reference answer; empty where there are none."""
+        if not self._references:
+            return ""
+        return hashlib.sha256(json.dumps(self._references).encode()).hexdigest()
 
     def batch(self, iteration: int, size: int) -> list[Prompt]:
         """The `size` prompts of an iteration; epochs follow each other without a gap."""
@@ -197,7 +202,7 @@ def _encode_references(
     if missing:
         raise ConfigError(
             f"data.response_key={data.response_key}: {len(missing)} of {len(rows)} prompts have no "
-            f"text there, and rollout.reference_fraction needs one: {_places(missing)}. Write them "
+            f"text there, and rollout.reference_fraction needs one: {places(missing)}. Write them "
             f"with tools/generate.py, or take these lines out."
         )
     end = (tokenizer.end_id,)
@@ -206,14 +211,14 @@ def _encode_references(
     too_long = [r.where for r, length in zip(rows, longest, strict=True) if length > max_length]
     if too_long:
         raise ConfigError(
-            f"data.response_key={data.response_key}: {len(too_long)} reference answers are longer "
-            f"than rollout.max_response_length={max_length} tokens, the longest {max(longest)}: "
-            f"{_places(too_long)}. Raise the option, or take these lines out."
+            f"data.response_key={data.response_key}: {len(too_long)} prompts have reference "
+            f"answers longer than rollout.max_response_length={max_length} tokens, the longest "
+            f"{max(longest)}: {places(too_long)}. Raise the option, or take these lines out."
         )
     return references
 
 
-def _places(wheres: Sequence[str]) -> str:
+def places(wheres: Sequence[str]) -> str:
     """`FILE lines 3, 7-12` of `FILE line 3`, `FILE line 7`, …"""
     path = wheres[0].rpartition(" line ")[0]
     numbers = [int(where.rpartition(" line ")[2]) for where in wheres]

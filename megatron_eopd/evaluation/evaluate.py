@@ -9,9 +9,14 @@ from itertools import chain, islice
 
 from megatron_eopd.config import Config, ConfigError
 from megatron_eopd.data.packing import Limits, pack, rounds_of
-from megatron_eopd.data.prompts import countdown_rows, encode_prompts, jsonl_rows
+from megatron_eopd.data.prompts import countdown_rows, encode_prompts, jsonl_rows, places
 from megatron_eopd.data.tokenizer import Tokenizer
-from megatron_eopd.evaluation.grading import Graded, grade_countdown, grade_last_number
+from megatron_eopd.evaluation.grading import (
+    Graded,
+    gold_number,
+    grade_countdown,
+    grade_last_number,
+)
 from megatron_eopd.evaluation.pass_at_k import summarize, wilson_interval
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import CausalLM
@@ -50,7 +55,15 @@ def held_out_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
     else:
         names = [DEFAULT_TEACHER, *config.teachers]
         rows = jsonl_rows(options.prompts, config.data, names, "evaluation.prompts")
-    prompts = list(encode_prompts(islice(rows, options.num_problems), config.data, tokenizer))
+    rows = list(islice(rows, options.num_problems))
+    ungraded = [row.where for row in rows if options.prompts and gold_number(row.answer) is None]
+    if ungraded:
+        raise ConfigError(
+            f"evaluation.prompts: {len(ungraded)} of {len(rows)} problems have an answer that is "
+            f"not one plain number, and could never be graded right: {places(ungraded)}. Take "
+            f"these lines out."
+        )
+    prompts = list(encode_prompts(iter(rows), config.data, tokenizer))
     if not prompts:
         raise ConfigError(f"evaluation.prompts={options.prompts}: no problems in it.")
     return prompts

@@ -39,14 +39,14 @@ def grade_countdown(answers: Sequence[str], texts: Texts) -> Graded:
 def grade_last_number(answers: Sequence[str], texts: Texts) -> Graded:
     """Right is a text whose last number is the last number of the answer: enough for GSM8K and its
     like, whose answers are numbers; not for fractions, expressions or words."""
-    golds = [last_number(answer) for answer in answers]
+    golds = [gold_number(answer) for answer in answers]
     found = [[last_number(t or "") for t in own] for own in texts]
     correct = [
         [gold is not None and number == gold for number in own]
         for gold, own in zip(golds, found, strict=True)
     ]
     canonical = [
-        [str(number) if mark else "" for mark, number in zip(marks, own, strict=True)]
+        [str(number.normalize()) if mark else "" for mark, number in zip(marks, own, strict=True)]
         for marks, own in zip(correct, found, strict=True)
     ]
     return Graded(correct, canonical, None)
@@ -57,6 +57,19 @@ _NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)
 
 
 def last_number(text: str) -> Decimal | None:
-    """Exact: 18, 18.0 and 1,8 are 18, 18 and 8."""
-    numbers = _NUMBER.findall(text)
-    return Decimal(numbers[-1].replace(",", "")).normalize() if numbers else None
+    """Of 18, 18.0 and 1,8 it is 18, 18 and 8. Exponents are not read: 1e5 ends in 5."""
+    numbers = _numbers(text)
+    return numbers[-1] if numbers else None
+
+
+def gold_number(answer: str) -> Decimal | None:
+    """The one number of an answer, behind its last #### where there is one; None where there is
+    none or several, or an expression, whose last number would mean something else."""
+    text = answer.rpartition("####")[2]
+    numbers = _numbers(text)
+    return numbers[0] if len(numbers) == 1 and not set(text) & set("/\\^") else None
+
+
+def _numbers(text: str) -> list[Decimal]:
+    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return [Decimal(number.replace(",", "")) for number in found]

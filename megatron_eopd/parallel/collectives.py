@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_eopd.rollout.engine import EngineError
+from megatron_eopd.errors import EngineError
 
 T = TypeVar("T")
 

@@ -4,16 +4,13 @@ Every method is collective: all ranks of the trainer call it, in the same order,
 same answer or the same error. An engine that lives on one rank broadcasts.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.weight_sync.verify import Probe
-
-
-class EngineError(RuntimeError):
-    """The engine died, answered nonsense or did not answer in time. The run cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -65,3 +62,17 @@ class RolloutEngine(Protocol):
 def sample_seed(seed: int, prompt: Prompt, sample_index: int) -> int:
     """A seed of its own for every response, the same on every layout and after a resume."""
     return hash((seed, prompt.index, sample_index)) & 0x7FFFFFFF
+
+
+def numbered_samples(
+    prompts: Sequence[Prompt], sampling: Sampling
+) -> list[tuple[Prompt, int, int]]:
+    """(prompt, which of its samples, seed) of every response of a call, prompt by prompt. A prompt
+    that comes twice, as in a batch over the end of an epoch, draws other samples then."""
+    count, seen, jobs = sampling.samples_per_prompt, Counter(), []
+    for prompt in prompts:
+        for index in range(count):
+            number = seen[prompt.index] * count + index
+            jobs.append((prompt, index, sample_seed(sampling.seed, prompt, number)))
+        seen[prompt.index] += 1
+    return jobs

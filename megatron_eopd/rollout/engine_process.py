@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from megatron_eopd.rollout.engine import EngineError
+from megatron_eopd.errors import EngineError
 from megatron_eopd.rollout.wire import Reply, Request
 
 CHILD_MODULE = "megatron_eopd.rollout.vllm_child"

@@ -16,7 +16,7 @@ from megatron_eopd.models.build import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.vocab import gather_vocab, vocab_parallel_logprobs
 from megatron_eopd.records import MicroBatch, Prompt, Rollout, ScoredRollout
-from megatron_eopd.rollout.engine import Sampling, SyncReport, sample_seed
+from megatron_eopd.rollout.engine import Sampling, SyncReport, numbered_samples
 from megatron_eopd.training.forward import map_hidden
 
 Place = tuple[int, int]
@@ -39,7 +39,7 @@ class MegatronEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         layout = self._context.layout
-        jobs = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
+        jobs = numbered_samples(prompts, sampling)
         # Replicas that share experts run every layer together, so all of them sample everything.
         replicas = 1 if layout.experts_span_replicas else layout.dp
         own = jobs[layout.dp_rank % replicas :: replicas]
@@ -61,12 +61,9 @@ class MegatronEngine:
 
     def close(self) -> None: ...
 
-    def _round(self, jobs: list[tuple[Prompt, int]], sampling: Sampling) -> list[Rollout]:
+    def _round(self, jobs: list[tuple[Prompt, int, int]], sampling: Sampling) -> list[Rollout]:
         """All responses of the jobs, token by token; finished ones leave the batch."""
-        generators = [
-            torch.Generator().manual_seed(sample_seed(sampling.seed, prompt, i))
-            for prompt, i in jobs
-        ]
+        generators = [torch.Generator().manual_seed(seed) for _, _, seed in jobs]
         ids: list[list[int]] = [[] for _ in jobs]
         logprobs: list[list[float]] = [[] for _ in jobs]
         active = list(range(len(jobs)))
@@ -89,7 +86,7 @@ class MegatronEngine:
                 finish_reason="stop" if ids[n][-1] in sampling.stop_ids else "length",
                 weight_version=self._version,
             )
-            for n, (prompt, i) in enumerate(jobs)
+            for n, (prompt, i, _) in enumerate(jobs)
         ]
 
     def _next_tokens(

@@ -13,6 +13,7 @@ What one update looks like; every arrow is bounded by weight_sync.timeout_s:
 """
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +23,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.config import RolloutConfig, WeightSyncConfig
+from megatron_eopd.errors import EngineError
 from megatron_eopd.parallel.collectives import collecting, from_rank_zero
 from megatron_eopd.records import Prompt, Rollout
-from megatron_eopd.rollout.engine import EngineError, Sampling, SyncReport, sample_seed
+from megatron_eopd.rollout.engine import Sampling, SyncReport, numbered_samples
 from megatron_eopd.rollout.engine_process import EngineProcess
 from megatron_eopd.rollout.wire import Sample, SampleRequest
 from megatron_eopd.weight_sync.bridge import ExportBuckets, WeightBridge
@@ -113,8 +115,8 @@ class VllmEngine:
         from_rank_zero(lambda: process.answer(rollout.start_timeout_s + GRACE_S, tell), cpu_group)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        jobs = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
-        requests = [self._request(prompt, i, sampling) for prompt, i in jobs]
+        jobs = numbered_samples(prompts, sampling)
+        requests = [self._request(prompt, seed, sampling) for prompt, _, seed in jobs]
         samples: list[Sample] = from_rank_zero(
             lambda: self._ask(
                 "generate",
@@ -126,7 +128,7 @@ class VllmEngine:
         )
         return [
             self._to_rollout(prompt, i, sample)
-            for (prompt, i), sample in zip(jobs, samples, strict=True)
+            for (prompt, i, _), sample in zip(jobs, samples, strict=True)
         ]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -197,13 +199,13 @@ class VllmEngine:
 
     # Responses.
 
-    def _request(self, prompt: Prompt, sample_index: int, sampling: Sampling) -> SampleRequest:
+    def _request(self, prompt: Prompt, seed: int, sampling: Sampling) -> SampleRequest:
         self._check_length(
             len(prompt.prompt_ids), sampling.max_response_length, f"prompt {prompt.index}"
         )
         return SampleRequest(
             prompt_ids=list(prompt.prompt_ids),
-            seed=sample_seed(sampling.seed, prompt, sample_index),
+            seed=seed,
             temperature=sampling.temperature,
             max_tokens=sampling.max_response_length,
             stop_ids=list(sampling.stop_ids),
@@ -227,6 +229,11 @@ class VllmEngine:
             raise EngineError(
                 f"response {sample_index} of prompt {prompt.index} ended with "
                 f"{sample.finish_reason!r} after {len(sample.response_ids)} tokens"
+            )
+        if not all(map(math.isfinite, sample.response_logprobs)):
+            raise EngineError(
+                f"response {sample_index} of prompt {prompt.index} has log-probabilities that are "
+                f"not finite: the engine computes nonsense"
             )
         return Rollout(
             prompt=prompt,

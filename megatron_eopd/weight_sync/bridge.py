@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.config import WeightSyncConfig
+from megatron_eopd.errors import EngineError
 from megatron_eopd.parallel.collectives import collecting, raise_together
-from megatron_eopd.rollout.engine import EngineError
 from megatron_eopd.weight_sync.communicator import make_communicator, serve_store
 from megatron_eopd.weight_sync.manifest import Manifest
 from megatron_eopd.weight_sync.sender import WeightSender

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_eopd.errors import EngineError
 from megatron_eopd.parallel.collectives import (
     LostRankError,
     RemoteError,
@@ -14,7 +15,6 @@ from megatron_eopd.parallel.collectives import (
     naming_stage,
     raise_together,
 )
-from megatron_eopd.rollout.engine import EngineError
 from tests.ranks import run_ranks
 
 

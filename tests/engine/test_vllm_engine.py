@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from megatron_eopd.config import WeightSyncConfig
+from megatron_eopd.errors import EngineError
 from megatron_eopd.parallel.init import free_port
 from megatron_eopd.rollout import vllm_engine
-from megatron_eopd.rollout.engine import EngineError, Sampling
+from megatron_eopd.rollout.engine import Sampling
 from megatron_eopd.rollout.vllm_engine import VllmEngine, vllm_available
 from megatron_eopd.weight_sync import sender
 from megatron_eopd.weight_sync.manifest import Manifest

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.config import WeightSyncConfig
-from megatron_eopd.rollout.engine import EngineError, Sampling
+from megatron_eopd.errors import EngineError
+from megatron_eopd.rollout.engine import Sampling
 from tests.engine.toy import PROBES, ToyTrainer, largest_difference, make_prompts
 
 SYNC = WeightSyncConfig(timeout_s=15)
