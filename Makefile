@@ -64,10 +64,11 @@ real: install $(REAL)/student/config.json $(REAL)/prompts.jsonl $(REAL)/held_out
 	$(BIN)/torchrun --standalone --nproc_per_node=2 -m megatron_eopd.train \
 		examples/smollm2_gsm8k/eopd.toml $(REAL_OPTIONS)
 
-$(REAL)/teacher/config.json: $(VENV)/installed
+$(REAL)/teacher/config.json: | $(VENV)/installed
 	$(BIN)/python examples/smollm2_gsm8k/fetch_teacher.py $(REAL)/teacher
 
 $(REAL)/student/config.json: $(REAL)/teacher/config.json
+	rm -rf $(REAL)/student
 	$(BIN)/python tools/drop_layers.py $(REAL)/teacher $(REAL)/student --layers 6,12,18,24
 
 $(REAL)/train.jsonl: $(REAL)/teacher/config.json
@@ -83,7 +84,7 @@ $(REAL)/prompts.jsonl: $(REAL)/train.jsonl
 	OMP_NUM_THREADS=2 $(BIN)/python tools/generate.py $(REAL)/teacher $(REAL)/train.jsonl \
 		-o $(REAL)/written.jsonl --limit 640 $(REAL_PROMPTS) --temperature 0.7 \
 		--max-response-length 160 --dtype bfloat16
-	cp $(REAL)/written.jsonl $@
+	cp $(REAL)/written.jsonl $@.tmp && mv $@.tmp $@
 
 toy-models: install
 	$(BIN)/python tools/make_toy_models.py --force

@@ -46,6 +46,11 @@ class Position:
     prompts_digest: str
     layout: dict[str, int]
     """Sizes the checkpoint was written under; RNG states are taken back only under the same."""
+    references_digest: str = ""
+    """Of the reference answers; empty without any."""
+    is_evaluated: bool = True
+    """Whether the evaluation that is due at this iteration was made; a run that stops over a
+    faulty engine saves before it."""
 
 
 def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
@@ -170,9 +175,10 @@ def _load_distributed(distributed: DistributedOptimizer, state: dict[str, Any]) 
 
 
 def make_position(
-    iteration: int, seed: int, prompts_digest: str, context: ParallelContext
+    iteration: int, seed: int, prompts_digest: str, context: ParallelContext, **more: Any
 ) -> Position:
-    return Position(iteration, seed, prompts_digest, _sizes(context))
+    """`more`: fields of Position that have defaults."""
+    return Position(iteration, seed, prompts_digest, _sizes(context), **more)
 
 
 def _sizes(context: ParallelContext) -> dict[str, int]:

@@ -604,31 +604,35 @@ class Config(Section):
         return self
 
     def _check_references(self) -> None:
-        rollout, reverse_kl = self.rollout, self.objective.parts.reverse_kl
-        if rollout.final_reference_fraction is None and rollout.reference_schedule_iters:
+        rollout = self.rollout
+        schedule = (rollout.reference_schedule, rollout.reference_schedule_iters)
+        if rollout.final_reference_fraction is None and schedule != ("linear", None):
             raise ValueError(
-                f"rollout.reference_schedule_iters={rollout.reference_schedule_iters} would be "
-                f"ignored without rollout.final_reference_fraction. Set it, or leave both out."
+                f"rollout.reference_schedule={schedule[0]} and rollout.reference_schedule_iters="
+                f"{schedule[1]} would be ignored without rollout.final_reference_fraction. Set it, "
+                f"or leave them out."
             )
         if not rollout.uses_references or rollout.replay is not None:
             return
+        fractions = (
+            f"rollout.reference_fraction={rollout.reference_fraction:g} (final "
+            f"{rollout.final_reference_fraction})"
+        )
         if self.data.prompts in BUILT_IN_TASKS:
             raise ValueError(
-                f"rollout.reference_fraction={rollout.reference_fraction:g} trains on reference "
-                f"answers, and data.prompts={self.data.prompts} has none. Set data.prompts to a "
-                f"file that has, or the fraction to 0."
+                f"{fractions} trains on reference answers, and data.prompts={self.data.prompts} "
+                f"has none. Set data.prompts to a file that has, or the fractions to 0."
             )
         if self.data.response_key is None:
             raise ValueError(
-                f"rollout.reference_fraction={rollout.reference_fraction:g} (final "
-                f"{rollout.final_reference_fraction}) trains on reference answers, and "
-                f"data.response_key does not say which key of {self.data.prompts} holds them."
+                f"{fractions} trains on reference answers, and data.response_key does not say "
+                f"which key of {self.data.prompts} holds them."
             )
-        if reverse_kl in ("sampled", "vopd"):
+        if self.objective.parts.needs_sampled_tokens:
             raise ValueError(
-                f"objective.reverse_kl={reverse_kl} needs tokens that the student sampled, and "
-                f"rollout.reference_fraction={rollout.reference_fraction:g} brings others. Set "
-                f"objective.reverse_kl=full, or the fraction to 0."
+                f"objective.reverse_kl={self.objective.parts.reverse_kl} needs tokens that the "
+                f"student sampled, and {fractions} brings others. Set objective.reverse_kl=full, "
+                f"or the fractions to 0."
             )
 
     @model_validator(mode="after")

@@ -9,11 +9,12 @@ from itertools import islice
 from megatron_eopd import checkpoint, report
 from megatron_eopd.config import Config, ConfigError
 from megatron_eopd.data.packing import Limits, PackedRollouts, pack, rounds_of
+from megatron_eopd.errors import EngineError
 from megatron_eopd.evaluation.evaluate import Evaluation, evaluate
 from megatron_eopd.health import HealthCheck
 from megatron_eopd.metrics import MetricsWriter
 from megatron_eopd.records import Prompt, Rollout, StepReport
-from megatron_eopd.rollout.engine import EngineError, Sampling, SyncReport
+from megatron_eopd.rollout.engine import Sampling, SyncReport
 from megatron_eopd.rollout.recording import read_rollouts, rollout_file, write_rollouts
 from megatron_eopd.rollout.references import (
     places_of_references,
@@ -29,16 +30,15 @@ def train(session: Session, writer: MetricsWriter | None) -> None:
     """All iterations. Runs once more than it trains, so that the last evaluation and checkpoint
     take the same path as all others."""
     config, log = session.config, session.log
-    if 0 < config.training.train_iters == session.first_iteration:
-        return  # nothing is left to do, so nobody would use the engine
-    sync = session.push_weights(version=session.first_iteration)
-    log.line(f"weights pushed to the engine in {sync.seconds:.2f} s")
-    _stop_if_unsound(session, sync)
+    # A run that resumes has made the evaluation and the checkpoint that are due where it stopped.
+    done = session.first_iteration if session.resumes_evaluated else -1
+    if config.training.train_iters == done:
+        return
+    sync = push_first_weights(session)
     health = HealthCheck(config, log)
     with log.progress(session.first_iteration, config.training.train_iters) as bar:
         for iteration in range(session.first_iteration, config.training.train_iters + 1):
-            # A run that resumes here did both before it stopped.
-            if iteration == 0 or iteration > session.first_iteration:
+            if iteration > done:
                 evaluate_if_due(session, iteration, writer)
                 save_if_due(session, iteration)
             if iteration == config.training.train_iters:
@@ -55,14 +55,23 @@ def train(session: Session, writer: MetricsWriter | None) -> None:
             publish(session, iteration + 1, scalars, rollouts, reports, writer)
             health.look(scalars, sync)
             if sync.is_unsound:  # the trainer's own weights are good
-                save(session, iteration + 1)
-            _stop_if_unsound(session, sync)
+                save(session, iteration + 1, is_evaluated=False)
+                raise EngineError(sync.probe.message)
             bar.update()
 
 
-def _stop_if_unsound(session: Session, sync: SyncReport) -> None:
+def push_first_weights(session: Session) -> SyncReport:
+    """
+    Raises:
+        EngineError: the engine does not hold them.
+    """
+    sync = session.push_weights(version=session.first_iteration)
+    session.log.line(f"weights pushed to the engine in {sync.seconds:.2f} s")
     if sync.is_unsound:
         raise EngineError(sync.probe.message)
+    if sync.probe is not None and sync.probe.message:
+        session.log.line(f"WARNING: {sync.probe.message}")
+    return sync
 
 
 def stage_times(session: Session, iteration: int) -> StageTimes:
@@ -85,7 +94,7 @@ def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
     given_prompts = [p for n, p in enumerate(prompts) if n in answered]
     sampled = iter(sample(session, open_prompts, iteration))
     given = iter(reference_rollouts(given_prompts, session.prompts, count, version=iteration))
-    # In the prompts' order, so that every optimizer step has its share of both.
+    # In the prompts' order, so that both are spread over the optimizer steps.
     places = [n for n in range(len(prompts)) for _ in range(count)]
     rollouts = [next(given if n in answered else sampled) for n in places]
     if config.rollout.record and session.context.layout.rank == 0:
@@ -101,6 +110,13 @@ def replay_rollouts(config: Config, iteration: int) -> list[Rollout]:
         raise ConfigError(
             f"{path} holds {len(rollouts)} rollouts. Set rollout.batch_size={len(rollouts)} (it is "
             f"{config.rollout.batch_size})."
+        )
+    has_references = any(rollout.source == "reference" for rollout in rollouts)
+    if has_references and config.objective.parts.needs_sampled_tokens:
+        raise ConfigError(
+            f"{path} holds reference answers, and objective.reverse_kl="
+            f"{config.objective.parts.reverse_kl} needs tokens that the student sampled. Set "
+            f"objective.reverse_kl=full."
         )
     return rollouts
 
@@ -199,8 +215,8 @@ def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | No
     if not (due and session.held_out):
         return
     result = evaluate_student(session)
-    shown = " | ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in result.figures.items())
-    session.log.line(f"eval {iteration} | {shown}")
+    figures = " | ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in result.figures.items())
+    session.log.line(f"eval {iteration} | {figures}")
     if writer is not None:
         writer.write(iteration, result.figures)
         each, count = config.evaluation.samples_per_problem, config.logging.text_samples
@@ -230,10 +246,15 @@ def save_if_due(session: Session, iteration: int) -> None:
         save(session, iteration)
 
 
-def save(session: Session, iteration: int) -> None:
+def save(session: Session, iteration: int, is_evaluated: bool = True) -> None:
     config = session.config
     position = checkpoint.make_position(
-        iteration, config.seed, session.prompts.digest, session.context
+        iteration,
+        config.seed,
+        session.prompts.digest,
+        session.context,
+        references_digest=session.prompts.references_digest,
+        is_evaluated=is_evaluated,
     )
     checkpoint.save(
         config.run_dir,

@@ -27,7 +27,8 @@ class HealthCheck:
         self._config = config
         self._log = log
         self._told: set[str] = set()
-        self._mismatch = EXPECTED_MISMATCH[config.coarsest_dtype]
+        self._expected_mismatch = EXPECTED_MISMATCH[config.coarsest_dtype]
+        self._mismatch: float | None = None
         self._first: Mapping[str, float] | None = None
 
     def look(self, scalars: Mapping[str, float], sync: SyncReport) -> None:
@@ -36,7 +37,10 @@ class HealthCheck:
         values = {name: value for name, value in scalars.items() if value == value}
         if self._first is None and "rollout/length_mean" in values:
             self._first = values
-            self._mismatch = max(self._mismatch, values.get("mismatch/mult_prob_error", 1.0) - 1)
+        if self._mismatch is None and "mismatch/mult_prob_error" in values:
+            # What is far from rounding in the first iteration is no baseline.
+            first = min(values["mismatch/mult_prob_error"] - 1, 5 * self._expected_mismatch)
+            self._mismatch = max(self._expected_mismatch, first)
         for name, message in self._signs(values, sync).items():
             if name not in self._told:
                 self._told.add(name)
@@ -49,7 +53,9 @@ class HealthCheck:
         if sync.probe is not None and sync.probe.verdict == "warn":
             signs["probe"] = sync.probe.message
         mismatch = values.get("mismatch/mult_prob_error", nan) - 1
-        if mismatch > rollout.mismatch_warn_factor * self._mismatch:
+        bound = rollout.mismatch_warn_factor * (self._mismatch or self._expected_mismatch)
+        # Replayed samples come from other weights, as they should.
+        if mismatch > bound and rollout.replay is None:
             signs["mismatch"] = (
                 f"engine and trainer disagree on the sampled tokens: mean exp|Δ| − 1 is "
                 f"{mismatch:.3g}, more than rollout.mismatch_warn_factor="

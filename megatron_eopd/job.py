@@ -16,12 +16,12 @@ from torch.distributed import PrefixStore
 
 from megatron_eopd import distill, preflight, report
 from megatron_eopd.config import Config, ConfigError, changed_options
+from megatron_eopd.errors import EngineError
 from megatron_eopd.metrics import MetricsWriter, read_metrics, rounded
 from megatron_eopd.models.hf_files import CheckpointError
 from megatron_eopd.parallel.collectives import LostRankError, RemoteError
 from megatron_eopd.parallel.init import ParallelContext, job_store, own_rank, world_context
 from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, student_layout
-from megatron_eopd.rollout.engine import EngineError
 from megatron_eopd.run_log import RunLog, seconds_since_start, tell_torchrun
 from megatron_eopd.session import Session, open_session
 from megatron_eopd.teacher.placement import rank_table, wire_store
@@ -74,9 +74,7 @@ def evaluate(config: Config) -> None:
 
 
 def _evaluate(session: Session) -> None:
-    sync = session.push_weights(version=session.first_iteration)
-    if sync.is_unsound:
-        raise EngineError(sync.probe.message)
+    distill.push_first_weights(session)
     figures = {n: rounded(v) for n, v in distill.evaluate_student(session).figures.items()}
     if session.context.layout.rank == 0:
         path = session.config.run_dir / f"evaluation-{session.first_iteration:06d}.json"

@@ -100,7 +100,9 @@ class MetricsWriter:
         self.tokens_total = self._truncate_after(resumed_at)
         """Response tokens that the run has trained on."""
         self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=resumed_at + 1)
+        self._tensorboard = SummaryWriter(
+            run_dir / "tensorboard", purge_step=resumed_at + 1 if resumed_at else 0
+        )
 
     def _truncate_after(self, iteration: int) -> int:
         """Returns the tokens of the rows that are kept."""

@@ -160,6 +160,9 @@ def _resume_from(config: Config, prompts: PromptSet) -> Path | None:
         different.append(f"seed={position.seed} (now {config.seed})")
     if position.prompts_digest != prompts.digest:
         different.append("other prompts")
+    references = (position.references_digest, prompts.references_digest)
+    if all(references) and references[0] != references[1]:
+        different.append("other reference answers")
     if different:
         raise ConfigError(
             f"{directory} was written with {' and '.join(different)}: its samples could not be "

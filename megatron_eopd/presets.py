@@ -14,6 +14,11 @@ class Parts:
     forward_kl_weight: float = 1.0
 
     @property
+    def needs_sampled_tokens(self) -> bool:
+        """Whether it reads the engine's log-probability of a token that the student drew."""
+        return self.reverse_kl in ("sampled", "vopd")
+
+    @property
     def is_gated(self) -> bool:
         """Whether tokens are told apart by the teacher's entropy."""
         return self.gate in ("hard", "sigmoid", "quantile")

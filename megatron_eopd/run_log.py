@@ -99,6 +99,7 @@ class StageTimes:
         outer_stage, self._log.stage = self._log.stage, f"stage {stage} of {self._where}"
         with naming_stage(self._log.stage):
             yield
+        # Not after an exception: then the stage says where it was raised.
         self._log.stage = outer_stage
         elapsed = time.monotonic() - begin
         self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inner

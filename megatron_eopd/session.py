@@ -50,6 +50,8 @@ class Session:
     vocab_size: int
     first_iteration: int
     """0, or the iteration of the checkpoint that was loaded."""
+    resumes_evaluated: bool
+    """Whether a checkpoint was loaded, and the evaluation due at its iteration was made before."""
 
     def push_weights(self, version: int, rollouts: Sequence[Rollout] = ()) -> SyncReport:
         """Give the engine the student's weights, and compare what both make of likely tokens, also
@@ -92,10 +94,11 @@ def open_session(
         raise_together(errors, context.cpu_group)
         with times("student"):
             student = _build_student(config, context)
-        first_iteration = 0
+        first_iteration, is_evaluated = 0, False
         if inputs.resume_from is not None:
             with times("checkpoint"):
-                first_iteration = checkpoint.load(inputs.resume_from, student, context).iteration
+                position = checkpoint.load(inputs.resume_from, student, context)
+            first_iteration, is_evaluated = position.iteration, position.is_evaluated
             log.line(f"resumed from {inputs.resume_from}")
         bucket_bytes = int(config.weight_sync.bucket_mib * 2**20)
         chunks = student.chunks
@@ -127,6 +130,7 @@ def open_session(
             max_probe_tokens=inputs.max_sequence_length - 1,
             vocab_size=hf_config.vocab_size,
             first_iteration=first_iteration,
+            resumes_evaluated=is_evaluated,
         )
 
 

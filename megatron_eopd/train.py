@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--show-config", action="store_true", help="in a dry run, also every option's value"
     )
     parser.add_argument(
-        "--world-size", type=int, help="ranks to assume in a dry run; default TP × PP"
+        "--world-size",
+        type=int,
+        help="ranks to assume in a dry run; default the fewest that the layouts allow",
     )
     parsed = parser.parse_intermixed_args(arguments)
 

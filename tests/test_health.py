@@ -92,3 +92,18 @@ def test_the_few_samples_of_a_warm_up_are_not_judged(health):
         HEALTHY | {"rollout/truncated_fraction": 1.0, "rollout/reference_fraction": 0.9}, SYNC
     )
     assert told == []
+
+
+def test_a_first_iteration_far_from_rounding_is_no_baseline(health):
+    check, told = health
+    check.look(HEALTHY | {"mismatch/mult_prob_error": 60.0}, SYNC)
+    assert len(told) == 1 and "engine and trainer disagree" in told[0]
+
+
+def test_the_baseline_of_the_mismatch_is_its_first_value(health):
+    """An iteration may have samples, and references alone in its first optimizer step."""
+    check, told = health
+    check.look(HEALTHY | {"mismatch/mult_prob_error": float("nan")}, SYNC)
+    for error in (1.35, 1.9):
+        check.look(HEALTHY | {"mismatch/mult_prob_error": error}, SYNC)
+    assert told == []

@@ -73,15 +73,17 @@ def test_references_over_the_limit_are_all_named(load):
     assert len(load(five, five, max_length=6)) == 2
     with pytest.raises(
         ConfigError,
-        match=r"2 reference answers are longer .*=5 tokens, the longest 8: .* lines 1, 3\.",
+        match=r"2 prompts have reference answers longer .* tokens, the longest 8: .* lines 1, 3\.",
     ):
         load(five, "1", "1 + 2 = 3 ; 4", max_length=5)
 
 
 def test_references_belong_to_the_digest_of_the_prompts(load, tmp_path):
-    """A run cannot be continued on other answers."""
-    one = load("1 + 2 = 3 ;").digest
-    assert load("2 + 1 = 3 ;").digest != one == load("1 + 2 = 3 ;").digest
+    """A run cannot be continued on other answers, and can be without any."""
+    one, other = load("1 + 2 = 3 ;"), load("2 + 1 = 3 ;")
+    assert one.digest == other.digest
+    assert one.references_digest != other.references_digest
+    assert one.references_digest == load("1 + 2 = 3 ;").references_digest
 
 
 def test_the_share_is_exact_on_average_and_the_same_after_a_resume():

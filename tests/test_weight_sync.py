@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_eopd.config import WeightSyncConfig
+from megatron_eopd.errors import EngineError
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.weight_sync.communicator import (
     GlooCommunicator,
@@ -264,3 +265,17 @@ def test_probes_are_of_prompts_and_of_the_newest_responses():
     ]
     assert len(probe_sequences(prompts[:1], [], max_tokens=500)[0]) == 96
     assert probe_sequences([Prompt(0, "", "", (1,))], [], 40) == [], "nothing to predict"
+
+
+def test_a_first_sync_that_warns_is_no_baseline():
+    check = SyncCheck(WeightSyncConfig(), "bfloat16")
+
+    def judge(difference):
+        return check.judge([[x - difference for x in LIKELY]], [LIKELY], version=0).verdict
+
+    assert [judge(0.25), judge(0.25), judge(0.35)] == ["warn", "warn", "stop"]
+
+
+def test_broken_weights_are_not_blamed_on_the_engine():
+    with pytest.raises(EngineError, match=r"the trainer's own log-probabilities .* are nan"):
+        SyncCheck(WeightSyncConfig(), "float32").judge([LIKELY], [[math.nan, *LIKELY[1:]]], 3)

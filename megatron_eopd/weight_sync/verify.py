@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from megatron_eopd.config import WeightSyncConfig
+from megatron_eopd.errors import EngineError
 from megatron_eopd.records import Prompt, Rollout
 
 Logprobs = Sequence[Sequence[float]]
@@ -66,11 +67,20 @@ def _spread(items: Sequence, count: int) -> list:
 def mean_difference(
     engine: Logprobs, trainer: Logprobs, min_probability: float
 ) -> tuple[float, int]:
-    """(mean |Δ| in nats, number of tokens) over the tokens that the trainer finds likely."""
+    """(mean |Δ| in nats, number of tokens) over the tokens that the trainer finds likely.
+
+    Raises:
+        EngineError: the trainer's own values are nan, so nothing can be said of the engine's.
+    """
     ours, theirs = (
         torch.tensor([x for row in rows for x in row], dtype=torch.float64)
         for rows in (trainer, engine)
     )
+    if ours.isnan().any():
+        raise EngineError(
+            "the trainer's own log-probabilities of real tokens are nan: its weights are broken. "
+            "Nothing was saved; start again from an earlier checkpoint, with a lower training.lr."
+        )
     differences = (ours - theirs).abs()
     if differences.isnan().any():
         return math.nan, len(ours)
@@ -80,7 +90,7 @@ def mean_difference(
 
 
 class SyncCheck:
-    """Tells rounding from a fault, by what was measured at the run's first sync."""
+    """Tells rounding from a fault, by what the first sound sync of this start showed."""
 
     def __init__(self, options: WeightSyncConfig, dtype: str) -> None:
         """`dtype`: the coarser one of the trainer's and the engine's."""
@@ -107,13 +117,12 @@ class SyncCheck:
                 "stop",
                 f"{measured} That is more than weight_sync.probe_stop_factor="
                 f"{options.probe_stop_factor:g} times as much: the engine does not hold the "
-                f"trainer's weights, or computes something else. Look for the first change of "
-                f"weight_sync/probe_difference in metrics.jsonl; weight_sync.verify=false goes on "
+                f"trainer's weights, or computes something else. weight_sync.verify=false goes on "
                 f"without the check.",
             )
-        if not self._has_baseline:
-            self._rounding, self._has_baseline = max(self._rounding, difference), True
         if difference < warn_at:
+            if not self._has_baseline:
+                self._rounding, self._has_baseline = max(self._rounding, difference), True
             return Probe(difference, count, "sound", "")
         return Probe(
             difference,
