@@ -211,3 +211,14 @@ def test_vllm_demanded_and_absent(refused, monkeypatch):
 def test_unfinished_checkpoint(refused, tmp_path):
     (tmp_path / "000010").mkdir()
     assert "never finished" in refused(f"checkpoint.load={tmp_path / '000010'}")
+
+
+def test_a_dry_run_prints_numbers_first_and_every_option_on_request(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    command = [str(QUICKSTART), f"run_dir={tmp_path / 'run'}", "--dry-run", "--world-size", "2"]
+    assert main(command) == 0
+    short = capsys.readouterr().out
+    assert short.startswith("layout: 2 ranks") and '"entropy_threshold"' not in short
+    assert main([*command, "--show-config"]) == 0
+    whole = capsys.readouterr().out
+    assert whole.startswith(short) and '"entropy_threshold": 0.8' in whole

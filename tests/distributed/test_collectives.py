@@ -1,12 +1,15 @@
 """One outcome on all ranks, whoever failed."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_eopd.errors import EngineError
+from megatron_eopd.models.hf_files import CheckpointError
+from megatron_eopd.models.mcore_files import loading_errors
 from megatron_eopd.parallel.collectives import (
     LostRankError,
     RemoteError,
@@ -76,3 +79,19 @@ def test_errors_of_our_own_keep_their_name():
     """A value error in a stage is no lost rank, whatever its words."""
     with pytest.raises(ValueError, match="timed out"), naming_stage("stage x"):
         raise ValueError("timed out")
+
+
+def check_late_loading() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(4)
+        return
+    loading = "noticed in loading checkpoints/000010"
+    with pytest.raises(LostRankError, match=loading), loading_errors(Path("checkpoints/000010")):
+        dist.all_reduce(torch.zeros(1))
+
+
+def test_a_rank_lost_while_loading_is_no_damaged_checkpoint(tmp_path):
+    """Who reads "damaged" may delete a good one; what is damaged is still called so."""
+    run_ranks(2, tmp_path, check_late_loading, timeout_s=1)
+    with pytest.raises(CheckpointError, match="damaged"), loading_errors(tmp_path):
+        raise RuntimeError("PytorchStreamReader failed reading zip archive")
