@@ -1,5 +1,5 @@
 # make quickstart   from a fresh clone to a finished distillation
-# make real         the same with a real model of 135M parameters on GSM8K, in at most 40 minutes
+# make real         the same with a real model of 135M parameters on GSM8K, about 20 minutes
 # make test         lint and tests, on both supported lines of Megatron-Core
 # make test-matrix  gradient parity over all layouts that fit 8 processes; rewrites its table in docs
 # make bench        loss, weight-sync, step and conversion benchmarks for the device at hand
