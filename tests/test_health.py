@@ -71,7 +71,7 @@ def test_what_a_bfloat16_run_starts_with_is_its_rounding(health):
 
 def test_a_probe_that_warns_is_passed_on(health):
     check, told = health
-    check.look(HEALTHY, SyncReport(1, 0.0, 0, Probe(0.2, 90, "warn", "look at the probe")))
+    check.look(HEALTHY, SyncReport(1, 0.0, 0, Probe(0.2, "warn", "look at the probe")))
     assert told == ["WARNING (told once): look at the probe"]
 
 

@@ -20,8 +20,8 @@ from megatron_eopd.records import Prompt, Rollout
 Logprobs = Sequence[Sequence[float]]
 
 EXPECTED_ROUNDING = {"float32": 3e-5, "bfloat16": 0.03}
-"""Mean |Δ| in nats over likely tokens between two sound implementations, rounded up from what was
-measured with vLLM on CPU (docs/correctness.md). The first sync is judged by it, and no baseline is
+"""Mean |Δ| in nats over likely tokens between two sound implementations, about what was measured
+with vLLM on CPU (docs/correctness.md). The first sync is judged by it, and no baseline is
 taken to be smaller: a lucky first figure must not make the second one a fault."""
 
 NUM_PROMPTS, NUM_ROLLOUTS = 2, 2
@@ -37,7 +37,6 @@ class Probe:
 
     difference: float
     """Mean |Δ| in nats over the likely tokens; nan if any token has none."""
-    num_tokens: int
     verdict: Literal["sound", "warn", "stop"]
     message: str
     """What it means and what to do; empty where it is sound."""
@@ -113,7 +112,6 @@ class SyncCheck:
         if not difference < stop_at:  # nan is not
             return Probe(
                 difference,
-                count,
                 "stop",
                 f"{measured} That is more than weight_sync.probe_stop_factor="
                 f"{options.probe_stop_factor:g} times as much: the engine does not hold the "
@@ -123,10 +121,9 @@ class SyncCheck:
         if difference < warn_at:
             if not self._has_baseline:
                 self._rounding, self._has_baseline = max(self._rounding, difference), True
-            return Probe(difference, count, "sound", "")
+            return Probe(difference, "sound", "")
         return Probe(
             difference,
-            count,
             "warn",
             f"{measured} That is more than weight_sync.probe_warn_factor="
             f"{options.probe_warn_factor:g} times as much. Samples may come from weights that are "
