@@ -36,6 +36,14 @@ options, with their defaults (section.key=value on the command line, or in the f
     return parser
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
+
+
 def run_command(config_path: Path, overrides: Sequence[str], work: Callable[[Config], None]) -> int:
     """0, or 1 after an error that the user can act on, told in one message without a traceback."""
     try:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
+from megatron_eopd.cli import positive
 from megatron_eopd.config import ConfigError, DataConfig, RolloutConfig, parse_value
 from megatron_eopd.data.jsonl import read_jsonl
 
@@ -84,13 +85,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of a worker on CPU (default: OMP_NUM_THREADS, else its share of the cores)",
     )
     return parser.parse_intermixed_args(argv)
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
 
 
 def temperature(text: str) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_eopd.cli import positive
 from megatron_eopd.config import ConfigError, DataConfig, parse_value
 from megatron_eopd.data.prepare import (
     PRESETS,
@@ -77,13 +78,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     length.add_argument("--chat-template-kwargs", nargs="+", default=[], metavar="NAME=VALUE")
     length.add_argument("--prompt-suffix", default="", metavar="TEXT")
     return parser.parse_intermixed_args(argv)
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
 
 
 def columns_of(arguments: argparse.Namespace) -> Columns:
