@@ -117,6 +117,7 @@ def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
             students = student_layout(config, world_size)
             log.stage = f"service as [{role.name}]"
             serve(teacher, role, config, swaps, own_wire, students, context)
+            log.line("the student has finished, and this teacher with it")
             return
         if rank == 0:
             _tell_plan(config, inputs, world_size, store, log)

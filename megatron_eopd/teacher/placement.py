@@ -1,7 +1,7 @@
 """The teachers of a run, opened where the configuration puts them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore
@@ -73,7 +73,7 @@ def open_teachers(
                 if section in roles:
                     joint = wire_store(store, section)
                     opened = SeparateTeacher(teacher, roles[section], config, joint, context)
-                    stack.enter_context(closing(opened))
+                    stack.enter_context(opened)
                 else:
                     opened = ColocatedTeacher(teacher, section, config, swaps[section], context)
                 teachers[name_of(section)] = opened

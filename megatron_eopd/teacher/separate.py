@@ -48,18 +48,26 @@ class TeacherError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Farewell:
+    """The student's last request."""
+
+    error: str | None
+    """Why it ends early; None after its last iteration."""
+
+
+@dataclass(frozen=True)
 class Requests:
     """The mailbox of one teacher in the job's store."""
 
     store: dist.Store
 
-    def post(self, number: int, rounds: Rounds | None) -> None:
-        """By the student's rank 0; None ends the teacher."""
-        self.store.set(f"request/{number}", pickle.dumps(rounds))
+    def post(self, number: int, request: Rounds | Farewell) -> None:
+        """By the student's rank 0."""
+        self.store.set(f"request/{number}", pickle.dumps(request))
         if number:  # the student has its answers, so every rank of the teacher has read it
             self.store.delete_key(f"request/{number - 1}")
 
-    def read(self, number: int, timeout_s: float) -> Rounds | None:
+    def read(self, number: int, timeout_s: float) -> Rounds | Farewell:
         try:
             self.store.wait([f"request/{number}"], timedelta(seconds=timeout_s))
         except dist.DistStoreError:
@@ -146,10 +154,14 @@ class SeparateTeacher:
             self._wire.swap([], [(p.sender, buffer) for p in parcels for buffer in p.buffers])
         return unpack_scores(items, parcels, self._shape, route, self._device)
 
-    def close(self) -> None:
-        """Let the teacher's ranks go."""
+    def __enter__(self) -> "SeparateTeacher":
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """Let the teacher's ranks go, and say why if it is early."""
         if self._route.student.rank == 0:
-            self._requests.post(self._number, None)
+            why = None if error is None else f"{type(error).__name__}: {error}"
+            self._requests.post(self._number, Farewell(why))
 
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
@@ -175,7 +187,7 @@ def serve(
     """What the ranks of a separate teacher do, until the student lets them go.
 
     Raises:
-        TeacherError: the student is gone or late.
+        TeacherError: the student is gone, late, or has failed.
     """
     requests = Requests(store)
     try:
@@ -206,8 +218,11 @@ def _serve(
                 wire.swap(list(send_head(model.head_VH, route)), [])
                 wire.flush()
             model.drop_head()
-        while (rounds := requests.read(number, longest_pause_s(config))) is not None:
-            for items in filter(None, rounds):
+        while True:
+            request = requests.read(number, longest_pause_s(config))
+            if isinstance(request, Farewell):
+                break
+            for items in filter(None, request):
                 plan = plan_by_length(items, limits, route.teacher)
                 with naming_stage(f"scoring on rank {rank} ({context.layout.place()})"):
                     held = model.score(items, plan)
@@ -218,6 +233,8 @@ def _serve(
         wire.flush()
     except WireError as error:
         raise TeacherError(f"[{role.name}] the student is gone or late: {error}") from None
+    if request.error is not None:
+        raise TeacherError(f"[{role.name}] the student has ended early. {request.error}")
 
 
 def longest_pause_s(config: Config) -> float:
