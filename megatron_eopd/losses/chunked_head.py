@@ -43,7 +43,9 @@ class _ChunkedHead(torch.autograd.Function):
             grad_hidden_NH = torch.empty_like(hidden_NH)
             # float32: the sum over chunks would lose low bits in bfloat16.
             grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-        for first in range(0, len(hidden_NH), chunk_size):
+        # One chunk of no tokens where there is none: what the loss reports and agrees on with other
+        # ranks must not depend on where the tokens lie.
+        for first in range(0, max(len(hidden_NH), 1), chunk_size):
             rows = slice(first, first + chunk_size)
             logits_CV = (hidden_NH[rows] @ weight_VH.T).requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):

@@ -190,3 +190,23 @@ def test_a_step_with_fewer_rollouts_than_ranks(models, rollouts, tmp_path, capsy
     cases = [Case(dp=4, payload=payload) for payload in PAYLOADS]
     cases.append(Case(dp=4, teacher=own_layout(tp=2)))
     check(cases, models, rollouts[:3], few, tmp_path, capsys)
+
+
+CHUNKED = {"objective": {"head": "chunked", "head_chunk_size": 16, "entropy_threshold": 2.8}}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_ranks_without_a_token(payload, models, tmp_path, capsys):
+    """Short answers behind long prompts lie on one of two context-parallel ranks, and three
+    rollouts leave a fourth data-parallel rank nothing: both heads then have the metrics, and the
+    gradient, of a single process."""
+    generator = torch.Generator().manual_seed(3)
+    short = []
+    for index in range(3):
+        ids = torch.randint(VOCAB, (44,), generator=generator).tolist()
+        prompt = Prompt(index, "", "", tuple(ids[:40]))
+        short.append(Rollout(prompt, 0, tuple(ids[40:]), (-1.0,) * 4, "stop", 0))
+    (alone,) = run_cases([Case(payload=payload)], models, short, tmp_path)
+    for layout in ({"cp": 2}, {"dp": 4}):
+        cases = [Case(**layout, payload=payload, other=other) for other in ({}, CHUNKED)]
+        check(cases, models, short, {payload: alone}, tmp_path, capsys)
