@@ -5,6 +5,7 @@ answer at once.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -41,6 +42,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
+
+
+def finite(text: str) -> float:
+    """An argparse type: a finite number from 0 on. What is compared with NaN is never too large."""
+    number = float(text)
+    if not (math.isfinite(number) and number >= 0):
+        raise argparse.ArgumentTypeError(f"{number} is not a finite number from 0 on")
     return number
 
 

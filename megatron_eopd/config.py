@@ -35,7 +35,9 @@ BUILT_IN_TASKS = ("countdown",)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -466,6 +468,11 @@ class TrainingConfig(Section):
                 f"max_tokens_per_microbatch={self.max_tokens_per_microbatch}. Set one of the two "
                 f"to none."
             )
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"min_lr={self.min_lr:g} is above lr={self.lr:g}, and the learning rate decays "
+                f"from lr to min_lr. Set min_lr={self.lr:g} or less."
+            )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError(
                 "overlap_param_gather=true needs overlap_grad_reduce=true; it is false."
@@ -682,11 +689,13 @@ class Config(Section):
                 f"hand over the same portions. Set teacher.microbatches_per_exchange."
             )
         objective = self.objective
-        if objective.parts.gate == "quantile" and payloads == {"logits"}:
+        if objective.parts.gate == "quantile" and self.exchange_size is not None:
             raise ValueError(
-                "objective.gate=quantile needs the entropies of a whole optimizer step before its "
-                "first microbatch, and teacher.payload=logits never holds them all. Set "
-                "teacher.payload=hidden or topk."
+                f"objective.gate=quantile needs the entropies of a whole optimizer step before its "
+                f"first microbatch, and teacher.payload={self.teacher.payload} with "
+                f"teacher.microbatches_per_exchange={self.teacher.microbatches_per_exchange} hands "
+                f"over {self.exchange_size} of each rank's microbatches at a time. Set "
+                f"teacher.payload=hidden or topk, and teacher.microbatches_per_exchange=none."
             )
         if payloads == {"topk"}:
             _check_top_k_payload(objective)

@@ -1,11 +1,21 @@
 """Options: one place, checked, overridable; a wrong one says its name, its value and the fix."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from megatron_eopd import evaluate, train
-from megatron_eopd.config import ConfigError, changed_options, describe_options, load_config
+from megatron_eopd.config import (
+    Config,
+    ConfigError,
+    Section,
+    TeacherConfig,
+    changed_options,
+    describe_options,
+    load_config,
+)
 from megatron_eopd.presets import PRESETS
 from tests.test_preflight import QUICKSTART
 
@@ -62,6 +72,7 @@ def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
         ("teacher.world_size=2", r"leave it out of a colocated one"),
         ("teacher.payload=topk", r"reverse_kl=full needs all of them.*eopd_paper"),
         ("training.overlap_param_gather=true", r"needs overlap_grad_reduce=true"),
+        ("training.min_lr=1e-3", r"min_lr=0\.001 is above lr=1e-06.*Set min_lr=1e-06 or less"),
         ("teachers.teacher.hf_path=x", r"is the one of \[teacher\]"),
         ('teachers={ a = { hf_path = "x", payload = "logits" } }', r"different payloads"),
         (
@@ -75,6 +86,43 @@ def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
 def test_a_wrong_option_is_named_with_value_and_fix(toml, override, message):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         load_config(toml, [override])
+
+
+def float_options(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        types = [field.annotation, *get_args(field.annotation)]
+        sections = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+        if sections and field.annotation is not dict[str, TeacherConfig]:
+            yield from float_options(sections[0], f"{prefix}{name}.")
+        elif float in types:
+            yield prefix + name
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_every_number_is_finite(toml, value):
+    """A comparison with NaN is false, so a bound alone would let it in."""
+    options = list(float_options())
+    assert len(options) > 30 and "training.clip_grad" in options
+    for option in options:
+        with pytest.raises(ConfigError, match=rf"{option}={value}: .*finite number"):
+            load_config(toml, [f"{option}={value}"])
+
+
+@pytest.mark.parametrize("payload", ["hidden", "topk", "logits"])
+def test_a_quantile_of_a_step_needs_the_whole_step(toml, payload):
+    """Of portions it would be another threshold, and another gradient, with every portion."""
+    options = ["objective.name=eopd_paper", "objective.gate=quantile", f"teacher.payload={payload}"]
+    portions = [*options, "teacher.microbatches_per_exchange=2"]
+    with pytest.raises(
+        ConfigError, match=r"gate=quantile .*microbatches_per_exchange=2 hands"
+    ) as e:
+        load_config(toml, portions)
+    assert "Set teacher.payload=hidden or topk, and" in str(e.value)
+    if payload == "logits":
+        with pytest.raises(ConfigError, match=r"hands over 1 of each rank's microbatches"):
+            load_config(toml, options)
+    else:
+        load_config(toml, options)
 
 
 def test_a_missing_option_and_a_broken_file_are_named(tmp_path):

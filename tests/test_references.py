@@ -111,7 +111,7 @@ def test_the_share_follows_its_schedule():
         (["rollout.reference_fraction=1.5"], "less than or equal to 1"),
         (["rollout.reference_fraction=-0.1"], "greater than or equal to 0"),
         (["rollout.final_reference_fraction=2"], "less than or equal to 1"),
-        (["rollout.reference_fraction=nan"], "less than or equal to 1"),
+        (["rollout.reference_fraction=nan"], "finite number"),
         (["rollout.reference_fraction=0.5"], "data.prompts=countdown has none"),
         (
             ["rollout.reference_fraction=0.5", "data.prompts=p.jsonl"],

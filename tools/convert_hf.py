@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+from megatron_eopd.cli import finite
+
 # Converting is work for disk and CPU. Before torch is imported: then it never meets a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -61,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         command.epilog, command.formatter_class = EXAMPLES, raw
         command.add_argument(
             "--distributed-timeout-minutes",
-            type=float,
+            type=finite,
             default=60.0,
             help="longest wait for another rank (default: 60)",
         )
@@ -103,7 +105,7 @@ def add_check(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--no-logits", action="store_true", help="compare tensors only")
     command.add_argument("--prompt", help="text for the logits (default: 32 fixed random tokens)")
     command.add_argument(
-        "--tolerance", type=float, default=1e-4, help="of float32 logits (default: 1e-4)"
+        "--tolerance", type=finite, default=1e-4, help="of float32 logits (default: 1e-4)"
     )
     command.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
     command.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from megatron_eopd.cli import positive
+from megatron_eopd.cli import finite, positive
 from megatron_eopd.config import ConfigError, DataConfig, RolloutConfig, parse_value
 from megatron_eopd.data.jsonl import read_jsonl
 
@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=positive, default=256, metavar="N", help="prompts written at a time"
     )
     engine.add_argument("--max-num-seqs", type=positive, default=256, metavar="N")
-    engine.add_argument("--kv-cache-gib", type=float, default=4.0, metavar="GIB")
+    engine.add_argument("--kv-cache-gib", type=finite, default=4.0, metavar="GIB")
     engine.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="N")
     engine.add_argument(
         "--num-threads",

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_eopd.cli import finite
+
 if TYPE_CHECKING:
     from megatron_eopd.config import Config
     from megatron_eopd.parallel.layout import Layout
@@ -62,11 +64,11 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("config", type=Path, metavar="CONFIG.toml")
     add("overrides", nargs="*", metavar="section.key=value", help="win over the file")
     add("--gpus", type=int, required=True, metavar="N", help="ranks, separate teachers' included")
-    add("--gpu-memory-gib", type=float, required=True, metavar="G", help="of one GPU")
+    add("--gpu-memory-gib", type=finite, required=True, metavar="G", help="of one GPU")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     add(
         "--reserve-gib",
-        type=float,
+        type=finite,
         default=5.0,
         metavar="G",
         help="left for CUDA's context, NCCL's buffers, the optimizer's temporaries and "
@@ -102,7 +104,7 @@ def add_assumptions(parser: argparse.ArgumentParser) -> None:
     for name, default, text in describe_assumptions():
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            type=float,
+            type=finite,
             default=default,
             metavar="X",
             help=f"{text} (default: {default:g})",
