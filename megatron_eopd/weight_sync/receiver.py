@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.platforms import current_platform
 
 from megatron_eopd.weight_sync.communicator import (
     Communicator,
@@ -100,7 +101,18 @@ class EopdReceiver(WeightTransferEngine):
         self._loaded_parameters: set[str] = set()
         self._update_fault: str | None = None
         self.fault = "a weight update began and has not been completed"
+        if current_platform.is_cpu():
+            self._have_experts_packed_again()
         initialize_layerwise_reload(self.model)
+
+    def _have_experts_packed_again(self) -> None:
+        """vLLM's CPU kernel for experts multiplies by weights that it packs when it is built. An
+        update finds it built and copies plain weights into the packed ones: of another size, or
+        with another meaning. No CUDA graph holds on to these, so it may be built anew."""
+        for module in self.model.modules():
+            method = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
 
     def update_weights(self, update_info: dict) -> None:
         # The base class synchronises torch.accelerator afterwards, which raises on a CPU.

@@ -127,6 +127,21 @@ def test_after_three_steps_the_engine_scores_as_the_trainer_does(tied, tp, pp, t
     assert stale > 1e-2, "a stale engine must be far outside the tolerance"
 
 
+def test_a_student_of_experts_reaches_the_engine_with_every_step(tmp_path):
+    """vLLM packs the experts' weights anew in each sync: the first and all later ones compute."""
+    student = shutil.copytree(MODELS / "student", tmp_path / "student")
+    make_model("qwen3_moe", student, seed=4, vocab_size=112)
+    sizes = ["tensor_model_parallel_size=1", "expert_model_parallel_size=2"]
+    options = [f"student.hf_path={student}", *(f"parallel.{size}" for size in sizes)]
+    done = train(tmp_path / "run", *options, "training.lr=1e-3", "evaluation.task=none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [row["weight_sync/version"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert 0 < row["weight_sync/probe_difference"] < 3e-5
+        assert 0 < row["mismatch/logprob_abs_mean"] <= row["mismatch/logprob_abs_p99"] < 1e-4
+
+
 def test_the_same_seed_gives_the_same_run(first_run, tmp_path):
     """Identical metrics.jsonl apart from times, and identical weights."""
     again = train(tmp_path / "run")
