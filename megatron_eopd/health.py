@@ -4,7 +4,7 @@ Each is told once, with what it means and what helps. Nothing here changes the r
 """
 
 from collections.abc import Mapping
-from math import nan
+from math import isfinite, nan
 
 from megatron_eopd.config import Config
 from megatron_eopd.rollout.engine import SyncReport
@@ -32,16 +32,16 @@ class HealthCheck:
         self._first: Mapping[str, float] | None = None
 
     def look(self, scalars: Mapping[str, float], sync: SyncReport) -> None:
-        """At one iteration."""
-        # A batch of references alone has no mismatch, and no length of its own.
-        values = {name: value for name, value in scalars.items() if value == value}
-        if self._first is None and "rollout/length_mean" in values:
-            self._first = values
-        if self._mismatch is None and "mismatch/mult_prob_error" in values:
+        """At one iteration. What it has nothing of, such as the mismatch of a batch of references
+        alone, is not among the scalars; a NaN is a sign like a value that is too large."""
+        if self._first is None and "rollout/length_mean" in scalars:
+            self._first = scalars
+        mismatch = scalars.get("mismatch/mult_prob_error", nan) - 1
+        if self._mismatch is None and isfinite(mismatch):
             # What is far from rounding in the first iteration is no baseline.
-            first = min(values["mismatch/mult_prob_error"] - 1, 5 * self._expected_mismatch)
+            first = min(mismatch, 5 * self._expected_mismatch)
             self._mismatch = max(self._expected_mismatch, first)
-        for name, message in self._signs(values, sync).items():
+        for name, message in self._signs(scalars, sync).items():
             if name not in self._told:
                 self._told.add(name)
                 self._log.line(f"WARNING (told once): {message}")
@@ -52,40 +52,41 @@ class HealthCheck:
         signs = {}
         if sync.probe is not None and sync.probe.verdict == "warn":
             signs["probe"] = sync.probe.message
-        mismatch = values.get("mismatch/mult_prob_error", nan) - 1
-        bound = rollout.mismatch_warn_factor * (self._mismatch or self._expected_mismatch)
+        rounding = self._mismatch or self._expected_mismatch
+        bound = 1 + rollout.mismatch_warn_factor * rounding
         # Replayed samples come from other weights, as they should.
-        if mismatch > bound and rollout.replay is None:
+        if rollout.replay is None and _exceeds(values, "mismatch/mult_prob_error", bound):
             signs["mismatch"] = (
                 f"engine and trainer disagree on the sampled tokens: mean exp|Δ| − 1 is "
-                f"{mismatch:.3g}, more than rollout.mismatch_warn_factor="
-                f"{rollout.mismatch_warn_factor:g} times the {self._mismatch:.3g} that rounding "
-                f"makes. The samples may come from other weights, or from a cache that was filled "
-                f"under other weights; the loss still scores them exactly."
+                f"{values['mismatch/mult_prob_error'] - 1:.3g}, more than "
+                f"rollout.mismatch_warn_factor={rollout.mismatch_warn_factor:g} times the "
+                f"{rounding:.3g} that rounding makes. The samples may come from other weights, or "
+                f"from a cache that was filled under other weights; the loss still scores them "
+                f"exactly."
             )
-        gate = values.get("gate/fraction", nan)
-        if gate > OPEN_GATE and objective.parts.gate not in ("always", "never"):
+        is_gated = objective.parts.gate not in ("always", "never")
+        if is_gated and _exceeds(values, "gate/fraction", OPEN_GATE):
             signs["gate"] = (
-                f"the gate is open for {gate:.0%} of the tokens, so forward KL joins nearly "
-                f"everywhere: the teacher is unsure of what it reads (mean entropy "
+                f"the gate is open for {values['gate/fraction']:.0%} of the tokens, so forward KL "
+                f"joins nearly everywhere: the teacher is unsure of what it reads (mean entropy "
                 f"{values['entropy/teacher_mean']:.2f} nats, objective.entropy_threshold="
                 f"{objective.entropy_threshold:g}). A student that writes garbage does that: warm "
                 f"it up with rollout.reference_fraction=1 and final_reference_fraction=0."
             )
         if values.get("rollout/reference_fraction", 0.0) > MOSTLY_REFERENCES:
             return signs  # few samples, which say little
-        truncated = values.get("rollout/truncated_fraction", nan)
-        if truncated > TRUNCATED:
+        if _exceeds(values, "rollout/truncated_fraction", TRUNCATED):
             signs["truncated"] = (
-                f"{truncated:.0%} of the responses were cut at rollout.max_response_length="
-                f"{rollout.max_response_length}: the student does not end its answers, or needs "
-                f"more room. Raise the option, or check the stop ids that were told at start."
+                f"{values['rollout/truncated_fraction']:.0%} of the responses were cut at "
+                f"rollout.max_response_length={rollout.max_response_length}: the student does not "
+                f"end its answers, or needs more room. Raise the option, or check the stop ids "
+                f"that were told at start."
             )
-        repetition = values.get("rollout/repetition", nan)
-        if repetition > REPETITION:
+        if _exceeds(values, "rollout/repetition", REPETITION):
             signs["repetition"] = (
-                f"{repetition:.0%} of the 4-grams of a response occurred in it before: the "
-                f"student repeats itself. Lower training.lr, or warm it up on reference answers."
+                f"{values['rollout/repetition']:.0%} of the 4-grams of a response occurred in it "
+                f"before: the student repeats itself. Lower training.lr, or warm it up on "
+                f"reference answers."
             )
         if self._has_collapsed(values):
             signs["entropy"] = (
@@ -101,4 +102,9 @@ class HealthCheck:
         if self._first is None:
             return False
         bound = min(self._first["entropy/student_mean"], values["entropy/teacher_mean"])
-        return values["entropy/student_mean"] < COLLAPSED * bound
+        return not values["entropy/student_mean"] >= COLLAPSED * bound
+
+
+def _exceeds(values: Mapping[str, float], name: str, bound: float) -> bool:
+    """Whether there is such a value, and it is not within the bound; NaN is not."""
+    return name in values and not values[name] <= bound

@@ -71,13 +71,13 @@ class Means:
 
 
 def divide(sums: Iterable[Sums]) -> dict[str, float]:
-    """Means from the sums of several batches. A mean over nothing is NaN."""
+    """Means from the sums of several batches. A mean over nothing is left out: NaN is a fault."""
     totals: Sums = {}
     for batch in sums:
         for name, (total, count) in batch.items():
             old_total, old_count = totals.get(name, (0.0, 0.0))
             totals[name] = (old_total + total, old_count + count)
-    return {name: (t / c if c else math.nan) for name, (t, c) in totals.items()}
+    return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 def percentile(values: list[float], fraction: float) -> float:
@@ -122,7 +122,7 @@ class MetricsWriter:
         scalars: Mapping[str, float],
         histograms: Mapping[str, list[float]] | None = None,
     ) -> None:
-        """NaN scalars (means over nothing) are left out: JSON has no NaN."""
+        """Scalars that are not finite are left out: JSON has neither NaN nor infinity."""
         self.tokens_total = int(scalars.get("throughput/tokens_total", self.tokens_total))
         finite = {n: rounded(value) for n, value in scalars.items() if math.isfinite(value)}
         self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")

@@ -1,6 +1,7 @@
 """Warnings: when they come, that they come once, and that a healthy run has none."""
 
 import re
+from math import nan
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,9 @@ def test_a_healthy_run_hears_nothing(health):
         ({"rollout/repetition": 0.7}, "repeats itself"),
         ({"entropy/student_mean": 0.02}, "entropy fell to 0.020 nats, from 0.800"),
         ({"mismatch/mult_prob_error": 1.9}, "engine and trainer disagree .* is 0.9"),
+        ({"mismatch/mult_prob_error": nan}, "engine and trainer disagree .* is nan"),
+        ({"gate/fraction": nan}, "the gate is open for nan% "),
+        ({"entropy/student_mean": nan}, "entropy fell to nan"),
     ],
 )
 def test_each_sign_is_told_once_with_advice(health, values, said):
@@ -78,9 +82,8 @@ def test_a_probe_that_warns_is_passed_on(health):
 def test_a_batch_of_references_alone_is_no_baseline(health):
     """It has neither a length nor a mismatch of its own."""
     check, told = health
-    nothing = float("nan")
-    alone = {k: v for k, v in HEALTHY.items() if not k.startswith("rollout/")}
-    check.look(alone | {"mismatch/mult_prob_error": nothing, "entropy/student_mean": 5.0}, SYNC)
+    alone = {k: v for k, v in HEALTHY.items() if not k.startswith(("rollout/", "mismatch/"))}
+    check.look(alone | {"entropy/student_mean": 5.0}, SYNC)
     check.look(HEALTHY, SYNC)
     check.look(HEALTHY | {"entropy/student_mean": 0.2}, SYNC)
     assert told == []
@@ -103,7 +106,14 @@ def test_a_first_iteration_far_from_rounding_is_no_baseline(health):
 def test_the_baseline_of_the_mismatch_is_its_first_value(health):
     """An iteration may have samples, and references alone in its first optimizer step."""
     check, told = health
-    check.look(HEALTHY | {"mismatch/mult_prob_error": float("nan")}, SYNC)
+    check.look({k: v for k, v in HEALTHY.items() if k != "mismatch/mult_prob_error"}, SYNC)
     for error in (1.35, 1.9):
         check.look(HEALTHY | {"mismatch/mult_prob_error": error}, SYNC)
     assert told == []
+
+
+def test_a_mismatch_that_is_no_number_is_told_at_once(health):
+    """And is no baseline: rounding is what was expected."""
+    check, told = health
+    check.look(HEALTHY | {"mismatch/mult_prob_error": nan}, SYNC)
+    assert len(told) == 1 and "is nan, more than" in told[0] and "the 0.1 that" in told[0]

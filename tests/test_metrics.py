@@ -23,9 +23,9 @@ def test_means_weigh_tokens_not_batches():
     assert divide([{"x": (3.0, 3.0)}, {"x": (5.0, 1.0)}]) == {"x": 2.0}
 
 
-def test_a_mean_over_nothing_is_nan_and_stays_out_of_the_file(tmp_path):
-    means = divide([{"gated": (0.0, 0.0), "all": (1.0, 2.0)}])
-    assert math.isnan(means["gated"])
+def test_a_mean_over_nothing_is_no_mean_and_nan_stays_out_of_the_file(tmp_path):
+    means = divide([{"gated": (0.0, 0.0), "all": (1.0, 2.0), "broken": (math.nan, 2.0)}])
+    assert means.keys() == {"all", "broken"} and math.isnan(means["broken"])
     writer = MetricsWriter(tmp_path, resumed_at=0)
     writer.write(1, means)
     writer.close()
