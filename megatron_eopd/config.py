@@ -203,7 +203,7 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["auto", "vllm", "megatron"] = "auto"
     """`vllm`; `megatron`, the exact but slow reference sampler inside the trainer; `auto`: vllm
-    where it is installed, else megatron."""
+    where it is installed, else megatron for responses of up to `max_fallback_length`."""
     batch_size: int = Field(128, gt=0)
     """Samples per iteration: prompts × samples_per_prompt."""
     samples_per_prompt: int = Field(1, gt=0)
@@ -212,6 +212,10 @@ class RolloutConfig(Section):
     """Sampling temperature, at most 2. The loss divides both models' logits by it as well."""
     max_response_length: int = Field(4096, gt=0)
     """In tokens; a response that reaches it is cut and counted as truncated."""
+    max_fallback_length: int = Field(256, gt=0)
+    """The trainer's sampler computes a whole sequence anew for every token. Where nobody asked for
+    it, because vLLM is not installed or `replay` starts none, a longer `max_response_length` is an
+    error."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a response, of student and teacher. Default: eos_token_id of each model's
     generation_config.json, config.json or tokenizer, which must agree."""

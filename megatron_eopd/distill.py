@@ -7,7 +7,6 @@ step reports ─▶ new weights in the engine.
 from itertools import islice
 
 from megatron_eopd import checkpoint, report
-from megatron_eopd.config import Config, ConfigError
 from megatron_eopd.data.packing import Limits, PackedRollouts, pack, rounds_of
 from megatron_eopd.errors import EngineError
 from megatron_eopd.evaluation.evaluate import Evaluation, evaluate
@@ -15,7 +14,7 @@ from megatron_eopd.health import HealthCheck
 from megatron_eopd.metrics import MetricsWriter
 from megatron_eopd.records import Prompt, Rollout, StepReport
 from megatron_eopd.rollout.engine import Sampling, SyncReport
-from megatron_eopd.rollout.recording import read_rollouts, rollout_file, write_rollouts
+from megatron_eopd.rollout.recording import rollout_file, write_rollouts
 from megatron_eopd.rollout.references import (
     places_of_references,
     reference_fraction_at,
@@ -84,8 +83,8 @@ def stage_times(session: Session, iteration: int) -> StageTimes:
 def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
     """The responses of this iteration: sampled, reference answers, or read from a recording."""
     config = session.config
-    if config.rollout.replay is not None:
-        return replay_rollouts(config, iteration)
+    if session.recording is not None:
+        return session.recording.read(iteration)
     count = config.rollout.samples_per_prompt
     prompts = session.prompts.batch(iteration, config.rollout.batch_size // count)
     fraction = reference_fraction_at(config.rollout, iteration, config.training.train_iters)
@@ -100,24 +99,6 @@ def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
     if config.rollout.record and session.context.layout.rank == 0:
         path = rollout_file(config.run_dir / "rollouts", iteration)
         write_rollouts(path, rollouts, session.tokenizer)
-    return rollouts
-
-
-def replay_rollouts(config: Config, iteration: int) -> list[Rollout]:
-    path = rollout_file(config.rollout.replay, iteration)
-    rollouts = read_rollouts(path)
-    if len(rollouts) != config.rollout.batch_size:
-        raise ConfigError(
-            f"{path} holds {len(rollouts)} rollouts. Set rollout.batch_size={len(rollouts)} (it is "
-            f"{config.rollout.batch_size})."
-        )
-    has_references = any(rollout.source == "reference" for rollout in rollouts)
-    if has_references and config.objective.parts.needs_sampled_tokens:
-        raise ConfigError(
-            f"{path} holds reference answers, and objective.reverse_kl="
-            f"{config.objective.parts.reverse_kl} needs tokens that the student sampled. Set "
-            f"objective.reverse_kl=full."
-        )
     return rollouts
 
 

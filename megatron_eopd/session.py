@@ -21,7 +21,8 @@ from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, SyncReport
 from megatron_eopd.rollout.engine_process import EngineProcess
 from megatron_eopd.rollout.megatron_engine import MegatronEngine, score_tokens
-from megatron_eopd.rollout.vllm_engine import VllmEngine, launch_vllm, vllm_available
+from megatron_eopd.rollout.recording import Recording
+from megatron_eopd.rollout.vllm_engine import VllmEngine, launch_vllm
 from megatron_eopd.run_log import RunLog, StageTimes
 from megatron_eopd.teacher.placement import open_teachers
 from megatron_eopd.teacher.pool import TeacherPool
@@ -40,6 +41,7 @@ class Session:
     tokenizer: Tokenizer
     prompts: PromptSet
     held_out: list[Prompt]
+    recording: Recording | None
     student: Trainable
     teachers: TeacherPool
     token_loss: TokenLoss
@@ -88,7 +90,7 @@ def open_session(
         errors: list[Exception] = []
         process = None
         with collecting(errors):
-            if context.layout.rank == 0 and _wants_vllm(config, inputs):
+            if context.layout.rank == 0 and inputs.engine.is_vllm:
                 process = _launch_vllm(config, inputs)
                 stack.callback(process.kill)
         raise_together(errors, context.cpu_group)
@@ -120,6 +122,7 @@ def open_session(
             tokenizer=inputs.tokenizer,
             prompts=inputs.prompts,
             held_out=inputs.held_out,
+            recording=inputs.recording,
             student=student,
             teachers=teachers,
             token_loss=TokenLoss(chunks[-1], teachers.heads, config, hf_config.vocab_size, context),
@@ -142,14 +145,6 @@ def _build_student(config: Config, context: ParallelContext) -> Trainable:
         load_weights(chunks, path, context)
     raise_together(errors, context.cpu_group)  # before the collectives of the next model's loading
     return make_trainable(chunks, config, context)
-
-
-def _wants_vllm(config: Config, inputs: Inputs) -> bool:
-    """The same on every rank."""
-    rollout = config.rollout
-    if rollout.replay is not None or rollout.engine == "megatron" or not vllm_available():
-        return False
-    return rollout.ever_samples or bool(inputs.held_out)
 
 
 def _launch_vllm(config: Config, inputs: Inputs) -> EngineProcess:
@@ -175,8 +170,7 @@ def _make_engine(
 ) -> RolloutEngine:
     """`process`: vLLM's, on rank 0 of a run that wants it."""
     rollout = config.rollout
-    if not _wants_vllm(config, inputs):
-        log.line(f"rollouts: {_why_without_vllm(config, inputs)}")
+    if not inputs.engine.is_vllm:
         return MegatronEngine(chunks, vocab_size, rollout.max_num_seqs, context)
     return VllmEngine(
         process,
@@ -189,13 +183,3 @@ def _make_engine(
         cpu_group=context.cpu_group,
         tell=log.line,
     )
-
-
-def _why_without_vllm(config: Config, inputs: Inputs) -> str:
-    rollout = config.rollout
-    if rollout.replay is not None:
-        return f"replayed from {rollout.replay}; evaluations use the exact sampler"
-    if not rollout.ever_samples and not inputs.held_out:
-        return "none; every iteration trains on reference answers"
-    why = "as configured" if rollout.engine == "megatron" else "vLLM is NOT installed here"
-    return f"the trainer's exact sampler ({why}); slow for anything but toys"

@@ -14,7 +14,6 @@ from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import Sampling, numbered_samples, sample_seed
-from megatron_eopd.rollout.recording import read_rollouts, write_rollouts
 from tests.test_preflight import MODELS, QUICKSTART
 
 
@@ -176,25 +175,6 @@ def test_stop_ids_come_from_the_generation_config_first(tmp_path):
     assert load_tokenizer(model).stop_ids == (109, 107)
     path.unlink()
     assert load_tokenizer(model).stop_ids == (109,)
-
-
-def test_recorded_rollouts_come_back_as_they_were(tmp_path):
-    tokenizer = load_tokenizer(MODELS / "student")
-    rollouts = [make_rollout(0, 3, 4), make_rollout(0, 2, 2)]
-    write_rollouts(tmp_path / "000007.jsonl", rollouts, tokenizer)
-    assert read_rollouts(tmp_path / "000007.jsonl") == rollouts
-    first = json.loads((tmp_path / "000007.jsonl").read_text().splitlines()[0])
-    assert first["response_text"] == "50 51 52 53"
-
-
-def test_a_damaged_recording_names_the_line(tmp_path):
-    path = tmp_path / "000000.jsonl"
-    write_rollouts(path, [make_rollout(0, 3, 4)], load_tokenizer(MODELS / "student"))
-    path.write_text(path.read_text() + '{"prompt": {}}\n')
-    with pytest.raises(ConfigError, match=r"000000\.jsonl line 2: not a recorded rollout"):
-        read_rollouts(path)
-    with pytest.raises(ConfigError, match="no recorded rollouts for this iteration"):
-        read_rollouts(tmp_path / "000001.jsonl")
 
 
 def test_a_prompt_that_comes_twice_draws_other_samples():

@@ -26,6 +26,7 @@ from megatron_eopd.models.hf_files import name_files, plan_files, write_index_an
 from megatron_eopd.planning.activations import Lengths
 from megatron_eopd.planning.search import Request, check_request, make_plan
 from megatron_eopd.planning.shapes import Models
+from megatron_eopd.rollout import choice
 from megatron_eopd.train import main
 from megatron_eopd.weight_sync.manifest import TensorSpec
 
@@ -157,7 +158,7 @@ def work_dir(tmp_path_factory) -> Path:
 def in_work_dir(work_dir, monkeypatch) -> None:
     """There, on a machine that has vLLM."""
     monkeypatch.chdir(work_dir)
-    monkeypatch.setattr(preflight, "vllm_available", lambda: True)
+    monkeypatch.setattr(choice, "vllm_available", lambda: True)
 
 
 @pytest.fixture

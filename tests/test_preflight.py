@@ -203,11 +203,6 @@ def test_transformer_engine_demanded_and_absent(refused):
     assert "set model.transformer_impl=local" in message
 
 
-def test_vllm_demanded_and_absent(refused, monkeypatch):
-    monkeypatch.setattr(preflight, "vllm_available", lambda: False)
-    assert "rollout.engine=vllm, but vLLM is not installed" in refused("rollout.engine=vllm")
-
-
 def test_unfinished_checkpoint(refused, tmp_path):
     (tmp_path / "000010").mkdir()
     assert "never finished" in refused(f"checkpoint.load={tmp_path / '000010'}")

@@ -194,7 +194,7 @@ def test_a_recorded_batch_gives_one_step_on_every_layout(tmp_path, capsys):
         rollout={"batch_size": 32},
         training={"global_batch_size": 32, "lr": 1e-3, "train_iters": 10, "adam_eps": 1e-3},
     )
-    rollouts = read_rollouts(Path(__file__).parent / "recorded/000000.jsonl")
+    rollouts = [r for _, r in read_rollouts(Path(__file__).parent / "recorded/000000.jsonl")]
     table = assert_layouts_agree([config], rollouts, RECORDED_LAYOUTS, tmp_path)
     with capsys.disabled():
         print(f"\n  recorded batch, toy models{table}")
