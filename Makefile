@@ -1,7 +1,8 @@
 # make quickstart   from a fresh clone to a finished distillation
 # make real         the same with a real model of 135M parameters on GSM8K, about 20 minutes
 # make test         lint and tests, on both supported lines of Megatron-Core
-# make test-matrix  gradient parity over all layouts that fit 8 processes; rewrites its table in docs
+# make test-matrix  gradient parity over all layouts that fit 8 processes, and over all options in threes;
+#                   rewrites their tables in docs
 # make bench        loss, weight-sync, step and conversion benchmarks for the device at hand
 # make install      only the environment, .venv
 
@@ -106,6 +107,7 @@ test: lint $(OVERLAY)/installed
 
 test-matrix: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.distributed.parity_matrix
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.distributed.crossing_matrix
 
 $(OVERLAY)/installed: $(VENV)/installed
 	$(PIP) install --upgrade --target $(OVERLAY) --no-deps --ignore-requires-python $(MCORE_SECOND)

@@ -88,8 +88,6 @@ def line_of(title: str, case: Case, far: Distance) -> str:
 
 
 def write(lines: list[str], minutes: float) -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
     header = [
         f"{len(lines)} runs in {minutes:.0f} minutes on two CPU cores (gloo, float32). Relative to "
         f"a single process: loss and gradient norm; the KL terms and entropies of all tokens; the "
@@ -98,8 +96,14 @@ def write(lines: list[str], minutes: float) -> None:
         "| models | layout | payload | loss, norm | terms | gradients |",
         "|---|---|---|---|---|---|",
     ]
-    table = "\n".join([*header, *lines])
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+    replace_between_marks(PAGE, [*header, *lines])
+
+
+def replace_between_marks(page: Path, lines: list[str]) -> None:
+    before, _, rest = page.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = "\n".join(lines)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def main() -> int:
