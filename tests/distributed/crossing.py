@@ -48,8 +48,9 @@ MOST_RANKS = 4
 BOUNDS = {"float32": (1e-5, 1e-5, 1e-5), "bfloat16": (5e-3, 0.03, 0.1)}
 """Of loss, terms and gradients; relative."""
 # In bfloat16 where no teacher entropy of the batch is near: rounding, up to 0.1 nats, must open no
-# gate, since one token's forward KL is a tenth of a gradient.
+# gate, since one token's forward KL is a tenth of a gradient. The quantile is of the same tokens.
 THRESHOLD = {"float32": 2.8, "bfloat16": 2.135}
+QUANTILE = {"float32": 0.6, "bfloat16": 0.058}
 OPTIONS = {
     "objective": ("reverse_kl", "forward_kl", "combine"),
     "gate": ("gate",),
@@ -73,7 +74,7 @@ def case_of(setting: Setting) -> Case:
         "inplace_backward": setting["inplace"] == "yes",
         "top_k": 4,
         "top_k_support": setting["support"],
-        "gate_quantile": 0.6,
+        "gate_quantile": QUANTILE[setting["dtype"]],
         "entropy_threshold": THRESHOLD[setting["dtype"]],
     }
     recompute = None if setting["recompute"] == "none" else setting["recompute"]
