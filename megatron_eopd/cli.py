@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_eopd.config import Config, ConfigError, describe_options, load_config
+from megatron_eopd.config import Config, describe_options, load_config
+from megatron_eopd.errors import ConfigError, ExpectedError
 
 
 def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -60,11 +61,9 @@ def run_command(config_path: Path, overrides: Sequence[str], work: Callable[[Con
     except ConfigError as error:
         return _tell(error)
 
-    from megatron_eopd.job import EXPECTED_ERRORS
-
     try:
         work(config)
-    except EXPECTED_ERRORS as error:
+    except ExpectedError as error:
         return _tell(error)
     return 0
 

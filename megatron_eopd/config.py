@@ -24,12 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.presets import PRESETS, Parts
-
-
-class ConfigError(ValueError):
-    """An option is unknown, has the wrong type, or contradicts another. The message says which."""
-
 
 BUILT_IN_TASKS = ("countdown",)
 

@@ -8,7 +8,7 @@ from itertools import islice
 
 from megatron_eopd import checkpoint, report
 from megatron_eopd.data.packing import Limits, PackedRollouts, pack, rounds_of
-from megatron_eopd.errors import EngineError
+from megatron_eopd.errors import EngineError, NonFiniteError
 from megatron_eopd.evaluation.evaluate import Evaluation, evaluate
 from megatron_eopd.health import HealthCheck
 from megatron_eopd.metrics import MetricsWriter
@@ -22,7 +22,7 @@ from megatron_eopd.rollout.references import (
 )
 from megatron_eopd.run_log import StageTimes
 from megatron_eopd.session import Session
-from megatron_eopd.training.step import NonFiniteError, train_step
+from megatron_eopd.training.step import train_step
 
 
 def train(session: Session, writer: MetricsWriter | None) -> None:

@@ -1,5 +1,33 @@
-"""What a user can act on, where several rooms raise it."""
+"""What a user can act on: told as one message without a traceback. Everybody may import this."""
 
 
-class EngineError(RuntimeError):
+class ExpectedError(Exception):
+    """Ends a command with its message. Says what is wrong, with which values, and what to set."""
+
+
+class ConfigError(ExpectedError, ValueError):
+    """An option or an input file is unknown, has the wrong type, or contradicts another one."""
+
+
+class CheckpointError(ExpectedError, RuntimeError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class EngineError(ExpectedError, RuntimeError):
     """The engine died, answered nonsense or did not answer in time. The run cannot go on."""
+
+
+class TeacherError(ExpectedError, RuntimeError):
+    """A separate teacher is gone, late, or has failed; the message says which and why."""
+
+
+class RemoteError(ExpectedError, RuntimeError):
+    """Another rank raised; the message is that rank's."""
+
+
+class LostRankError(ExpectedError, RuntimeError):
+    """Another rank died or hangs; the message says in which stage this one noticed."""
+
+
+class NonFiniteError(ExpectedError, RuntimeError):
+    """Loss or gradient is NaN or infinite. Raised on every rank, before the weights change."""

@@ -15,29 +15,18 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 
 from megatron_eopd import distill, preflight, report
-from megatron_eopd.config import Config, ConfigError, changed_options
-from megatron_eopd.errors import EngineError
+from megatron_eopd.config import Config, changed_options
+from megatron_eopd.errors import (
+    ConfigError,
+    ExpectedError,
+)
 from megatron_eopd.metrics import MetricsWriter, read_metrics, rounded
-from megatron_eopd.models.hf_files import CheckpointError
-from megatron_eopd.parallel.collectives import LostRankError, RemoteError
 from megatron_eopd.parallel.init import ParallelContext, job_store, own_rank, world_context
 from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, student_layout
 from megatron_eopd.run_log import RunLog, seconds_since_start, tell_torchrun
 from megatron_eopd.session import Session, open_session
 from megatron_eopd.teacher.placement import rank_table, wire_store
-from megatron_eopd.teacher.separate import TeacherError, serve
-from megatron_eopd.training.step import NonFiniteError
-
-EXPECTED_ERRORS = (
-    ConfigError,
-    CheckpointError,
-    EngineError,
-    NonFiniteError,
-    LostRankError,
-    RemoteError,
-    TeacherError,
-)
-"""What a user can act on; told without a traceback."""
+from megatron_eopd.teacher.separate import serve
 
 
 def train(config: Config) -> None:
@@ -155,7 +144,7 @@ def _world(
         _leave_a_word_when_stopped(log)
         try:
             yield context, log
-        except EXPECTED_ERRORS as error:
+        except ExpectedError as error:
             _fail_together(error, log, context)
         log.close()
 

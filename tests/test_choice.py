@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_eopd.config import Config, ConfigError
+from megatron_eopd.config import Config
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.rollout import choice
 from megatron_eopd.rollout.choice import EngineChoice, choose_engine
 from megatron_eopd.train import main

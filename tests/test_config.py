@@ -9,13 +9,13 @@ import pytest
 from megatron_eopd import evaluate, train
 from megatron_eopd.config import (
     Config,
-    ConfigError,
     Section,
     TeacherConfig,
     changed_options,
     describe_options,
     load_config,
 )
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.presets import PRESETS
 from tests.test_preflight import QUICKSTART
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_eopd.config import ConfigError, DataConfig, load_config
+from megatron_eopd.config import DataConfig, load_config
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import load_tokenizer
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 from megatron_eopd.records import Prompt, Rollout

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from megatron_eopd.config import ConfigError, ModelConfig
+from megatron_eopd.config import ModelConfig
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.models import build, fit, hf_weights
 from megatron_eopd.models.families import FAMILIES
 from megatron_eopd.models.families.base import Split

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_eopd.config import ConfigError
+from megatron_eopd.errors import ConfigError
 
 TOOL = Path(__file__).parents[1] / "examples" / "smollm2_gsm8k" / "fetch_teacher.py"
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_eopd.config import ConfigError, ObjectiveConfig, load_config
+from megatron_eopd.config import ObjectiveConfig, load_config
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.losses import dense_kl_terms, vocab_parallel_kl_terms, vocab_parallel_terms
 from megatron_eopd.losses.estimators import FORWARD_KL, GATES, REVERSE_KL, TokenSignals
 from megatron_eopd.losses.objective import (

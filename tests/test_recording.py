@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from megatron_eopd.config import ConfigError
 from megatron_eopd.data.tokenizer import load_tokenizer
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.rollout.recording import Recording, write_rollouts
 from tests.test_data import make_rollout
 from tests.test_preflight import MODELS
@@ -102,9 +102,7 @@ def test_missing_files_are_told_before_the_start(tmp_path):
         write_rollouts(tmp_path / f"{iteration:06d}.jsonl", rollouts, TOKENIZER)
     recording(tmp_path).check_files(range(2, 4))
     recording(tmp_path).check_files(range(4, 4))
-    with pytest.raises(
-        ConfigError, match=r"000004.jsonl: .* 2 of the 4 .*train_iters=4"
-    ):
+    with pytest.raises(ConfigError, match=r"000004.jsonl: .* 2 of the 4 .*train_iters=4"):
         recording(tmp_path).check_files(range(2, 6))
     with pytest.raises(ConfigError, match="no recorded rollouts for this iteration"):
         recording(tmp_path).read(9)

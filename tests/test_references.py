@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from megatron_eopd.config import ConfigError, DataConfig, RolloutConfig, load_config
+from megatron_eopd.config import DataConfig, RolloutConfig, load_config
 from megatron_eopd.data.prompts import load_prompts
 from megatron_eopd.data.tokenizer import load_tokenizer
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.rollout.references import (
     places_of_references,
     reference_fraction_at,

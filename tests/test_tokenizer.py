@@ -14,13 +14,14 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megatron_eopd import preflight
-from megatron_eopd.config import ConfigError, load_config
+from megatron_eopd.config import load_config
 from megatron_eopd.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     check_same_vocabulary,
     load_tokenizer,
 )
+from megatron_eopd.errors import ConfigError
 from tests.real_data import real_data
 
 ROOT = Path(__file__).parents[1]

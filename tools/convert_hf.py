@@ -35,9 +35,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def main() -> int:
     args = parse_args()
     # After the arguments: --help and wrong options answer at once.
-    from megatron_eopd.config import ConfigError
-    from megatron_eopd.models.hf_files import CheckpointError
-    from megatron_eopd.parallel.collectives import RemoteError
+    from megatron_eopd.errors import CheckpointError, ConfigError, RemoteError
 
     try:
         return args.run(args)
@@ -178,9 +176,9 @@ def run_check(args: argparse.Namespace) -> int:
 
 def prepare_logits(args: argparse.Namespace, hf_dir: Path, context) -> list[int]:
     """The tokens; what cannot work is said before all tensors are compared."""
-    from megatron_eopd.config import ConfigError
     from megatron_eopd.conversion.check import probe_tokens
     from megatron_eopd.data.tokenizer import load_tokenizer
+    from megatron_eopd.errors import ConfigError
     from megatron_eopd.models.build import read_hf_config
     from megatron_eopd.models.fit import check_divides
     from megatron_eopd.parallel.layout import Layout
@@ -231,7 +229,7 @@ def cut_ranks(args: argparse.Namespace):
 
 def hf_directory(name: str, *, weights: bool, context) -> Path:
     """A local directory, or what the hub has under this name (downloaded by rank 0)."""
-    from megatron_eopd.config import ConfigError
+    from megatron_eopd.errors import ConfigError
     from megatron_eopd.parallel.collectives import from_rank_zero
 
     if Path(name).is_dir():

@@ -18,10 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_eopd.config import ConfigError
+from megatron_eopd.errors import CheckpointError, ConfigError
 from megatron_eopd.models.families import family_of
 from megatron_eopd.models.hf_files import (
-    CheckpointError,
     HFCheckpoint,
     SafetensorsWriter,
     copy_side_files,

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 
 from megatron_eopd.cli import finite, positive
-from megatron_eopd.config import ConfigError, DataConfig, RolloutConfig, parse_value
+from megatron_eopd.config import DataConfig, RolloutConfig, parse_value
 from megatron_eopd.data.jsonl import read_jsonl
+from megatron_eopd.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_eopd.data.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_eopd.cli import positive
-from megatron_eopd.config import ConfigError, DataConfig, parse_value
+from megatron_eopd.config import DataConfig, parse_value
 from megatron_eopd.data.prepare import (
     PRESETS,
     Columns,
@@ -26,6 +26,7 @@ from megatron_eopd.data.prepare import (
     overlap_keys,
     prepare,
 )
+from megatron_eopd.errors import ConfigError
 
 EXAMPLES = """examples:
   python tools/prepare_data.py train.jsonl -o prompts.jsonl --preset gsm8k --exclude test.jsonl

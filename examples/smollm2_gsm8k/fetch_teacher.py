@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_eopd.config import ConfigError
+from megatron_eopd.errors import ConfigError
 
 EXAMPLES = """examples:
   python examples/smollm2_gsm8k/fetch_teacher.py models/SmolLM2-135M-Instruct

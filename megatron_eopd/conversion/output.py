@@ -14,8 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_eopd.config import ConfigError
-from megatron_eopd.models.hf_files import CheckpointError
+from megatron_eopd.errors import CheckpointError, ConfigError
 from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_eopd.config import ConfigError
 from megatron_eopd.conversion.output import finish_output, open_output, write_parts
 from megatron_eopd.conversion.skeleton import Group, Skeleton, make_skeleton
+from megatron_eopd.errors import CheckpointError, ConfigError
 from megatron_eopd.models.build import read_hf_config
 from megatron_eopd.models.hf_files import (
-    CheckpointError,
     PlannedFile,
     SafetensorsWriter,
     copy_side_files,

@@ -13,7 +13,8 @@ from heapq import heappop, heappush
 
 import torch
 
-from megatron_eopd.config import ConfigError, TrainingConfig
+from megatron_eopd.config import TrainingConfig
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.models.packed_sequences import PackedSequences, chunks_of, positions_of
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import (

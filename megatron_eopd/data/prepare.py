@@ -21,8 +21,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from megatron_eopd.config import ConfigError
 from megatron_eopd.data.jsonl import read_jsonl
+from megatron_eopd.errors import ConfigError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """(where it stands, columns) of each row."""

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_eopd.config import ConfigError, DataConfig
+from megatron_eopd.config import DataConfig
 from megatron_eopd.data import countdown
 from megatron_eopd.data.jsonl import read_jsonl
 from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt
 
 TokenIds = tuple[int, ...]

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 # adds to Jinja. It is jinja2.meta.find_undeclared_variables in that environment.
 from transformers.utils.chat_template_utils import _get_template_variables
 
-from megatron_eopd.config import ConfigError
+from megatron_eopd.errors import ConfigError
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FILES_WITH_EOS = ("generation_config.json", "config.json")

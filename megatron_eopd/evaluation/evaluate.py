@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from megatron_eopd.config import Config, ConfigError
+from megatron_eopd.config import Config
 from megatron_eopd.data.packing import Limits, pack, rounds_of
 from megatron_eopd.data.prompts import countdown_rows, encode_prompts, jsonl_rows, places
 from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.grading import (
     Graded,
     gold_number,

@@ -28,7 +28,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_eopd.config import ConfigError, ModelConfig
+from megatron_eopd.config import ModelConfig
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.models import rope
 from megatron_eopd.models.attention import SDPACoreAttention
 from megatron_eopd.models.families import family_of

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from megatron_eopd.config import Config, ConfigError, TeacherConfig
+from megatron_eopd.config import Config, TeacherConfig
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.models.hf_weights import num_experts
 from megatron_eopd.parallel.layout import Layout
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_eopd.errors import CheckpointError
 from megatron_eopd.weight_sync.manifest import TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -30,10 +31,6 @@ _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py"
 # Of this format, of Megatron's, and of a run's checkpoint.
 _ABOUT_WEIGHTS = {INDEX, "pytorch_model.bin.index.json", "metadata.json", "position.json"}
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or belongs to another model."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_eopd.models.hf_files import CheckpointError, fingerprint
+from megatron_eopd.errors import CheckpointError
+from megatron_eopd.models.hf_files import fingerprint
 from megatron_eopd.parallel.collectives import lost_rank, tells_of_lost_rank
 
 CHUNK_BYTES = 32 * 2**20

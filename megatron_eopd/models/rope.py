@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_eopd.config import ConfigError
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.models.hf_weights import head_shape
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")

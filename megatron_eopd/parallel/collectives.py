@@ -11,17 +11,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_eopd.errors import EngineError
+from megatron_eopd.errors import EngineError, LostRankError, RemoteError
 
 T = TypeVar("T")
-
-
-class RemoteError(RuntimeError):
-    """Another rank raised; the message is that rank's."""
-
-
-class LostRankError(RuntimeError):
-    """Another rank died or hangs; the message says in which stage this one noticed."""
 
 
 _LOST = re.compile(

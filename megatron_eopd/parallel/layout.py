@@ -7,7 +7,8 @@ their own way, `arange(world).view(pp, expert_dp, ep, expert_tp)`.
 
 from dataclasses import dataclass
 
-from megatron_eopd.config import ConfigError, ParallelConfig, ParallelSizes
+from megatron_eopd.config import ParallelConfig, ParallelSizes
+from megatron_eopd.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ they say to each other goes over wires that are joined on it.
 
 from dataclasses import dataclass, replace
 
-from megatron_eopd.config import Config, ConfigError, TeacherConfig
+from megatron_eopd.config import Config, TeacherConfig
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.parallel.layout import Layout
 
 STUDENT = "student"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megatron_eopd.config import ConfigError
 from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import DEFAULT_TEACHER, Rollout
 
 LARGEST_LOGPROB = 1e-3

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits
+from megatron_eopd.errors import TeacherError
 from megatron_eopd.models.build import read_hf_config
 from megatron_eopd.parallel.collectives import naming_stage
 from megatron_eopd.parallel.init import ParallelContext
@@ -41,10 +42,6 @@ from megatron_eopd.teacher.plan import Item, owners_of, plan_by_length
 from megatron_eopd.teacher.wire import JointWire, WireError
 
 Rounds = Sequence[Mapping[int, Item]]
-
-
-class TeacherError(RuntimeError):
-    """A separate teacher is gone, late, or has failed; the message says which and why."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 
+from megatron_eopd.errors import NonFiniteError
 from megatron_eopd.losses.vocab_parallel import describe_non_finite
 from megatron_eopd.metrics import Means, Reduced
 from megatron_eopd.models.build import CausalLM
@@ -21,10 +22,6 @@ from megatron_eopd.records import MicroBatch, StepReport
 from megatron_eopd.training.forward import hidden_states, map_hidden, run_schedule
 from megatron_eopd.training.optimizer import Trainable
 from megatron_eopd.training.token_loss import NON_FINITE, StepSettings, TokenLoss
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient is NaN or infinite. Raised on every rank, before the weights change."""
 
 
 def train_step(

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron_eopd import checkpoint
+from megatron_eopd.errors import CheckpointError
 from megatron_eopd.metrics import divide
-from megatron_eopd.models.hf_files import CheckpointError
 from tests.distributed.test_models import random_rollouts
 from tests.distributed.test_step import VOCAB, build, make_config, take_step
 from tests.ranks import context_for, leave_groups, run_ranks

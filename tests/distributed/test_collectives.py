@@ -7,12 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eopd.errors import EngineError
-from megatron_eopd.models.hf_files import CheckpointError
+from megatron_eopd.errors import CheckpointError, EngineError, LostRankError, RemoteError
 from megatron_eopd.models.mcore_files import loading_errors
 from megatron_eopd.parallel.collectives import (
-    LostRankError,
-    RemoteError,
     collecting,
     from_rank_zero,
     naming_stage,

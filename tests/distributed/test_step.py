@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_eopd.config import Config
 from megatron_eopd.data.packing import Limits, pack, rounds_of
+from megatron_eopd.errors import NonFiniteError
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import build_model, read_hf_config
 from megatron_eopd.models.load import load_weights
@@ -18,7 +19,7 @@ from megatron_eopd.rollout.recording import read_rollouts
 from megatron_eopd.teacher.colocated import ColocatedTeacher
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.optimizer import make_trainable
-from megatron_eopd.training.step import NonFiniteError, train_step
+from megatron_eopd.training.step import train_step
 from megatron_eopd.training.token_loss import TokenLoss
 from tests.dense_objective import dense_token_loss
 from tests.distributed.test_models import random_rollouts

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_eopd.config import ConfigError
+from megatron_eopd.errors import ConfigError
 
 
 class Split(Enum):
