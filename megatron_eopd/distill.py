@@ -7,7 +7,7 @@ step reports ─▶ new weights in the engine.
 from itertools import islice
 
 from megatron_eopd import checkpoint, report
-from megatron_eopd.data.packing import Limits, PackedRollouts, pack, rounds_of
+from megatron_eopd.data.packing import Limits, PackedRollouts, exchange_size, pack, rounds_of
 from megatron_eopd.errors import EngineError, NonFiniteError
 from megatron_eopd.evaluation.evaluate import Evaluation, evaluate
 from megatron_eopd.health import HealthCheck
@@ -136,7 +136,7 @@ def train_on(
 ) -> list[StepReport]:
     """Score and train, step by step."""
     config = session.config
-    rounds = [rounds_of(plan, config.exchange_size) for plan in plans]
+    rounds = [rounds_of(plan, exchange_size(config)) for plan in plans]
     # All steps at once: a teacher on its own ranks goes on while the student trains.
     all_rounds = [portion for step in rounds for portion in step]
     scored = times.each("score", session.teachers.microbatches(all_rounds))

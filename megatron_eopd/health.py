@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from math import isfinite, nan
 
 from megatron_eopd.config import Config
+from megatron_eopd.objectives import GATES
 from megatron_eopd.rollout.engine import SyncReport
 from megatron_eopd.run_log import RunLog
 
@@ -64,7 +65,7 @@ class HealthCheck:
                 f"from a cache that was filled under other weights; the loss still scores them "
                 f"exactly."
             )
-        is_gated = objective.parts.gate not in ("always", "never")
+        is_gated = GATES[objective.formula.gate].reads_entropy
         if is_gated and _exceeds(values, "gate/fraction", OPEN_GATE):
             signs["gate"] = (
                 f"the gate is open for {values['gate/fraction']:.0%} of the tokens, so forward KL "

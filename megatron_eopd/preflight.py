@@ -101,7 +101,7 @@ def _recording(config: Config, layout: Layout) -> Recording | None:
     budget = config.training.max_tokens_per_microbatch
     if budget is not None:
         max_length = min(max_length, budget - budget % layout.sequence_multiple)
-    parts = config.objective.parts
+    formula = config.objective.formula
     return Recording(
         config.rollout.replay,
         num_rollouts=config.rollout.batch_size,
@@ -109,7 +109,7 @@ def _recording(config: Config, layout: Layout) -> Recording | None:
         max_length=max_length,
         teachers=(DEFAULT_TEACHER, *config.teachers),
         refuses_references=(
-            f"objective.reverse_kl={parts.reverse_kl}" if parts.needs_sampled_tokens else ""
+            f"objective.reverse_kl={formula.reverse_kl}" if formula.needs_sampled_tokens else ""
         ),
     )
 

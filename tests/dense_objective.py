@@ -27,7 +27,7 @@ def dense_token_loss(
     log_q = (student_logits_NV / student_temperature).log_softmax(-1)
     log_p = (teacher_logits_NV / teacher_temperature).log_softmax(-1).detach()
     p, q = log_p.exp(), log_q.exp()
-    parts, beta, skew = objective.parts, objective.jsd_beta, objective.skew
+    parts, beta, skew = objective.formula, objective.jsd_beta, objective.skew
     kl = {"forward": (p * (log_p - log_q)).sum(-1), "reverse": (q * (log_q - log_p)).sum(-1)}
 
     def at_sampled(x_NV):

@@ -237,7 +237,7 @@ def test_its_longest_samples_fit_the_gpus(in_work_dir, toml):
     lengths = Lengths(config.data.max_prompt_length, config.rollout.max_response_length)
     memory = (GPU_GIB - RESERVE_GIB) * 2**30
     models, ranks = Models.of(config), world_size_of(toml)
-    request = Request(config, models, ranks, memory, longest=lengths, mean=lengths)
+    request = Request(config, models, ranks, memory, lengths)
     check_request(request)
     plan = make_plan(config, request)
     assert plan.fits, plan.memory.worst

@@ -1,14 +1,20 @@
 """The objective's identities, schedules, gates and weights; and what a faulty construction does."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_eopd.config import ObjectiveConfig, load_config
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.losses import dense_kl_terms, vocab_parallel_kl_terms, vocab_parallel_terms
-from megatron_eopd.losses.estimators import FORWARD_KL, GATES, REVERSE_KL, TokenSignals
+from megatron_eopd.losses import (
+    dense_kl_terms,
+    estimators,
+    vocab_parallel_kl_terms,
+    vocab_parallel_terms,
+)
+from megatron_eopd.losses.estimators import TokenSignals
 from megatron_eopd.losses.objective import (
     Coefficients,
     coefficients_at,
@@ -16,7 +22,7 @@ from megatron_eopd.losses.objective import (
     token_weights,
 )
 from megatron_eopd.losses.vocab_sum import sum_over_vocab
-from megatron_eopd.presets import PRESETS
+from megatron_eopd.objectives import FORWARD_KL, GATES, PRESETS, REVERSE_KL
 
 # Shapes: N tokens, V vocabulary.
 N, V = 64, 40
@@ -33,10 +39,8 @@ def logits():
 IDS = torch.arange(N) % V
 
 
-def evaluate(logits, *, rollout_logprobs=None, weight=None, alpha=None, tau=None, **options):
-    """(loss_N, gate_N, gradient) of an objective on whole logits."""
+def signals_of(logits, objective, rollout_logprobs=None) -> TokenSignals:
     student, teacher = logits
-    objective = ObjectiveConfig.model_validate({"entropy_threshold": 2.0} | options)
     terms = vocab_parallel_terms(
         student,
         teacher,
@@ -46,14 +50,20 @@ def evaluate(logits, *, rollout_logprobs=None, weight=None, alpha=None, tau=None
     )
     if rollout_logprobs is None:
         rollout_logprobs = terms.picked.sampled_student_logprobs.detach()
-    signals = TokenSignals(
+    return TokenSignals(
         terms.kl, terms.picked, rollout_logprobs, lambda h: sum_over_vocab(h, *logits, terms)
     )
+
+
+def evaluate(logits, *, rollout_logprobs=None, weight=None, alpha=None, tau=None, **options):
+    """(loss_N, gate_N, gradient) of an objective on whole logits."""
+    objective = ObjectiveConfig.model_validate({"entropy_threshold": 2.0} | options)
+    signals = signals_of(logits, objective, rollout_logprobs)
     coefficients = coefficients_at(objective, 0, 1)
     if tau is not None:
         coefficients = Coefficients(coefficients.forward_kl_weight, tau)
     loss, gate = token_objective(signals, objective, coefficients, weight)
-    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits[0])
     return loss.detach(), gate, gradient
 
 
@@ -62,10 +72,33 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a[2], b[2], rtol=tolerance, atol=tolerance)
 
 
-def test_tables_and_presets_name_the_same_parts():
-    for parts in PRESETS.values():
-        assert parts.reverse_kl in REVERSE_KL and parts.forward_kl in FORWARD_KL
-        assert parts.gate in GATES and parts.combine in ("add", "interpolate")
+def test_rows_name_functions_and_presets_name_rows():
+    rows = [*REVERSE_KL.values(), *FORWARD_KL.values(), *GATES.values()]
+    assert all(callable(getattr(estimators, row.function)) for row in rows if row is not None)
+    for formula in PRESETS.values():
+        assert formula.reverse_kl in REVERSE_KL and formula.forward_kl in FORWARD_KL
+        assert formula.gate in GATES and formula.combine in ("add", "interpolate")
+
+
+@pytest.mark.parametrize("table", [REVERSE_KL, FORWARD_KL], ids=["reverse", "forward"])
+def test_what_a_row_says_it_needs_is_what_its_function_uses(table, logits):
+    """Found by taking each thing away: without the second sweep, the log-probabilities of the
+    engine, or the exact divergences, just those functions fail that say they need them."""
+    objective = ObjectiveConfig()
+    signals = signals_of(logits, objective)
+    for row in filter(None, table.values()):
+        function = getattr(estimators, row.function)
+        for field, needed in (
+            ("sum_over_vocab", row.needs_second_sweep),
+            ("rollout_logprobs_N", row.needs_sampled_tokens),
+            ("kl", row.needs_whole_distribution and not row.needs_second_sweep),
+        ):
+            without = replace(signals, **{field: None})
+            if needed:
+                with pytest.raises((TypeError, AttributeError)):
+                    function(without, objective)
+            else:
+                function(without, objective)
 
 
 # Identities of the method.
@@ -148,7 +181,7 @@ def test_sampled_gradient_has_the_mean_of_the_full_gradient_and_vopd_the_lower_v
     for name in ("sampled", "vopd"):
         objective = ObjectiveConfig(name="opd", reverse_kl=name)
         signals = TokenSignals(terms.kl, terms.picked, on_policy, lambda h: h)
-        loss = REVERSE_KL[name](signals, objective).sum()
+        loss = getattr(estimators, REVERSE_KL[name].function)(signals, objective).sum()
         (gradient,) = torch.autograd.grad(loss, logits[0], retain_graph=True)
         mean = (q.unsqueeze(-1) * gradient).sum(0)
         torch.testing.assert_close(mean, expected[0], rtol=1e-4, atol=1e-6)

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 
 import torch
 
-from megatron_eopd.config import TrainingConfig
+from megatron_eopd.config import Config, TrainingConfig
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.models.packed_sequences import PackedSequences, chunks_of, positions_of
 from megatron_eopd.parallel.layout import Layout
@@ -120,6 +120,18 @@ def _fill(lengths: Sequence[int], count: int, limits: Limits) -> list[list[int]]
         if len(bins[emptiest]) != limits.max_sequences:
             heappush(open_bins, (loads[emptiest], emptiest))
     return [bins[b] for b in sorted(range(count), key=lambda b: -loads[b])]
+
+
+def exchange_size(config: Config) -> int | None:
+    """Microbatches of each data-parallel rank that teachers hand over at a time; None: those of an
+    optimizer step. The interleaved schedule takes whole groups of them."""
+    stages = config.parallel.pipeline_model_parallel_size
+    size = config.teacher.microbatches_per_exchange
+    if size is None and config.teacher.payload == "logits":
+        size = stages
+    if size is not None and config.parallel.virtual_pipeline_model_parallel_size > 1:
+        size = -(-size // stages) * stages
+    return size
 
 
 def rounds_of(packed: PackedRollouts, size: int | None) -> list[PackedRollouts]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from megatron_eopd.config import Config
-from megatron_eopd.data.packing import Limits, pack, rounds_of
+from megatron_eopd.data.packing import Limits, exchange_size, pack, rounds_of
 from megatron_eopd.data.prompts import countdown_rows, encode_prompts, jsonl_rows, places
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
@@ -95,7 +95,7 @@ def evaluate(
     graded = _grade(rollouts, samples_per_problem, tokenizer, config)
     figures = _summarize(graded, rollouts)
     packed = pack(rollouts, Limits.of(config.training), context.layout)
-    rounds = teachers.microbatches(rounds_of(packed, config.exchange_size))
+    rounds = teachers.microbatches(rounds_of(packed, exchange_size(config)))
     means = divide([measure(token_loss, chunks, rounds, context).sums])
     for figure, name in (
         ("reverse_kl", "loss/reverse_kl"),

@@ -11,9 +11,24 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from megatron_eopd.config import ObjectiveConfig
+
 ChunkLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 """(logits [C, V] of a chunk, which tokens these are) → sum of their losses, differentiable. It may
 write over the logits in its backward pass."""
+
+
+def chunk_size(objective: ObjectiveConfig, on_gpu: bool) -> int:
+    """Tokens per chunk."""
+    # On a GPU smaller chunks would spend their time on the weight gradient's float32 sum.
+    return objective.head_chunk_size or (4096 if on_gpu else 256)
+
+
+def overwrites_logits(objective: ObjectiveConfig) -> bool:
+    """Whether the gradient is written over the student's logits. A chunk's are read by nobody else,
+    unless an estimator sweeps them once more."""
+    is_chunked = objective.head == "chunked"
+    return objective.inplace_backward or (is_chunked and not objective.formula.needs_second_sweep)
 
 
 def chunked_head_loss(

@@ -1,7 +1,7 @@
 """The terms of an objective: estimators of reverse and forward KL, gates, and token weights.
 
-To add an objective, write a function here, put it into its table, and name it in config.py. What
-it may use is in TokenSignals; the sweeps over the vocabulary stay as they are.
+To add one, write a function here and give it a row in megatron_eopd/objectives.py. What it may use
+is in TokenSignals; the sweeps over the vocabulary stay as they are.
 
 p: teacher, q: student, q_old: the student that wrote the tokens, x: the sampled token, H: the
 teacher's entropy.
@@ -146,35 +146,29 @@ def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, share_of_a: float) ->
     return torch.logaddexp(log_a + math.log(share_of_a), log_b + math.log1p(-share_of_a))
 
 
-REVERSE_KL: dict[str, Estimator | None] = {
-    "full": full_reverse_kl,
-    "sampled": sampled_reverse_kl,
-    "vopd": vopd_reverse_kl,
-    "topk": top_k_reverse_kl,
-    "skewed": skewed_reverse_kl,
-    "none": None,
-}
-FORWARD_KL: dict[str, Estimator | None] = {
-    "full": full_forward_kl,
-    "topk": top_k_forward_kl,
-    "skewed": skewed_forward_kl,
-    "jsd": jensen_shannon,
-    "none": None,
-}
-
 Gate = Callable[[torch.Tensor, float, ObjectiveConfig], torch.Tensor]
 """(teacher entropy [N], threshold in nats, options) → how far the gate is open [N], 0 to 1."""
 
-GATES: dict[str, Gate] = {
-    "hard": lambda entropy_N, threshold, _: (entropy_N >= threshold).float(),
-    "sigmoid": lambda entropy_N, threshold, objective: torch.sigmoid(
-        (entropy_N - threshold) / objective.gate_width
-    ),
-    # Hard, too: its threshold is a quantile of the step's entropies.
-    "quantile": lambda entropy_N, threshold, _: (entropy_N >= threshold).float(),
-    "always": lambda entropy_N, *_: torch.ones_like(entropy_N),
-    "never": lambda entropy_N, *_: torch.zeros_like(entropy_N),
-}
+
+def hard_gate(entropy_N: torch.Tensor, threshold: float, _: ObjectiveConfig) -> torch.Tensor:
+    """1[H ≥ τ]."""
+    return (entropy_N >= threshold).float()
+
+
+def sigmoid_gate(
+    entropy_N: torch.Tensor, threshold: float, objective: ObjectiveConfig
+) -> torch.Tensor:
+    """sigmoid((H − τ) / width)."""
+    return torch.sigmoid((entropy_N - threshold) / objective.gate_width)
+
+
+def open_gate(entropy_N: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.ones_like(entropy_N)
+
+
+def closed_gate(entropy_N: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.zeros_like(entropy_N)
+
 
 TOKEN_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "uniform": torch.ones_like,

@@ -14,13 +14,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_eopd.config import ObjectiveConfig
-from megatron_eopd.losses.estimators import (
-    FORWARD_KL,
-    GATES,
-    REVERSE_KL,
-    TOKEN_WEIGHTS,
-    TokenSignals,
-)
+from megatron_eopd.losses import estimators
+from megatron_eopd.losses.estimators import TOKEN_WEIGHTS, TokenSignals
+from megatron_eopd.objectives import FORWARD_KL, GATES, REVERSE_KL
 from megatron_eopd.schedules import scheduled
 
 
@@ -41,7 +37,7 @@ def coefficients_at(objective: ObjectiveConfig, step: int, num_steps: int) -> Co
         return scheduled(start, end, objective.schedule, done)
 
     return Coefficients(
-        between(objective.parts.forward_kl_weight, objective.final_forward_kl_weight),
+        between(objective.formula.forward_kl_weight, objective.final_forward_kl_weight),
         between(objective.entropy_threshold, objective.final_entropy_threshold),
     )
 
@@ -61,16 +57,17 @@ def token_objective(
     weight_N: torch.Tensor | None = None,
 ) -> TokenLosses:
     """Each token's loss. The gate at a token comes from the teacher's entropy at that token."""
-    parts = objective.parts
+    formula = objective.formula
     entropy_N = signals.kl.teacher_entropy
-    gate_N = GATES[parts.gate](entropy_N, coefficients.entropy_threshold, objective)
+    gate = getattr(estimators, GATES[formula.gate].function)
+    gate_N = gate(entropy_N, coefficients.entropy_threshold, objective)
     share_N = coefficients.forward_kl_weight * gate_N
     loss_N = torch.zeros_like(entropy_N)
-    if (reverse_kl := REVERSE_KL[parts.reverse_kl]) is not None:
-        rest_N = 1 - share_N if parts.combine == "interpolate" else 1.0
-        loss_N = loss_N + rest_N * reverse_kl(signals, objective)
-    if (forward_kl := FORWARD_KL[parts.forward_kl]) is not None:
-        loss_N = loss_N + share_N * forward_kl(signals, objective)
+    if (row := REVERSE_KL[formula.reverse_kl]) is not None:
+        rest_N = 1 - share_N if formula.combine == "interpolate" else 1.0
+        loss_N = loss_N + rest_N * getattr(estimators, row.function)(signals, objective)
+    if (row := FORWARD_KL[formula.forward_kl]) is not None:
+        loss_N = loss_N + share_N * getattr(estimators, row.function)(signals, objective)
     return TokenLosses(loss_N if weight_N is None else weight_N * loss_N, gate_N)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import make_microbatches
+from megatron_eopd.losses.chunked_head import chunk_size
 from megatron_eopd.losses.teacher_top_k import TeacherTopK, top_k_of_teacher
 from megatron_eopd.models.build import build_model, read_hf_config
 from megatron_eopd.models.load import load_weights
@@ -102,7 +103,7 @@ class TeacherModel:
         if self._teacher.payload == "logits":
             return Logits(F.linear(hidden_NH, self._head_VH))
         # In chunks: all logits of a microbatch never exist at once. At least one, of no tokens.
-        size = self._config.objective.chunk_size(self._context.device.type == "cuda")
+        size = chunk_size(self._config.objective, self._context.device.type == "cuda")
         bounds = [*range(0, max(len(hidden_NH), 1), size), len(hidden_NH)]
         chunks = [self._top_k(batch, hidden_NH, slice(a, b)) for a, b in pairwise(bounds)]
         return TeacherTopK(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.config import Config
-from megatron_eopd.losses.chunked_head import chunked_head_loss
+from megatron_eopd.losses.chunked_head import chunk_size, chunked_head_loss, overwrites_logits
 from megatron_eopd.losses.estimators import TokenSignals
 from megatron_eopd.losses.objective import (
     Coefficients,
@@ -28,6 +28,7 @@ from megatron_eopd.losses.vocab_parallel import TokenTerms, vocab_parallel_terms
 from megatron_eopd.losses.vocab_sum import Integrand, sum_over_vocab
 from megatron_eopd.metrics import Means
 from megatron_eopd.models.build import CausalLM
+from megatron_eopd.objectives import GATES
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
 from megatron_eopd.records import MicroBatch
@@ -64,7 +65,7 @@ class TokenLoss:
         self._vocab_size = vocab_size
         self._groups = context.groups
         self._is_last_stage = context.layout.is_last_stage
-        self._chunk_size = config.objective.chunk_size(context.device.type == "cuda")
+        self._chunk_size = chunk_size(config.objective, context.device.type == "cuda")
 
     def settings(
         self, microbatches: Sequence[MicroBatch], step: int, compare_engine: bool
@@ -73,7 +74,7 @@ class TokenLoss:
         the last stage where the gate is a quantile of the step's entropies."""
         objective = self._config.objective
         coefficients = coefficients_at(objective, step, self._config.optimizer_steps)
-        if objective.parts.gate == "quantile" and self._is_last_stage:
+        if GATES[objective.formula.gate].needs_whole_step and self._is_last_stage:
             threshold = self._entropy_quantile(microbatches, objective.gate_quantile)
             coefficients = replace(coefficients, entropy_threshold=threshold)
         return StepSettings(coefficients, compare_engine)
@@ -114,7 +115,7 @@ class TokenLoss:
             _add_loss_metrics(means, losses, terms, target_ids_C)
             if self._config.rollout.uses_references:
                 _add_by_source(means, losses, terms, batch.sampled_N[rows])
-            if objective.parts.is_gated:
+            if GATES[objective.formula.gate].reads_entropy:
                 # float64: 0.8 in float32 is 0.800000012.
                 threshold = torch.full_like(
                     losses.gate_N, settings.coefficients.entropy_threshold, dtype=torch.float64
@@ -143,7 +144,7 @@ class TokenLoss:
                 vocab_size=self._vocab_size,
                 student_temperature=self._config.student_temperature,
                 sampled_ids=target_ids_C,
-                inplace_backward=objective.overwrites_logits,
+                inplace_backward=overwrites_logits(objective),
             )
             return TokenSignals(top_k.kl, top_k.picked, rollout_logprobs_C, _refused), top_k
         # Without a token there is no teacher, and any logits will do.
@@ -156,7 +157,7 @@ class TokenLoss:
             sampled_ids=target_ids_C,
             top_k=objective.top_k,
             top_k_of=objective.top_k_support,
-            inplace_backward=objective.overwrites_logits,
+            inplace_backward=overwrites_logits(objective),
         )
 
         def over_vocab(integrand: Integrand) -> torch.Tensor:
@@ -213,7 +214,7 @@ class TokenLoss:
 
 
 def _refused(integrand: Integrand) -> torch.Tensor:
-    raise AssertionError("config.py refuses sums over the vocabulary for teacher.payload=topk")
+    raise AssertionError("config/checks.py refuses sums over the vocabulary for teacher.payload=topk")
 
 
 def _add_loss_metrics(

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from megatron_eopd.presets import PRESETS
+from megatron_eopd.objectives import PRESETS
 from megatron_eopd.records import Rollout
 from tests.distributed.parity import Case, Distance, distance, run_cases
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore
 
 from megatron_eopd.config import Config
-from megatron_eopd.data.packing import Limits, own_response_tokens, pack, rounds_of
+from megatron_eopd.data.packing import Limits, exchange_size, own_response_tokens, pack, rounds_of
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import build_model, read_hf_config
 from megatron_eopd.models.export import Exporter
@@ -154,7 +154,7 @@ def _student_case(config, swaps, world_size, rollouts, store, context, out) -> N
     roles = roles_of(config, world_size)
     swaps = dict.fromkeys(config.all_teachers, swaps)
     packed = pack(rollouts, Limits.of(config.training), context.layout)
-    rounds = rounds_of(packed, config.exchange_size)
+    rounds = rounds_of(packed, exchange_size(config))
     with open_teachers(config, roles, swaps, store, context) as pool:
         loss = RecordingLoss(chunks[-1], pool.heads, config, hf_config.vocab_size, context)
         loss.seen = []

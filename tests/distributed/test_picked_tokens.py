@@ -11,7 +11,7 @@ from megatron_eopd.losses.objective import Coefficients, token_objective
 from megatron_eopd.losses.top_k import top_k_of_rows
 from megatron_eopd.losses.vocab_parallel import vocab_parallel_terms
 from megatron_eopd.losses.vocab_sum import sum_over_vocab
-from megatron_eopd.presets import PRESETS
+from megatron_eopd.objectives import PRESETS
 from tests.dense_objective import dense_token_loss
 from tests.distributed.test_losses import TEMPERATURES, case_logits, cut, join, relative_error
 from tests.ranks import run_ranks
@@ -132,7 +132,7 @@ def check_objectives(N: int, W: int):
     positions = torch.linspace(0, 1, N)
     weights = torch.randn(N, generator=generator)
     for objective in options_to_check():
-        alpha = 0.7 if objective.parts.combine == "interpolate" else 1.3
+        alpha = 0.7 if objective.formula.combine == "interpolate" else 1.3
         dense = student.double().requires_grad_()
         expected, expected_gate = dense_token_loss(
             dense,

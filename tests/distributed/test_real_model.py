@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megatron_eopd.config import Config
-from megatron_eopd.data.packing import Limits, pack, rounds_of
+from megatron_eopd.data.packing import Limits, exchange_size, pack, rounds_of
 from megatron_eopd.data.tokenizer import load_tokenizer
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import build_model, read_hf_config
@@ -123,7 +123,7 @@ def write_metrics(configs, rollouts, tp, pp, path) -> None:
     for config in configs:
         token_loss = TokenLoss(chunks[-1], pool.heads, config, hf_config.vocab_size, context)
         packed = pack(rollouts, Limits.of(config.training), context.layout)
-        rounds = pool.microbatches(rounds_of(packed, config.exchange_size))
+        rounds = pool.microbatches(rounds_of(packed, exchange_size(config)))
         found.append(divide([measure(token_loss, chunks, rounds, context).sums]))
     if context.layout.rank == 0:
         path.write_text(json.dumps(found))

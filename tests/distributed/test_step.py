@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_eopd.config import Config
-from megatron_eopd.data.packing import Limits, pack, rounds_of
+from megatron_eopd.data.packing import Limits, exchange_size, pack, rounds_of
 from megatron_eopd.errors import NonFiniteError
 from megatron_eopd.metrics import divide
 from megatron_eopd.models.build import build_model, read_hf_config
@@ -73,7 +73,7 @@ def build(config, context):
 
 def take_step(student, token_loss, pool, rollouts, config, context, step):
     packed = pack(rollouts, Limits.of(config.training), context.layout)
-    rounds = rounds_of(packed, config.exchange_size)
+    rounds = rounds_of(packed, exchange_size(config))
     return train_step(
         student,
         token_loss,
@@ -124,7 +124,7 @@ def transformers_step(config, rollouts) -> tuple[float, float, float]:
     teacher_logits = torch.cat(teacher_logits)
     objective = config.objective
     tau = objective.entropy_threshold
-    if objective.parts.gate == "quantile":
+    if objective.formula.gate == "quantile":
         log_p = (teacher_logits / config.teacher_temperature).log_softmax(-1)
         tau = (-(log_p.exp() * log_p).sum(-1)).quantile(objective.gate_quantile).item()
     loss, gate = dense_token_loss(
@@ -134,7 +134,7 @@ def transformers_step(config, rollouts) -> tuple[float, float, float]:
         torch.tensor([x for r in rollouts for x in r.response_logprobs], dtype=torch.float64),
         torch.cat([torch.linspace(0, 1, len(r.response_ids)).double() for r in rollouts]),
         objective,
-        alpha=objective.parts.forward_kl_weight,
+        alpha=objective.formula.forward_kl_weight,
         tau=tau,
         student_temperature=config.student_temperature,
         teacher_temperature=config.teacher_temperature,
@@ -157,7 +157,7 @@ def assert_layouts_agree(configs, rollouts, layouts, tmp_path) -> str:
 
 def assert_layouts_agree_on(number, config, rollouts, layouts, tmp_path) -> str:
     loss, grad_norm, gate = transformers_step(config, rollouts)
-    if config.objective.parts.is_gated:
+    if config.objective.formula.gate in ("hard", "sigmoid", "quantile"):
         assert 0.05 < gate < 0.95, "the batch must hold open and closed gates"
     second = None
     table = f"\n  {config.objective.model_dump(exclude_defaults=True)}"

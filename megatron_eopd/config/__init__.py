@@ -1,0 +1,51 @@
+"""Every option of a run. In: a TOML file and `section.key=value` overrides. Out: a frozen Config.
+
+An option exists once, in the file of its section, with its docstring, its default and its check;
+the code reads `config.section.key` and nothing else. Model shapes are not options: they come from
+the Hugging Face config.json of the model. Options that Megatron-Core has carry Megatron's names. No
+torch is imported here: --help and a mistyped option answer at once.
+"""
+
+from megatron_eopd.config.config import Config
+from megatron_eopd.config.data import DataConfig
+from megatron_eopd.config.describe import changed_options, describe_options
+from megatron_eopd.config.load import load_config, parse_value
+from megatron_eopd.config.models import (
+    ModelConfig,
+    ParallelConfig,
+    ParallelSizes,
+    StudentConfig,
+    TeacherConfig,
+)
+from megatron_eopd.config.objective import ObjectiveConfig
+from megatron_eopd.config.rollout import RolloutConfig, WeightSyncConfig
+from megatron_eopd.config.section import Section
+from megatron_eopd.config.training import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    TrainingConfig,
+)
+from megatron_eopd.errors import ConfigError  # noqa: F401
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ParallelConfig",
+    "ParallelSizes",
+    "RolloutConfig",
+    "Section",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainingConfig",
+    "WeightSyncConfig",
+    "changed_options",
+    "describe_options",
+    "load_config",
+    "parse_value",
+]

@@ -1,0 +1,159 @@
+"""Checks of options in different sections against each other. In: a Config. Out: nothing, or an
+error that names both options, their values, and what to set.
+
+Sections check themselves; what needs a model, a file or a world size is in preflight.py.
+"""
+
+from typing import TYPE_CHECKING
+
+from megatron_eopd.config.data import BUILT_IN_TASKS
+from megatron_eopd.objectives import FORWARD_KL, GATES, REVERSE_KL, fits_top_k
+
+if TYPE_CHECKING:
+    from megatron_eopd.config.config import Config
+
+
+def check_across_sections(config: "Config") -> None:
+    """
+    Raises:
+        ValueError: the first contradiction.
+    """
+    _check_batches(config)
+    _check_reference_schedule(config)
+    if config.rollout.uses_references and config.rollout.replay is None:
+        _check_references(config)
+    _check_temperatures(config)
+    _check_layouts(config)
+    _check_teachers(config)
+    if GATES[config.objective.formula.gate].needs_whole_step:
+        _check_whole_step(config)
+    if config.teacher.payload == "topk":
+        _check_top_k(config)
+
+
+def _check_batches(config: "Config") -> None:
+    rollout, training = config.rollout, config.training
+    if rollout.batch_size % rollout.samples_per_prompt:
+        raise ValueError(
+            f"rollout.batch_size={rollout.batch_size} counts samples, and is not a multiple of "
+            f"rollout.samples_per_prompt={rollout.samples_per_prompt}. Set "
+            f"rollout.batch_size={_multiple(rollout.batch_size, rollout.samples_per_prompt)}."
+        )
+    if rollout.batch_size % training.global_batch_size:
+        raise ValueError(
+            f"rollout.batch_size={rollout.batch_size} is not a multiple of "
+            f"training.global_batch_size={training.global_batch_size}, so the last optimizer "
+            f"step of an iteration would be short. Set rollout.batch_size="
+            f"{_multiple(rollout.batch_size, training.global_batch_size)}."
+        )
+
+
+def _multiple(value: int, of: int) -> int:
+    """The smallest multiple of `of` that is not below `value`."""
+    return -(-value // of) * of
+
+
+def _check_reference_schedule(config: "Config") -> None:
+    rollout = config.rollout
+    schedule = (rollout.reference_schedule, rollout.reference_schedule_iters)
+    if rollout.final_reference_fraction is None and schedule != ("linear", None):
+        raise ValueError(
+            f"rollout.reference_schedule={schedule[0]} and rollout.reference_schedule_iters="
+            f"{schedule[1]} would be ignored without rollout.final_reference_fraction. Set it, "
+            f"or leave them out."
+        )
+
+
+def _check_references(config: "Config") -> None:
+    fractions = (
+        f"rollout.reference_fraction={config.rollout.reference_fraction:g} (final "
+        f"{config.rollout.final_reference_fraction})"
+    )
+    if config.data.prompts in BUILT_IN_TASKS:
+        raise ValueError(
+            f"{fractions} trains on reference answers, and data.prompts={config.data.prompts} "
+            f"has none. Set data.prompts to a file that has, or the fractions to 0."
+        )
+    if config.data.response_key is None:
+        raise ValueError(
+            f"{fractions} trains on reference answers, and data.response_key does not say "
+            f"which key of {config.data.prompts} holds them."
+        )
+    if config.objective.formula.needs_sampled_tokens:
+        raise ValueError(
+            f"objective.reverse_kl={config.objective.formula.reverse_kl} needs tokens that the "
+            f"student sampled, and {fractions} brings others. Set objective.reverse_kl=full, "
+            f"or the fractions to 0."
+        )
+
+
+def _check_temperatures(config: "Config") -> None:
+    formula, student = config.objective.formula, config.student_temperature
+    if formula.needs_sampled_tokens and student != config.rollout.temperature:
+        raise ValueError(
+            f"objective.reverse_kl={formula.reverse_kl} compares the student at "
+            f"objective.student_temperature={student} with the engine's log-probabilities at "
+            f"rollout.temperature={config.rollout.temperature}. Set both to the same value."
+        )
+
+
+def _check_layouts(config: "Config") -> None:
+    teachers = config.all_teachers.items()
+    own = [(f"{where}.parallel", t.parallel) for where, t in teachers if t.parallel]
+    for where, sizes in [("parallel", config.parallel), *own]:
+        if sizes.sequence_parallel and sizes.tensor_model_parallel_size == 1:
+            raise ValueError(
+                f"{where}.sequence_parallel=true needs {where}.tensor_model_parallel_size > 1; "
+                f"it is 1. Set {where}.sequence_parallel=false."
+            )
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    if chunks > 1 and config.parallel.pipeline_model_parallel_size == 1:
+        raise ValueError(
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} interleaves the chunks of "
+            f"pipeline stages, and parallel.pipeline_model_parallel_size is 1. Set it above 1."
+        )
+
+
+def _check_teachers(config: "Config") -> None:
+    payloads = {teacher.payload for teacher in config.all_teachers.values()}
+    if len(payloads) > 1:
+        raise ValueError(
+            f"teachers with different payloads {sorted(payloads)}: one objective would mean "
+            f"different things for them. Set the same payload for all."
+        )
+    for name, teacher in config.teachers.items():
+        if teacher.microbatches_per_exchange is not None:
+            raise ValueError(
+                f"teachers.{name}.microbatches_per_exchange would be ignored: all teachers "
+                f"hand over the same portions. Set teacher.microbatches_per_exchange."
+            )
+
+
+def _check_whole_step(config: "Config") -> None:
+    """Logits are handed over in portions whether or not an option asks for it."""
+    teacher = config.teacher
+    if teacher.microbatches_per_exchange is not None or teacher.payload == "logits":
+        raise ValueError(
+            f"objective.gate={config.objective.formula.gate} needs the entropies of a whole "
+            f"optimizer step before its first microbatch, and teacher.payload={teacher.payload} "
+            f"with teacher.microbatches_per_exchange={teacher.microbatches_per_exchange} hands "
+            f"over a part of the step at a time. Set teacher.payload=hidden or topk, and "
+            f"teacher.microbatches_per_exchange=none."
+        )
+
+
+def _check_top_k(config: "Config") -> None:
+    """What needs the teacher's whole distribution cannot be had from its top k."""
+    objective, formula = config.objective, config.objective.formula
+    for option, value, possible in (
+        ("reverse_kl", formula.reverse_kl, fits_top_k(REVERSE_KL)),
+        ("forward_kl", formula.forward_kl, fits_top_k(FORWARD_KL)),
+        ("top_k_support", objective.top_k_support, ["teacher"]),
+    ):
+        if value not in possible:
+            raise ValueError(
+                f"teacher.payload=topk holds objective.top_k={objective.top_k} tokens of each "
+                f"distribution, and objective.{option}={value} needs all of them. Set "
+                f"objective.{option} to {' or '.join(possible)}, objective.name=eopd_paper, or "
+                f"teacher.payload=hidden."
+            )

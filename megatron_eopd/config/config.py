@@ -1,0 +1,103 @@
+"""The whole configuration."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from megatron_eopd.config.checks import check_across_sections
+from megatron_eopd.config.data import DataConfig
+from megatron_eopd.config.models import ModelConfig, ParallelConfig, StudentConfig, TeacherConfig
+from megatron_eopd.config.objective import ObjectiveConfig
+from megatron_eopd.config.rollout import RolloutConfig, WeightSyncConfig
+from megatron_eopd.config.section import Section
+from megatron_eopd.config.training import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    TrainingConfig,
+)
+from megatron_eopd.errors import ConfigError
+
+
+class Config(Section):
+    run_dir: Path
+    """Everything the run writes. The same command again resumes from its newest checkpoint."""
+    seed: int = 1234
+    """Fixes prompt order, sampling and any random initialisation."""
+    student: StudentConfig
+    teacher: TeacherConfig
+    teachers: dict[str, TeacherConfig] = Field({})
+    """More teachers, by name, for prompts that ask for them: `[teachers.NAME]` has the options of
+    `[teacher]`."""
+    parallel: ParallelConfig = ParallelConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    _missing_inputs: tuple[str, ...] = PrivateAttr(())
+
+    def check_inputs_exist(self) -> None:
+        """
+        Raises:
+            ConfigError: a relative path in the file that was found nowhere; says where it was
+                looked for.
+        """
+        if self._missing_inputs:
+            raise ConfigError("\n".join(self._missing_inputs))
+
+    @property
+    def optimizer_steps_per_iteration(self) -> int:
+        return self.rollout.batch_size // self.training.global_batch_size
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of the whole run."""
+        return self.training.train_iters * self.optimizer_steps_per_iteration
+
+    @property
+    def longest_wait_s(self) -> float:
+        """The longest that the ranks may have to wait for one engine call, in seconds."""
+        rollout = self.rollout
+        return rollout.start_timeout_s + rollout.generate_timeout_s + self.weight_sync.timeout_s
+
+    @property
+    def student_temperature(self) -> float:
+        return self.objective.student_temperature or self.rollout.temperature
+
+    @property
+    def teacher_temperature(self) -> float:
+        return self.objective.teacher_temperature or self.rollout.temperature
+
+    @field_validator("teachers")
+    @classmethod
+    def _have_names_of_their_own(cls, value: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
+        if "teacher" in value:
+            raise ValueError("a teacher named teacher is the one of [teacher]. Name it otherwise.")
+        return value
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "Config":
+        check_across_sections(self)
+        return self
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """By the names of their sections, the one of `[teacher]` first."""
+        more = {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
+        return {"teacher": self.teacher, **more}
+
+    @property
+    def coarsest_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of trainer and engine: what their log-probabilities can agree to."""
+        dtypes = {self.model.dtype, self.dtype_of(self.rollout)}
+        return "bfloat16" if "bfloat16" in dtypes else "float32"
+
+    def dtype_of(self, part: "TeacherConfig | RolloutConfig") -> str:
+        """Of a teacher's or the engine's weights and activations."""
+        return self.model.dtype if part.dtype == "as_model" else part.dtype

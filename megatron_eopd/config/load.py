@@ -1,0 +1,101 @@
+"""A TOML file and `section.key=value` overrides into a Config."""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_eopd.config.config import Config
+from megatron_eopd.config.data import BUILT_IN_TASKS
+from megatron_eopd.config.describe import explain
+from megatron_eopd.errors import ConfigError
+
+
+def load_config(toml_path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides on top, in order.
+
+    A relative path in the file means the file's own directory if it exists there, else the working
+    directory, as it always does on the command line and for `run_dir`.
+
+    Raises:
+        ConfigError: naming the option, the value, and what would be right.
+    """
+    try:
+        tree = tomllib.loads(Path(toml_path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{toml_path}: no such file. Give the path of a TOML configuration."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{toml_path}: not valid TOML: {error}") from None
+    missing = _resolve_paths(tree, Path(toml_path).parent)
+    for override in overrides:
+        _apply_override(tree, override)
+        missing.pop(override.partition("=")[0], None)  # the command line names another
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, toml_path)) from None
+    config._missing_inputs = tuple(missing.values())
+    return config
+
+
+def _resolve_paths(tree: dict[str, Any], directory: Path) -> dict[str, str]:
+    """Point what the file names, and has beside it, there. Returns what is to be said of each
+    option whose relative path exists neither there nor in the working directory."""
+    missing = {}
+    for option in _input_paths(tree):
+        where, _, key = option.rpartition(".")
+        section = _section(tree, where)
+        value = section.get(key)
+        if not isinstance(value, str) or value in ("", "none", *BUILT_IN_TASKS):
+            continue
+        beside = directory / value  # an absolute value stays what it is
+        if beside.exists():
+            section[key] = str(beside)
+        elif not Path(value).is_absolute() and not Path(value).exists():
+            missing[option] = (
+                f"{option}={value}: no such file or directory. Looked for {beside.absolute()} and "
+                f"{Path(value).absolute()}."
+            )
+    return missing
+
+
+def _input_paths(tree: dict[str, Any]) -> list[str]:
+    """The options that name something to read."""
+    teachers = tree.get("teachers")
+    names = list(teachers) if isinstance(teachers, dict) else []
+    models = ["student", "teacher", *(f"teachers.{name}" for name in names)]
+    files = ["data.prompts", "evaluation.prompts", "rollout.replay", "checkpoint.load"]
+    return [f"{model}.{key}" for model in models for key in ("hf_path", "tokenizer")] + files
+
+
+def _section(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """The table of this name; an empty one where there is none, or something else."""
+    for name in where.split("."):
+        tree = tree.get(name)
+        if not isinstance(tree, dict):
+            return {}
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r} has no '='. Write section.key=value.")
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is an option, not a section.")
+    tree[key] = parse_value(text)
+
+
+def parse_value(text: str) -> Any:
+    """TOML's own reading of the value; a bare word is a string, so paths need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,108 @@
+"""Options of the models: which, how each one is cut, and how it computes."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_eopd.config.section import Section
+
+
+class StudentConfig(Section):
+    hf_path: Path
+    """Directory of the student, Hugging Face's or a Megatron checkpoint that tools/convert_hf.py or
+    a run wrote; its config.json gives the architecture."""
+    tokenizer: Path | None = None
+    """A SentencePiece model file, or the directory of a Hugging Face tokenizer. Default:
+    `hf_path`."""
+
+
+class ParallelSizes(Section):
+    """How one model is cut; the ranks that are left over hold copies of it (data parallelism)."""
+
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    """Ranks that share every layer; divides attention heads and key/value heads."""
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    """Pipeline stages; divides the layers of the model."""
+    expert_model_parallel_size: int = Field(1, gt=0)
+    """Parts that the experts of a layer are dealt out to, over the ranks of a pipeline stage."""
+    expert_tensor_parallel_size: int = Field(1, gt=0)
+    """Ranks that share one expert."""
+    sequence_parallel: bool = False
+    """Shard the sequence over the tensor-parallel ranks between the parallel layers."""
+
+    def sizes_alone(self) -> "ParallelSizes":
+        """Without what only a student has."""
+        return ParallelSizes(**{name: getattr(self, name) for name in ParallelSizes.model_fields})
+
+
+class TeacherConfig(Section):
+    hf_path: Path
+    """Directory of the frozen teacher, like the student's. Must share its token vocabulary."""
+    tokenizer: Path | None = None
+    """As `student.tokenizer`, to check that both give every token the same id. Default:
+    `hf_path`."""
+    eos_token_map: dict[str, str] = Field({})
+    """Student's token → teacher's token, as text: the two swap their places in the teacher's
+    distribution. Needed where the models end an answer differently, as with a base student and an
+    instruct teacher, `{ "<|endoftext|>" = "<|im_end|>" }`."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """`colocated`: on the student's ranks. `separate`: on `world_size` ranks of its own, behind the
+    student's in the same torchrun world."""
+    world_size: int | None = Field(None, gt=0)
+    """Ranks of a `separate` teacher."""
+    payload: Literal["hidden", "logits", "topk"] = "hidden"
+    """What the teacher hands over. `hidden`: last hidden states, projected by the teacher's LM head
+    on the student's last pipeline stage; exact, and 2·H bytes per token in bf16. `logits`: its
+    vocab-parallel logits, a few microbatches at a time; exact, and 2·V bytes. `topk`: the
+    `objective.top_k` most probable tokens, with exact entropy and tail; 12·k bytes."""
+    microbatches_per_exchange: int | None = Field(None, gt=0)
+    """Student microbatches that are scored, handed over and trained on at a time. Default: those of
+    a whole optimizer step; with `logits`, as many as the student has pipeline stages."""
+    offload: bool = False
+    """Keep a `colocated` teacher's weights in host memory while it has nothing to score (GPU)."""
+    dtype: Literal["float32", "bfloat16", "as_model"] = "as_model"
+    """Type of the teacher's parameters and activations. `as_model`: that of `model.dtype`."""
+    parallel: ParallelSizes | None = None
+    """The teacher's own layout. Default: the student's tensor, pipeline and expert sizes."""
+
+    @model_validator(mode="after")
+    def _fits_its_placement(self) -> "TeacherConfig":
+        if (self.placement == "separate") != (self.world_size is not None):
+            raise ValueError(
+                f"placement={self.placement} with world_size={self.world_size}. Set world_size to "
+                f"the number of ranks of a separate teacher, and leave it out of a colocated one."
+            )
+        if self.offload and self.placement == "separate":
+            raise ValueError(
+                "offload=true makes room for a student on the same ranks, and placement=separate "
+                "has none. Set offload=false."
+            )
+        return self
+
+
+class ParallelConfig(ParallelSizes):
+    virtual_pipeline_model_parallel_size: int = Field(1, gt=0)
+    """Model chunks of the student on each pipeline stage; above 1 they run interleaved."""
+    context_parallel_size: int = Field(1, gt=0)
+    """Ranks that share each of the student's sequences."""
+    distributed_timeout_minutes: float = Field(10.0, gt=0)
+    """No collective waits longer than this for a missing rank."""
+
+
+class ModelConfig(Section):
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer specification. `auto`: TransformerEngine where it can be imported and a GPU is
+    present, else `local`, which is Megatron's own layers with PyTorch attention."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of parameters and activations of student and teacher. With bfloat16 the optimizer keeps
+    float32 master weights and moments."""
+    make_vocab_size_divisible_by: int = Field(128, gt=0)
+    """The vocabulary is padded to a multiple of this times `tensor_model_parallel_size`; padded
+    columns never enter a softmax."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Activation recomputation of the student: of the core attention, or of whole layers."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Of `full`: all layers in groups of `recompute_num_layers`, or only that many of a stage."""
+    recompute_num_layers: int = Field(1, gt=0)
+    """See `recompute_method`."""

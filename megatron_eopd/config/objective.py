@@ -1,0 +1,112 @@
+"""Options of the loss."""
+
+from dataclasses import fields, replace
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_eopd.config.section import Section
+from megatron_eopd.objectives import FORWARD_KL, GATES, PRESETS, REVERSE_KL, Formula
+
+
+class ObjectiveConfig(Section):
+    name: Literal[*PRESETS] = "eopd"
+    """Preset; docs/objectives.md has the formulas. `eopd`: reverse KL + α · 1[H ≥ τ] · forward KL,
+    exact over the full vocabulary; `eopd_paper`: the same with the paper's sampled and top-k
+    estimators; `eopd_mix`: (1 − λ) · reverse + λ · forward KL, λ = α · sigmoid((H − τ)/width);
+    `opd`, `opd_sampled`, `vopd`: reverse KL only; `fkl`: forward KL only; `fixed_mix`: (1 − α) ·
+    reverse + α · forward KL; `jsd`: generalised Jensen-Shannon; `skewed_kl`, `skewed_reverse_kl`:
+    KL to a mixture of both models. The next five options replace single parts of it."""
+    reverse_kl: Literal[*REVERSE_KL] | None = None
+    """Estimator of KL(student ‖ teacher). `full`: exact; `sampled`: clipped surrogate on the
+    sampled token; `vopd`: the same with a control variate; `topk`; `skewed`. Default: the
+    preset's."""
+    forward_kl: Literal[*FORWARD_KL] | None = None
+    """Estimator of KL(teacher ‖ student), or `jsd` in its place. Default: the preset's."""
+    gate: Literal[*GATES] | None = None
+    """When forward KL joins. `hard`: H ≥ entropy_threshold; `sigmoid`: gradually around it;
+    `quantile`: for the tokens of the step whose H is at or above its `gate_quantile`. Default: the
+    preset's."""
+    combine: Literal["add", "interpolate"] | None = None
+    """`add`: reverse + α · gate · forward; `interpolate`: (1 − α · gate) · reverse + α · gate ·
+    forward. Default: the preset's."""
+    forward_kl_weight: float | None = Field(None, ge=0)
+    """α, the weight of forward KL where the gate is open. Default: 0.5 for `fixed_mix`, else 1."""
+    entropy_threshold: float = 0.8
+    """τ: teacher entropy, in nats, at or above which forward KL joins the loss."""
+    final_forward_kl_weight: float | None = Field(None, ge=0)
+    """α at the end of the schedule. Default: α does not move."""
+    final_entropy_threshold: float | None = None
+    """τ at the end of the schedule. Default: τ does not move."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How α and τ go to their final values."""
+    schedule_steps: int | None = Field(None, gt=0)
+    """Optimizer steps until they are there. Default: all of the run."""
+    gate_width: float = Field(0.1, gt=0)
+    """Of the `sigmoid` gate, in nats: half a width from τ it is open to 38 % or 62 %."""
+    gate_quantile: float = Field(0.8, ge=0, le=1)
+    """Of the `quantile` gate: share of the tokens of an optimizer step that stay closed. Costs one
+    more pass of the teacher's LM head."""
+    clip_ratio: float = Field(0.2, gt=0, lt=1)
+    """ε of the `sampled` and `vopd` estimators: ratios outside [1 − ε, 1 + ε] are clipped."""
+    top_k: int = Field(16, gt=0)
+    """Tokens in the support of `topk` estimators and of the topk/* metrics."""
+    top_k_support: Literal["teacher", "student", "union"] = "teacher"
+    """Whose most probable tokens the support has. Other than the teacher's costs one more pass over
+    the student's logits."""
+    top_k_normalization: Literal["teacher", "student", "both", "neither", "tail"] = "teacher"
+    """Which side is renormalised on the support; `tail`: none, and a bucket holds the rest."""
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """β of `jsd`: weight of the teacher in the mixture, and of KL(teacher ‖ mixture)."""
+    skew: float = Field(0.1, gt=0, lt=1)
+    """λ of `skewed`: weight of the first model in KL(first ‖ λ · first + (1 − λ) · second)."""
+    token_weight: Literal["uniform", "position"] = "uniform"
+    """`position`: tokens weigh 0.25 at the start of a response and about 1 from 60 % of it on."""
+    ignored_token_ids: tuple[int, ...] = ()
+    """Sampled tokens that have no loss. They still count as valid tokens in every mean."""
+    student_temperature: float | None = Field(None, gt=0)
+    """Divides the student's logits in the loss. Default: the rollout temperature."""
+    teacher_temperature: float | None = Field(None, gt=0)
+    """Divides the teacher's logits in the loss. Default: the rollout temperature."""
+    head: Literal["materialized", "chunked"] = "materialized"
+    """`chunked`: LM heads, loss and gradient go chunk by chunk of tokens, so that the logits of a
+    microbatch never exist at once. Saves memory, not time."""
+    head_chunk_size: int | None = Field(None, gt=0)
+    """Tokens per chunk of the `chunked` head. Default: 4096 on GPU, 256 on CPU."""
+    inplace_backward: bool = False
+    """Write the gradient over the student's logits, which saves a tensor of their size. The
+    `chunked` head does so anyway where it can."""
+
+    @property
+    def formula(self) -> Formula:
+        """The preset's, with the parts that were set by their own option."""
+        own = {part.name: getattr(self, part.name) for part in fields(Formula)}
+        set_ones = {name: value for name, value in own.items() if value is not None}
+        return replace(PRESETS[self.name], **set_ones)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "ObjectiveConfig":
+        parts = self.formula
+        weights = (parts.forward_kl_weight, self.final_forward_kl_weight or 0.0)
+        if parts.combine == "interpolate" and max(weights) > 1:
+            raise ValueError(
+                f"forward_kl_weight={weights[0]} (final {self.final_forward_kl_weight}) with "
+                f"combine=interpolate would give reverse KL the weight 1 − {max(weights)} < 0. Set "
+                f"weights of at most 1, or combine=add."
+            )
+        if parts.reverse_kl == "none" and (parts.forward_kl == "none" or parts.gate == "never"):
+            raise ValueError(
+                f"reverse_kl={parts.reverse_kl}, forward_kl={parts.forward_kl}, gate={parts.gate} "
+                f"leave nothing to minimise. Set reverse_kl=full, or forward_kl=full and "
+                f"gate=always."
+            )
+        if parts.forward_kl == "none" and parts.combine == "interpolate":
+            raise ValueError(
+                "combine=interpolate needs two terms, but forward_kl=none. Set combine=add."
+            )
+        if self.inplace_backward and parts.needs_second_sweep:
+            raise ValueError(
+                f"inplace_backward=true overwrites logits that reverse_kl={parts.reverse_kl} or "
+                f"forward_kl={parts.forward_kl} reads once more. Set inplace_backward=false."
+            )
+        return self

@@ -1,0 +1,113 @@
+"""Options of the optimizer steps, and of what is kept, measured and shown beside them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_eopd.config.section import Section
+
+
+class TrainingConfig(Section):
+    train_iters: int = Field(200, ge=0)
+    """Iterations: one generation and one weight sync each."""
+    global_batch_size: int = Field(32, gt=0)
+    """Samples per optimizer step, over all data-parallel ranks; divides `rollout.batch_size`."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Samples that are packed into one forward and backward pass of a rank. Default: 1, or as
+    `max_tokens_per_microbatch` says."""
+    max_tokens_per_microbatch: int | None = Field(None, gt=0)
+    """Instead of `micro_batch_size`: pack as many samples as have this many tokens together. Then
+    every data-parallel rank gets the same number of microbatches, balanced by length."""
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay from `lr` to `min_lr`, over all optimizer steps."""
+    lr_warmup_iters: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled (AdamW); norms and biases are exempt."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of Adam's mean of gradients."""
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of Adam's mean of squared gradients."""
+    adam_eps: float = Field(1e-8, gt=0)
+    """Added to Adam's root mean square of gradients."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs (GPU)."""
+    overlap_param_gather: bool = False
+    """Gather the updated parameters while the next forward pass runs (GPU); needs
+    `overlap_grad_reduce`."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "TrainingConfig":
+        if self.max_tokens_per_microbatch and self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} would be ignored with "
+                f"max_tokens_per_microbatch={self.max_tokens_per_microbatch}. Set one of the two "
+                f"to none."
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"min_lr={self.min_lr:g} is above lr={self.lr:g}, and the learning rate decays "
+                f"from lr to min_lr. Set min_lr={self.lr:g} or less."
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError(
+                "overlap_param_gather=true needs overlap_grad_reduce=true; it is false."
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    save_interval: int = Field(50, gt=0)
+    """Iterations between checkpoints; the last iteration always saves."""
+    keep_last: int = Field(3, gt=0)
+    """Older complete checkpoints are removed once a newer one is complete."""
+    load: Path | None = None
+    """Checkpoint directory to start from, …/checkpoints/000120. Default: the newest of RUN_DIR."""
+    export_hf: bool = True
+    """Write the student as a Hugging Face directory, RUN_DIR/hf, after the last iteration."""
+
+
+class EvaluationConfig(Section):
+    interval: int = Field(50, ge=0)
+    """Iterations between evaluations, beside the ones before the first and after the last; 0: only
+    those two."""
+    task: Literal["countdown"] | None = None
+    """Held-out problems of a built-in task and their grader. With neither this nor `prompts`
+    nothing is evaluated."""
+    prompts: Path | None = None
+    """Held-out problems of your own, a jsonl file like `data.prompts`: a response is right when its
+    last number is that of `answer`. Figures are named after the file, eval/<file>/…."""
+    num_problems: int = Field(200, gt=0)
+    """Problems taken from the start of the held-out set."""
+    samples_per_problem: int = Field(16, gt=0)
+    """Responses per problem, drawn at the rollout temperature; bounds the k of pass@k."""
+
+    @property
+    def name(self) -> str | None:
+        """Of the held-out set; None evaluates nothing."""
+        return self.prompts.stem if self.prompts is not None else self.task
+
+    @model_validator(mode="after")
+    def _has_one_set(self) -> "EvaluationConfig":
+        if self.task is not None and self.prompts is not None:
+            raise ValueError(
+                f"task={self.task} and prompts={self.prompts} are two held-out sets. Set one of "
+                f"the two to none."
+            )
+        return self
+
+
+class LoggingConfig(Section):
+    log_interval: int = Field(1, gt=0)
+    """Iterations between step lines on the terminal. metrics.jsonl has every iteration."""
+    text_interval: int = Field(10, gt=0)
+    """Iterations between rollouts shown as text in TensorBoard; evaluations always show some."""
+    text_samples: int = Field(4, ge=0)
+    """How many are shown."""
