@@ -7,15 +7,19 @@ from the tokens before t. So `response_logprobs[t]`, `hidden_NH[t]` and `target_
 all speak of the same token, and no stage shifts anything by one.
 """
 # Shapes: S tokens of a microbatch on this rank, N valid response tokens of them, M those of one
-# teacher, H teacher hidden size, V this rank's columns of the vocabulary.
+# teacher, H teacher hidden size, V this rank's columns of the vocabulary, K top tokens of a teacher.
+# Of packed sequences: B sequences, L longest of them, Q longest part of a sequence on this rank, R
+# context-parallel ranks.
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_eopd.losses.teacher_top_k import TeacherTopK
-from megatron_eopd.models.packed_sequences import PackedSequences
+LOWEST = -1e30
+"""Stands for −inf in logits and log-probabilities: exp of it is 0, and sums and products with it
+are finite."""
 
 DEFAULT_TEACHER = "teacher"
 """The one of the section `[teacher]`; the others have the names of `[teachers.NAME]`."""
@@ -69,6 +73,31 @@ class Logits(NamedTuple):
     """This tensor-parallel rank's columns, in the teacher's dtype."""
 
 
+class TeacherTopK(NamedTuple):
+    """What the teacher hands over: one row per token, plain tensors, without gradient.
+
+    Exact over the teacher's full vocabulary, in nats, at its temperature. Every row of finite
+    logits is finite: LOWEST stands for the logarithm of 0.
+    """
+
+    ids_NK: torch.Tensor
+    """int64, the most probable token first, equal ones by id; 0 where invalid."""
+    logprobs_NK: torch.Tensor
+    """float32. LOWEST exactly where invalid: the teacher can write fewer than k tokens."""
+    entropy_N: torch.Tensor
+    """float32; NaN where the teacher's logits were not finite."""
+    tail_logmass_N: torch.Tensor
+    """float32, log of the mass outside the top k; LOWEST where there is none."""
+    sampled_logprobs_N: torch.Tensor
+    """float32, log p of the sampled token, inside the top k or not; of the order of LOWEST where
+    the teacher cannot write it."""
+
+    @property
+    def valid_NK(self) -> torch.Tensor:
+        """bool: where ids_NK names a token."""
+        return self.logprobs_NK > LOWEST
+
+
 Payload = HiddenStates | Logits | TeacherTopK
 """What a teacher says of N tokens: tensors with one row for each."""
 
@@ -102,6 +131,19 @@ class TeacherPart(NamedTuple):
     tokens_M: torch.Tensor
     """Which of the N tokens they are, rising."""
     payload: Payload
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description, and the indices by which our own attention unpacks the row."""
+
+    query_rows_BQ: torch.Tensor | None = None
+    """Row of each of this rank's tokens, by sequence; any row where a sequence has none."""
+    query_positions_BQ: torch.Tensor | None = None
+    key_rows_BL: torch.Tensor | None = None
+    """The same for all tokens, as rows of the ranks' rows behind one another, [R · S]."""
+    slots_S: torch.Tensor | None = None
+    """Where each of this rank's tokens is in a flattened [B · Q]."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ are nothing but a header and a hole, and a small tokenizer.
 """
 
 import re
+import runpy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ ROOT = Path(__file__).parents[1]
 TOMLS = sorted(path.relative_to(ROOT) for path in ROOT.glob("examples/**/*.toml"))
 WITH_BASE_STUDENT = [toml for toml in TOMLS if load_config(ROOT / toml).teacher.eos_token_map]
 CUT = [t for t in TOMLS if load_config(ROOT / t).parallel.tensor_model_parallel_size > 1]
+LARGE = ["qwen3_8b_to_1.7b", "qwen3_32b_to_4b_multinode"]
+PLANNED = [ROOT / "docs/planning.md", *(ROOT / f"examples/{name}/README.md" for name in LARGE)]
 GPU_GIB, RESERVE_GIB = 80, 5  # tools/plan.py's reserve
 MAX_FILE_BYTES = 2 * 10**9
 
@@ -246,6 +249,15 @@ def test_its_longest_samples_fit_the_gpus(in_work_dir, toml):
     assert fullest.weights and fullest.gradients and fullest.optimizer and fullest.activations
     separate = {name for name, t in config.all_teachers.items() if t.placement == "separate"}
     assert set(plan.memory.stages) == {"student", *separate}
+
+
+@pytest.mark.parametrize("page", PLANNED, ids=lambda page: page.parent.name)
+def test_what_a_page_shows_of_the_planner_is_what_it_prints(in_work_dir, monkeypatch, capsys, page):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the tool sets it, and this takes it back
+    (command,) = (words for words in commands_in(page) if words[1:2] == ["tools/plan.py"])
+    capsys.readouterr()
+    assert runpy.run_path(str(ROOT / "tools/plan.py"))["main"](command[2:]) == 0
+    assert f"```\n{capsys.readouterr().out}```\n" in page.read_text()
 
 
 @each_example

@@ -9,8 +9,9 @@ from megatron_eopd.losses import dense_kl_terms
 from megatron_eopd.losses.estimators import TokenSignals
 from megatron_eopd.losses.kernels import LOWEST
 from megatron_eopd.losses.objective import Coefficients, token_objective
-from megatron_eopd.losses.teacher_top_k import TeacherTopK, top_k_of_teacher, top_k_terms
+from megatron_eopd.losses.teacher_top_k import top_k_of_teacher, top_k_terms
 from megatron_eopd.losses.vocab_parallel import describe_non_finite
+from megatron_eopd.records import TeacherTopK
 from tests.dense_objective import dense_token_loss
 
 # Shapes: N tokens, V vocabulary with padding, W without, K top-k.

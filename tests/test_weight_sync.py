@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_eopd.config import WeightSyncConfig
 from megatron_eopd.errors import EngineError
 from megatron_eopd.records import Prompt, Rollout
+from megatron_eopd.weight_sync.buckets import buffer_bytes, checksum, offsets, pack, unpack
 from megatron_eopd.weight_sync.communicator import (
     GlooCommunicator,
     TransferError,
@@ -19,7 +20,6 @@ from megatron_eopd.weight_sync.communicator import (
     serve_store,
 )
 from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
-from megatron_eopd.weight_sync.packing import buffer_bytes, checksum, offsets, pack, unpack
 from megatron_eopd.weight_sync.sender import WeightSender
 from megatron_eopd.weight_sync.verify import (
     EXPECTED_ROUNDING,

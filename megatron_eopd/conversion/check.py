@@ -27,9 +27,9 @@ from megatron_eopd.models.load import load_mcore_weights
 from megatron_eopd.models.mcore_files import MCoreCheckpoint
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.parallel.pipeline import map_hidden
 from megatron_eopd.parallel.vocab import gather_vocab
 from megatron_eopd.records import MicroBatch, Prompt, Rollout, ScoredRollout
-from megatron_eopd.training.forward import map_hidden
 
 NUM_TOKENS = 32
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_eopd.config import Config, TrainingConfig
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.models.packed_sequences import PackedSequences, chunks_of, positions_of
+from megatron_eopd.models.packed_sequences import chunks_of, describe_sequences, positions_of
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import (
     MicroBatch,
@@ -233,7 +233,7 @@ def _make_microbatch(
     token_ids += [0] * (sum(lengths) // cp - len(token_ids))
     return MicroBatch(
         token_ids_1S=torch.tensor([token_ids], device=device),
-        sequences=PackedSequences.of_lengths(lengths, cp, cp_rank, device),
+        sequences=describe_sequences(lengths, cp, cp_rank, device),
         prediction_rows_N=torch.tensor(rows, dtype=torch.long, device=device),
         target_ids_N=torch.tensor(targets, dtype=torch.long, device=device),
         rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),

@@ -29,31 +29,7 @@ from megatron_eopd.losses.vocab_parallel import (
     vocab_parallel_terms,
     vocabulary_of,
 )
-
-
-class TeacherTopK(NamedTuple):
-    """What the teacher hands over: one row per token, plain tensors, without gradient.
-
-    Exact over the teacher's full vocabulary, in nats, at its temperature. Every row of finite
-    logits is finite: LOWEST stands for the logarithm of 0.
-    """
-
-    ids_NK: torch.Tensor
-    """int64, the most probable token first, equal ones by id; 0 where invalid."""
-    logprobs_NK: torch.Tensor
-    """float32. LOWEST exactly where invalid: the teacher can write fewer than k tokens."""
-    entropy_N: torch.Tensor
-    """float32; NaN where the teacher's logits were not finite."""
-    tail_logmass_N: torch.Tensor
-    """float32, log of the mass outside the top k; LOWEST where there is none."""
-    sampled_logprobs_N: torch.Tensor
-    """float32, log p of the sampled token, inside the top k or not; of the order of LOWEST where
-    the teacher cannot write it."""
-
-    @property
-    def valid_NK(self) -> torch.Tensor:
-        """bool: where ids_NK names a token."""
-        return self.logprobs_NK > LOWEST
+from megatron_eopd.records import TeacherTopK
 
 
 class TopKTerms(NamedTuple):

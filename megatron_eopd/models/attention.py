@@ -18,7 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.varlen import varlen_attn
 
-from megatron_eopd.models.packed_sequences import PackedSequences
+from megatron_eopd.records import PackedSequences
 
 
 class SDPACoreAttention(torch.nn.Module):

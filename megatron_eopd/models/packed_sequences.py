@@ -4,15 +4,13 @@ In: the sequences' lengths. Out: what attention and rotary embeddings must know 
 Context parallelism cuts each sequence into 2 · cp chunks and gives rank r the chunks r and
 2 · cp − 1 − r, so that every rank has as much causal attention to compute (Megatron's order).
 """
-# Shapes: B sequences, L longest of them, S tokens of this rank, Q longest part of a sequence on
-# this rank, R context-parallel ranks.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_eopd.records import PackedSequences
 
 
 def chunks_of(length: int, cp: int, cp_rank: int) -> list[tuple[int, range]]:
@@ -31,46 +29,33 @@ def positions_of(length: int, cp: int, cp_rank: int) -> list[int]:
     return [position for _, chunk in chunks_of(length, cp, cp_rank) for position in chunk]
 
 
-@dataclass
-class PackedSequences(PackedSeqParams):
-    """Megatron's description, and the indices by which our own attention unpacks the row."""
-
-    query_rows_BQ: torch.Tensor | None = None
-    """Row of each of this rank's tokens, by sequence; any row where a sequence has none."""
-    query_positions_BQ: torch.Tensor | None = None
-    key_rows_BL: torch.Tensor | None = None
-    """The same for all tokens, as rows of the ranks' rows behind one another, [R · S]."""
-    slots_S: torch.Tensor | None = None
-    """Where each of this rank's tokens is in a flattened [B · Q]."""
-
-    @classmethod
-    def of_lengths(
-        cls, lengths: Sequence[int], cp: int, cp_rank: int, device: torch.device
-    ) -> "PackedSequences":
-        longest, num_local = max(lengths), sum(lengths) // cp
-        starts = [0, *accumulate(lengths)]
-        # Each rank has the same number of a sequence's tokens, one block of its row.
-        rows, positions, keys, slots = [], [], [], []
-        for sequence, length in enumerate(lengths):
-            first, missing = starts[sequence] // cp, (longest - length) // cp
-            rows.append([*range(first, first + length // cp), *[0] * missing])
-            positions.append([*positions_of(length, cp, cp_rank), *[0] * missing])
-            slots += range(sequence * (longest // cp), sequence * (longest // cp) + length // cp)
-            row_at = [0] * longest
-            for rank in range(cp):
-                for row, chunk in chunks_of(length, cp, rank):
-                    begin = rank * num_local + first + row
-                    row_at[chunk.start : chunk.stop] = range(begin, begin + len(chunk))
-            keys.append(row_at)
-        ends = torch.tensor(starts, dtype=torch.int32, device=device)
-        return cls(
-            qkv_format="thd",
-            cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            query_rows_BQ=torch.tensor(rows, device=device),
-            query_positions_BQ=torch.tensor(positions, device=device),
-            key_rows_BL=torch.tensor(keys, device=device),
-            slots_S=torch.tensor(slots, device=device),
-        )
+def describe_sequences(
+    lengths: Sequence[int], cp: int, cp_rank: int, device: torch.device
+) -> PackedSequences:
+    longest, num_local = max(lengths), sum(lengths) // cp
+    starts = [0, *accumulate(lengths)]
+    # Each rank has the same number of a sequence's tokens, one block of its row.
+    rows, positions, keys, slots = [], [], [], []
+    for sequence, length in enumerate(lengths):
+        first, missing = starts[sequence] // cp, (longest - length) // cp
+        rows.append([*range(first, first + length // cp), *[0] * missing])
+        positions.append([*positions_of(length, cp, cp_rank), *[0] * missing])
+        slots += range(sequence * (longest // cp), sequence * (longest // cp) + length // cp)
+        row_at = [0] * longest
+        for rank in range(cp):
+            for row, chunk in chunks_of(length, cp, rank):
+                begin = rank * num_local + first + row
+                row_at[chunk.start : chunk.stop] = range(begin, begin + len(chunk))
+        keys.append(row_at)
+    ends = torch.tensor(starts, dtype=torch.int32, device=device)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        query_rows_BQ=torch.tensor(rows, device=device),
+        query_positions_BQ=torch.tensor(positions, device=device),
+        key_rows_BL=torch.tensor(keys, device=device),
+        slots_S=torch.tensor(slots, device=device),
+    )

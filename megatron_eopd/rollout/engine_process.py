@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eopd.errors import EngineError
-from megatron_eopd.rollout.wire import Reply, Request
+from megatron_eopd.rollout.messages import Reply, Request
 
 CHILD_MODULE = "megatron_eopd.rollout.vllm_child"
 LOG_TAIL_LINES = 20

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from megatron_eopd.data.packing import make_microbatches, own_response_tokens
 from megatron_eopd.models.build import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.parallel.pipeline import map_hidden
 from megatron_eopd.parallel.vocab import gather_vocab, vocab_parallel_logprobs
 from megatron_eopd.records import MicroBatch, Prompt, Rollout, ScoredRollout
 from megatron_eopd.rollout.engine import Sampling, SyncReport, numbered_samples
-from megatron_eopd.training.forward import map_hidden
 
 Place = tuple[int, int]
 """(which sequence, which response token of it)."""

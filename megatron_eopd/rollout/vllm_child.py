@@ -14,7 +14,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_eopd.rollout.wire import Reply, Request, Sample, SampleRequest
+from megatron_eopd.rollout.messages import Reply, Request, Sample, SampleRequest
 
 RPC_MARGIN_S = 2.0
 

@@ -28,7 +28,7 @@ from megatron_eopd.parallel.collectives import collecting, from_rank_zero
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import Sampling, SyncReport, numbered_samples
 from megatron_eopd.rollout.engine_process import EngineProcess
-from megatron_eopd.rollout.wire import Sample, SampleRequest
+from megatron_eopd.rollout.messages import Sample, SampleRequest
 from megatron_eopd.weight_sync.bridge import ExportBuckets, WeightBridge
 from megatron_eopd.weight_sync.manifest import Manifest
 

@@ -14,16 +14,12 @@ import torch.distributed as dist
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits
 from megatron_eopd.parallel.init import ParallelContext, second_layout
+from megatron_eopd.parallel.wire import GroupWire
 from megatron_eopd.parallel.worlds import colocated_layout
 from megatron_eopd.records import Payload
-from megatron_eopd.teacher.exchange import (
-    GroupWire,
-    Route,
-    exchange_head,
-    exchange_scores,
-)
+from megatron_eopd.teacher.assignment import Item, owners_of, plan_as_student, plan_by_length
+from megatron_eopd.teacher.exchange import Route, exchange_head, exchange_scores
 from megatron_eopd.teacher.model import Swaps, TeacherModel, payload_shape, vocab_cut
-from megatron_eopd.teacher.plan import Item, owners_of, plan_as_student, plan_by_length
 
 
 class ColocatedTeacher:

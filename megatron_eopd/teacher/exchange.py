@@ -10,44 +10,14 @@ receiver have on the same rank is not sent. No rank ever holds the logits of a w
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from megatron_eopd.data.packing import own_response_tokens
 from megatron_eopd.parallel.layout import Layout
+from megatron_eopd.parallel.wire import Message, Wire
 from megatron_eopd.records import Logits, Payload
-from megatron_eopd.teacher.plan import Item
-
-Message = tuple[int, torch.Tensor]
-"""The other rank, and a contiguous tensor to send to it or to fill from it."""
-
-
-class Wire(Protocol):
-    """Point to point, between ranks numbered as in Route."""
-
-    def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """Returns when the `receives` are filled. Messages of a pair of ranks arrive in order."""
-        ...
-
-
-class GroupWire:
-    """Over a torch.distributed group that has all ranks of student and teacher."""
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """Collective over the group: NCCL wants all its ranks in its first call, and the ranks of
-        the last stages would be alone in theirs."""
-        self._group = group
-        dist.all_reduce(torch.zeros(1, device=device), group=group)
-
-    def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        operations = [
-            *(dist.P2POp(dist.isend, tensor, rank, self._group) for rank, tensor in sends),
-            *(dist.P2POp(dist.irecv, tensor, rank, self._group) for rank, tensor in receives),
-        ]
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
+from megatron_eopd.teacher.assignment import Item
 
 
 @dataclass(frozen=True)

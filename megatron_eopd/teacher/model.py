@@ -16,16 +16,23 @@ import torch.nn.functional as F
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import make_microbatches
 from megatron_eopd.losses.chunked_head import chunk_size
-from megatron_eopd.losses.teacher_top_k import TeacherTopK, top_k_of_teacher
+from megatron_eopd.losses.teacher_top_k import top_k_of_teacher
 from megatron_eopd.models.build import build_model, read_hf_config
 from megatron_eopd.models.load import load_weights
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import pad_vocab_size
-from megatron_eopd.records import HiddenStates, Logits, MicroBatch, Payload, ScoredRollout
+from megatron_eopd.parallel.pipeline import map_hidden
+from megatron_eopd.records import (
+    HiddenStates,
+    Logits,
+    MicroBatch,
+    Payload,
+    ScoredRollout,
+    TeacherTopK,
+)
+from megatron_eopd.teacher.assignment import Item, TeacherPlan
 from megatron_eopd.teacher.exchange import PayloadShape, VocabCut
-from megatron_eopd.teacher.plan import Item, TeacherPlan
-from megatron_eopd.training.forward import map_hidden
 
 Swaps = Sequence[tuple[int, int]]
 """Pairs of token ids that trade places in the teacher's distribution."""

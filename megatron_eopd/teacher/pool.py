@@ -10,8 +10,8 @@ from typing import Protocol
 from megatron_eopd.data.packing import PackedRollouts, make_microbatches
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import MicroBatch, Payload, ScoredRollout, TeacherSignal
-from megatron_eopd.teacher.plan import Item, items_of
-from megatron_eopd.teacher.signals import Heads
+from megatron_eopd.teacher.assignment import Item, items_of
+from megatron_eopd.teacher.heads import Heads
 
 
 class Teacher(Protocol):

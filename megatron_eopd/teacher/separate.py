@@ -22,8 +22,10 @@ from megatron_eopd.models.build import read_hf_config
 from megatron_eopd.parallel.collectives import naming_stage
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout
+from megatron_eopd.parallel.wire import JointWire, WireError
 from megatron_eopd.parallel.worlds import Role, separate_layout
 from megatron_eopd.records import Payload
+from megatron_eopd.teacher.assignment import Item, owners_of, plan_by_length
 from megatron_eopd.teacher.exchange import (
     Route,
     expect_head,
@@ -38,8 +40,6 @@ from megatron_eopd.teacher.model import (
     payload_shape,
     vocab_cut,
 )
-from megatron_eopd.teacher.plan import Item, owners_of, plan_by_length
-from megatron_eopd.teacher.wire import JointWire, WireError
 
 Rounds = Sequence[Mapping[int, Item]]
 

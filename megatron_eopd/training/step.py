@@ -18,8 +18,8 @@ from megatron_eopd.losses.vocab_parallel import describe_non_finite
 from megatron_eopd.metrics import Means, Reduced
 from megatron_eopd.models.build import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.parallel.pipeline import hidden_states, map_hidden, run_schedule
 from megatron_eopd.records import MicroBatch, StepReport
-from megatron_eopd.training.forward import hidden_states, map_hidden, run_schedule
 from megatron_eopd.training.optimizer import Trainable
 from megatron_eopd.training.token_loss import NON_FINITE, StepSettings, TokenLoss
 

@@ -32,7 +32,7 @@ from megatron_eopd.objectives import GATES
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
 from megatron_eopd.records import MicroBatch
-from megatron_eopd.teacher.signals import Heads, teacher_logits, teacher_top_k
+from megatron_eopd.teacher.heads import Heads, teacher_logits, teacher_top_k
 
 NON_FINITE = "non_finite"
 """The tally of tokens with non-finite logits, [R, 2] per tensor-parallel rank and model."""
@@ -214,7 +214,9 @@ class TokenLoss:
 
 
 def _refused(integrand: Integrand) -> torch.Tensor:
-    raise AssertionError("config/checks.py refuses sums over the vocabulary for teacher.payload=topk")
+    raise AssertionError(
+        "config/checks.py refuses sums over the vocabulary for payload=topk"
+    )
 
 
 def _add_loss_metrics(

@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.platforms import current_platform
 
+from megatron_eopd.weight_sync.buckets import buffer_bytes, unpack
 from megatron_eopd.weight_sync.communicator import (
     Communicator,
     TransferError,
@@ -36,7 +37,6 @@ from megatron_eopd.weight_sync.communicator import (
     make_communicator,
 )
 from megatron_eopd.weight_sync.manifest import Bucket, Manifest
-from megatron_eopd.weight_sync.packing import buffer_bytes, unpack
 
 
 @dataclass(kw_only=True)

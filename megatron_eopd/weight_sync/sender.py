@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_eopd.weight_sync.buckets import pack
 from megatron_eopd.weight_sync.communicator import Communicator, TransferError
 from megatron_eopd.weight_sync.manifest import Bucket
-from megatron_eopd.weight_sync.packing import pack
 
 
 class WeightSender:

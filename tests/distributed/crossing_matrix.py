@@ -30,8 +30,8 @@ def main() -> int:
     replace_between_marks(
         PAGE,
         [
-            f"{len(distances)} runs in {minutes:.0f} minutes on two CPU cores; {len(wrong) or 'none'} "
-            f"too far, {len(crossing.refused)} combinations of three refused.",
+            f"{len(distances)} runs in {minutes:.0f} minutes on two CPU cores; "
+            f"{len(wrong) or 'none'} too far, {len(crossing.refused)} combinations of three refused.",
             "",
             *table(crossing.settings, distances),
         ],

@@ -11,9 +11,9 @@ from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.hf_files import HFCheckpoint
 from megatron_eopd.models.hf_weights import num_experts
 from megatron_eopd.models.load import load_weights
+from megatron_eopd.parallel.pipeline import map_hidden
 from megatron_eopd.parallel.vocab import gather_vocab, vocab_parallel_logprobs
 from megatron_eopd.records import Prompt, Rollout, ScoredRollout
-from megatron_eopd.training.forward import map_hidden
 from tests.ranks import context_for, leave_groups, run_ranks
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from megatron_eopd.config import Config
 from megatron_eopd.models.build import build_model, read_hf_config
-from megatron_eopd.models.packed_sequences import PackedSequences
+from megatron_eopd.models.packed_sequences import describe_sequences
 from megatron_eopd.parallel.layout import pad_vocab_size
+from megatron_eopd.parallel.pipeline import hidden_states, run_schedule
 from megatron_eopd.planning.activations import (
     Activations,
     Load,
@@ -21,7 +22,6 @@ from megatron_eopd.planning.activations import (
 )
 from megatron_eopd.planning.memory import parameters_per_stage, training_state
 from megatron_eopd.planning.shapes import ModelShape
-from megatron_eopd.training.forward import hidden_states, run_schedule
 from megatron_eopd.training.optimizer import make_trainable
 from tests.ranks import context_for, leave_groups, run_ranks
 
@@ -144,7 +144,7 @@ def check_activations(cases, out_dir):
 def forward_pass(chunks, context):
     """Of SEQUENCES through all layers, ready to be called."""
     cp, cp_rank = context.layout.cp, context.layout.cp_rank
-    packed = PackedSequences.of_lengths(SEQUENCES, cp, cp_rank, context.device)
+    packed = describe_sequences(SEQUENCES, cp, cp_rank, context.device)
     ids_1S = (torch.arange(sum(SEQUENCES) // cp) % 200)[None]
     (model,) = chunks
     return partial(
@@ -222,7 +222,7 @@ def most_in_flight(chunks, batches, context) -> int:
 
 def make_batch(context) -> SimpleNamespace:
     """What the forward pass reads of a MicroBatch."""
-    sequences = PackedSequences.of_lengths([8], 1, 0, context.device)
+    sequences = describe_sequences([8], 1, 0, context.device)
     return SimpleNamespace(token_ids_1S=torch.arange(8)[None], sequences=sequences)
 
 

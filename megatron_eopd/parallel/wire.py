@@ -1,18 +1,48 @@
-"""A wire between two worlds: a process group of their own on the job's store.
+"""Wires: tensors from rank to rank, inside one world or between two.
 
-torch.distributed's default groups belong to the worlds; this one is joined beside them, as the
-weight sync's is, so a world that dies closes its end and the other notices.
+torch.distributed's default groups belong to the worlds. Between two of them a process group of its
+own is joined on the job's store, as the weight sync's is, so a world that dies closes its end and
+the other notices.
 """
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo
 
 from megatron_eopd.parallel.collectives import reason_of
-from megatron_eopd.teacher.exchange import Message
+
+Message = tuple[int, torch.Tensor]
+"""The other rank, and a contiguous tensor to send to it or to fill from it."""
+
+
+class Wire(Protocol):
+    """Point to point, between ranks numbered as in Route."""
+
+    def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Returns when the `receives` are filled. Messages of a pair of ranks arrive in order."""
+        ...
+
+
+class GroupWire:
+    """Over a torch.distributed group that has all ranks of student and teacher."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Collective over the group: NCCL wants all its ranks in its first call, and the ranks of
+        the last stages would be alone in theirs."""
+        self._group = group
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+    def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        operations = [
+            *(dist.P2POp(dist.isend, tensor, rank, self._group) for rank, tensor in sends),
+            *(dist.P2POp(dist.irecv, tensor, rank, self._group) for rank, tensor in receives),
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
 
 
 class WireError(RuntimeError):

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from megatron_eopd.losses.teacher_top_k import TeacherTopK
-from megatron_eopd.records import HiddenStates, Logits, TeacherPart
+from megatron_eopd.records import HiddenStates, Logits, TeacherPart, TeacherTopK
 
 Heads = Mapping[str, torch.Tensor]
 """Teacher → its LM head [V, H] with the student's cut of the vocabulary, where payloads are hidden

@@ -14,7 +14,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
-from megatron_eopd.models.build import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import MicroBatch
 
@@ -32,7 +31,7 @@ def hidden_states(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 @torch.no_grad()
 def map_hidden(
-    chunks: Sequence[CausalLM],
+    chunks: Sequence[torch.nn.Module],
     microbatches: Sequence[MicroBatch],
     at_last_stage: Callable[[MicroBatch, torch.Tensor], Result],
     context: ParallelContext,
