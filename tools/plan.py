@@ -1,54 +1,49 @@
-"""Plan a run: memory, time and layouts, before any GPU is asked for. Run with --help."""
+"""The memory of a run and the layouts that fit, before any GPU is asked for. Run with --help."""
 
 import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_eopd.cli import finite
+from megatron_eopd.cli import finite, positive
+from megatron_eopd.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_eopd.config import Config
     from megatron_eopd.parallel.layout import Layout
     from megatron_eopd.planning.memory import StageMemory
-    from megatron_eopd.planning.search import Found, Plan, Request
+    from megatron_eopd.planning.search import Plan, Request
     from megatron_eopd.planning.shapes import Models
-    from megatron_eopd.planning.time import IterationTime
 
 # Planning is arithmetic. Before torch is imported: then it never meets a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 DESCRIPTION = """\
-Print what a configuration needs on N GPUs: memory of the fullest rank of each pipeline stage, and
-an estimate of an iteration's time. Then rank the layouts (tensor, pipeline, interleaving, context,
-sequence, expert and data parallelism, recomputation, the teacher's own sizes) that fit.
+Print the memory that a configuration needs on N GPUs, part by part, on the fullest rank of the
+student and of each teacher with ranks of its own, and whether it fits. With --search list the
+layouts that fit, the fewest model-parallel ranks first.
 
-Only the models' config.json files are read: no weights, tokenizer or prompts. Times rest on
-assumptions, which are options below; --calibrate replaces them by what a run measured. How far to
-trust the numbers: docs/planning.md."""
+Only the models' config.json files are read: no weights, tokenizer or prompts. Time is not
+predicted. What is counted, and how it was checked: docs/planning.md."""
 
 GIB = 2**30
 
 EXAMPLES = """\
 examples:
-  python tools/plan.py my.toml --gpus 64 --gpu-memory-gib 80
-  python tools/plan.py my.toml --gpus 8 --gpu-memory-gib 141 teacher.offload=true
-  python tools/plan.py my.toml --gpus 64 --gpu-memory-gib 80 --mean-response-length 1500 \\
-      --calibrate runs/mine --json plan.json
+  python tools/plan.py my.toml --gpus 8 --gpu-memory-gib 80
+  python tools/plan.py my.toml --gpus 8 --gpu-memory-gib 80 model.recompute_granularity=full
+  python tools/plan.py my.toml --gpus 64 --gpu-memory-gib 80 --search --json plan.json
 
-Exit status: 0 if a layout fits, 1 if none does, 2 if the options are wrong."""
+Exit status: 0 if the configuration fits, or with --search any layout; 1 if not; 2 if the options
+are wrong."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_args(arguments)
-    # After the arguments: --help and wrong options answer at once.
-    from megatron_eopd.config import ConfigError
-
     try:
-        return run(args)
+        return run(parse_args(arguments))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,108 +58,91 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG.toml")
     add("overrides", nargs="*", metavar="section.key=value", help="win over the file")
-    add("--gpus", type=int, required=True, metavar="N", help="ranks, separate teachers' included")
+    add(
+        "--gpus",
+        type=positive,
+        required=True,
+        metavar="N",
+        help="ranks, separate teachers' included",
+    )
     add("--gpu-memory-gib", type=finite, required=True, metavar="G", help="of one GPU")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    add("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")
     add(
         "--reserve-gib",
         type=finite,
         default=5.0,
         metavar="G",
-        help="left for CUDA's context, NCCL's buffers, the optimizer's temporaries and "
-        "fragmentation (default: 5, an assumption)",
+        help="left for what is not counted: CUDA's context, NCCL's buffers, the optimizer's "
+        "temporaries, fragmentation (default: 5, an assumption)",
     )
-    add("--top", type=int, default=10, metavar="N", help="layouts shown (default: 10)")
-    add("--json", type=Path, metavar="FILE", help="everything, for scripts")
-    add("--calibrate", type=Path, metavar="RUN_DIR", help="scale by what this run measured")
-    add("--device", choices=("gpu", "cpu"), default="gpu", help="ranks are (default: gpu)")
-    lengths = parser.add_argument_group(
-        "tokens: memory is for the longest sample, time for the mean"
-    )
-    lengths.add_argument(
-        "--prompt-length", type=int, metavar="N", help="longest (default: data.max_prompt_length)"
-    )
-    lengths.add_argument("--mean-prompt-length", type=int, metavar="N", help="default: the longest")
-    lengths.add_argument(
-        "--mean-response-length",
-        type=int,
+    add(
+        "--prompt-length",
+        type=positive,
         metavar="N",
-        help="default: rollout.max_response_length, or the calibrating run's mean",
+        help="tokens of the longest (default: data.max_prompt_length)",
     )
-    add_assumptions(parser)
+    add(
+        "--expert-imbalance",
+        type=finite,
+        default=1.2,
+        metavar="X",
+        help="tokens of the busiest rank's experts over the mean (default: 1.2, an assumption)",
+    )
+    add("--device", choices=("gpu", "cpu"), default="gpu", help="ranks are (default: gpu)")
+    add("--search", action="store_true", help="list the layouts that fit")
+    add("--top", type=positive, default=10, metavar="N", help="layouts shown (default: 10)")
+    add("--json", type=Path, metavar="FILE", help="everything, for scripts; memory in bytes")
     # Intermixed: overrides may stand behind options.
     return parser.parse_intermixed_args(arguments)
 
 
-def add_assumptions(parser: argparse.ArgumentParser) -> None:
-    """An option for each speed that is taken for granted."""
-    from megatron_eopd.planning.assumptions import describe_assumptions
-
-    group = parser.add_argument_group("assumptions, for an H100 SXM node; none was measured")
-    for name, default, text in describe_assumptions():
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=finite,
-            default=default,
-            metavar="X",
-            help=f"{text} (default: {default:g})",
-        )
-
-
 def run(args: argparse.Namespace) -> int:
-    from megatron_eopd.config import ConfigError, load_config
-    from megatron_eopd.planning.search import check_request, explain, make_plan, search
+    # Here, because --help and wrong options answer at once.
+    from megatron_eopd.config import load_config
+    from megatron_eopd.planning.search import check_request, make_plan, search
 
     request = make_request(args, load_config(args.config, args.overrides))
     check_request(request)
     print_request(request)
+    own = None
     try:
         own = make_plan(request.config, request)
         print_plan(own)
-        if not own.fits:
-            print(f"It does NOT fit. {explain(own)}\n")
     except ConfigError as error:
-        own = None
-        print(f"The configuration as it is: {error}\n")
-    found = search(request)
-    print_found(found, request, args.top)
+        if not args.search:
+            raise
+        print(f"The configuration as it is: {error}")
+    plans = search(request) if args.search else []
+    if args.search:
+        print_search(plans, request, args.top)
+    elif not own.fits:
+        print("--search lists the layouts that fit.")
     if args.json is not None:
-        args.json.write_text(json.dumps(as_json(args, request, own, found), indent=2) + "\n")
-    return 0 if found.plans else 1
+        args.json.write_text(json.dumps(as_json(request, own, plans), indent=2) + "\n")
+    return 0 if any(plan.fits for plan in plans or [own] if plan) else 1
 
 
 def make_request(args: argparse.Namespace, config: "Config") -> "Request":
-    """What was asked, with the lengths and speeds to plan by."""
     from megatron_eopd.planning.activations import Lengths, Platform
-    from megatron_eopd.planning.assumptions import Assumptions
-    from megatron_eopd.planning.calibration import MeasuredRun, calibrate
     from megatron_eopd.planning.search import Request
     from megatron_eopd.planning.shapes import Models
-    from megatron_eopd.planning.time import Machine
 
     models = Models.of(config)
-    response = config.rollout.max_response_length
     prompt = args.prompt_length or longest_prompt(config, models)
-    run = MeasuredRun.read(args.calibrate) if args.calibrate else None
-    mean_response = args.mean_response_length or (run and round(run.response_length)) or response
-    names = Assumptions.model_fields
-    assumptions = Assumptions(**{name: getattr(args, name) for name in names})
-    request = Request(
+    return Request(
         config=config,
         models=models,
         num_gpus=args.gpus,
-        memory=int((args.gpu_memory_gib - args.reserve_gib) * 2**30),
-        longest=Lengths(prompt, response),
-        mean=Lengths(args.mean_prompt_length or prompt, mean_response),
-        machine=Machine(assumptions, args.gpus_per_node),
+        memory=int((args.gpu_memory_gib - args.reserve_gib) * GIB),
+        longest=Lengths(prompt, config.rollout.max_response_length),
+        gpus_per_node=args.gpus_per_node,
         platform=Platform(
             on_gpu=args.device == "gpu",
             # `auto` finds TransformerEngine where the run is, which need not be here.
             transformer_engine=config.model.transformer_impl == "transformer_engine",
-            expert_imbalance=assumptions.expert_imbalance,
+            expert_imbalance=args.expert_imbalance,
         ),
     )
-    return replace(request, calibration=calibrate(run, request)) if run else request
 
 
 def longest_prompt(config: "Config", models: "Models") -> int:
@@ -176,83 +154,74 @@ def longest_prompt(config: "Config", models: "Models") -> int:
 
 
 def print_request(request: "Request") -> None:
-    longest, mean = request.longest, request.mean
+    longest = request.longest
     layers = "TransformerEngine's" if request.platform.transformer_engine else "the local"
     print(
-        f"samples: at most {longest.prompt} + {longest.response} tokens, mean {mean.prompt} + "
-        f"{mean.response}; layers: {layers} specification; {request.memory / GIB:.1f} GiB of each "
-        f"rank may be filled"
+        f"samples of at most {longest.prompt} + {longest.response} tokens; layers: {layers} "
+        f"specification; {request.memory / GIB:.1f} GiB of each GPU may be filled\n"
     )
-    calibration = request.calibration
-    if calibration.seconds:
-        factors = ", ".join(f"{name} × {x:.3g}" for name, x in calibration.seconds.items())
-        print(f"calibrated: {factors}; activations × {calibration.memory:.3g}")
-    print()
 
 
 def print_plan(plan: "Plan") -> None:
-    from megatron_eopd.planning.time import sequences_at_once
+    from megatron_eopd.planning.search import explain
 
-    print(f"The configuration as it is: {plan.layout.describe()}")
-    for who, stages in plan.memory.stages.items():
-        print(f"\nGiB of the fullest rank of each pipeline stage of the {who}:")
-        print(memory_table(stages))
-    print(f"\nseconds of an iteration: {time_text(plan.time)}")
-    rollout = plan.config.rollout
-    if rollout.engine != "megatron" and rollout.replay is None:
-        print(
-            f"vLLM generates on {rollout.tensor_model_parallel_size} GPUs, "
-            f"{sequences_at_once(plan.setup_of_mean)} of {rollout.batch_size} samples at a time "
-            f"(rollout.max_num_seqs={rollout.max_num_seqs}, rollout.kv_cache_gib="
-            f"{rollout.kv_cache_gib:g})"
-        )
-    print()
+    print(f"student: {plan.layout.describe()}")
+    for section, layout in plan.teachers.items():
+        placement = plan.config.all_teachers[section].placement
+        print(f"{section}, {placement}: {layout.describe()}")
+    print(f"\n{memory_table(plan)}\n")
+    if plan.fits:
+        print(f"It fits: {plan.headroom / GIB:.1f} GiB are left.")
+    else:
+        print(f"It does NOT fit: {explain(plan)}")
 
 
-def memory_table(stages: list["StageMemory"]) -> str:
-    names = [name for name in stages[0].parts if any(stage.parts[name] for stage in stages)]
-    rows = [(name, [stage.parts[name] for stage in stages]) for name in names]
-    rows += [
-        (f"= {name}", [getattr(stage, name) for stage in stages])
-        for name in ("while_training", "while_scoring")
-    ]
-    lines = [f"  {'stage':<22}" + "".join(f"{n:>9}" for n in range(len(stages)))]
-    for name, sizes in rows:
-        numbers = "".join(f"{size / GIB:9.3f}" for size in sizes)
-        lines.append(f"  {name.replace('_', ' '):<22}{numbers}")
+def memory_table(plan: "Plan") -> str:
+    """A column for each kind of rank."""
+    fullest = {who: max(s, key=lambda stage: stage.peak) for who, s in plan.memory.stages.items()}
+    stages = [plan.memory.stages[who].index(stage) for who, stage in fullest.items()]
+    lines = [table_line("GiB of the fullest rank", fullest), table_line("  pipeline stage", stages)]
+    columns = [memory_rows(stage) for stage in fullest.values()]
+    for name in columns[0]:
+        sizes = [column[name] for column in columns]
+        if any(sizes):
+            lines.append(table_line(f"  {name}", [f"{size / GIB:.2f}" for size in sizes]))
     return "\n".join(lines)
 
 
-def time_text(time: "IterationTime") -> str:
-    parts = " + ".join(f"{name} {seconds:.3g}" for name, seconds in time.stages.items())
-    return f"{parts} = {time.total:.3g}"
+def memory_rows(stage: "StageMemory") -> dict[str, int]:
+    parts = {name.replace("_", " "): size for name, size in stage.parts.items()}
+    sums = {"= while training": stage.while_training, "= while scoring": stage.while_scoring}
+    return parts | sums
 
 
-def print_found(found: "Found", request: "Request", top: int) -> None:
+def table_line(title: str, values: Any) -> str:
+    return f"{title:<24}" + "".join(f"{value!s:>12}" for value in values)
+
+
+def print_search(plans: list["Plan"], request: "Request", top: int) -> None:
     from megatron_eopd.planning.search import explain
 
-    if not found.plans:
-        print(f"No layout of {request.num_gpus} GPUs fits.")
-        if found.closest is None:
-            print(
-                "None divides the models either: see the message above, or try another number of "
-                "GPUs, or a larger training.global_batch_size."
-            )
-        else:
-            print(f"The closest: {explain(found.closest)}")
-        return
-    plans = found.distinct
-    print(
-        f"{len(found.plans)} layouts fit, {len(plans)} of them cut the models differently. The "
-        f"fastest by these estimates:"
-    )
-    print(layout_table(plans[:top]))
-    print("\nThe first, as options:\n  " + " \\\n  ".join(plans[0].options))
+    fitting = [plan for plan in plans if plan.fits]
+    if fitting:
+        print(
+            f"\n{len(fitting)} of {len(plans)} layouts fit, the fewest model-parallel ranks first:"
+        )
+        print(layout_table(fitting[:top]))
+        options = " \\\n  ".join(fitting[0].options) or "none: it is the configuration's own"
+        print(f"\nThe first, as options:\n  {options}")
+    elif plans:
+        closest = max(plans, key=lambda plan: plan.headroom)
+        print(f"\nNo layout of {request.num_gpus} GPUs fits. The closest: {explain(closest)}")
+    else:
+        print(
+            f"\nNo layout of {request.num_gpus} GPUs divides the models: see the message above, or "
+            f"try another number of GPUs, or a larger training.global_batch_size."
+        )
 
 
 def layout_table(plans: list["Plan"]) -> str:
-    titles = ["TP", "PP", "VPP", "CP", "SP", "EP", "ETP", "DP", "recompute", "teachers"]
-    titles += ["s/iter", "rollout", "score", "train", "sync", "GiB", "free"]
+    titles = ["TP", "PP", "VPP", "CP", "EP", "ETP", "DP", "teachers", "GiB", "free"]
     rows = [titles, *map(layout_row, plans)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[text.rjust(width) for text, width in zip(row, widths, strict=True)] for row in rows]
@@ -261,12 +230,9 @@ def layout_table(plans: list["Plan"]) -> str:
 
 def layout_row(plan: "Plan") -> list[str]:
     x = plan.layout
-    sizes = (x.tp, x.pp, x.vpp, x.cp, "yes" if x.sequence_parallel else "no", x.ep, x.expert_tp)
     return [
-        *map(str, (*sizes, x.dp)),
-        plan.config.model.recompute_granularity or "none",
+        *map(str, (x.tp, x.pp, x.vpp, x.cp, x.ep, x.expert_tp, x.dp)),
         ", ".join(dict.fromkeys(map(teacher_text, plan.teachers.values()))),
-        *(f"{seconds:.1f}" for seconds in (plan.time.total, *plan.time.stages.values())),
         f"{plan.memory.worst[2].peak / GIB:.1f}",
         f"{plan.headroom / GIB:.1f}",
     ]
@@ -277,31 +243,22 @@ def teacher_text(layout: "Layout") -> str:
     return f"TP{layout.tp}·PP{layout.pp}{experts}·DP{layout.dp}"
 
 
-def as_json(
-    args: argparse.Namespace, request: "Request", own: "Plan | None", found: "Found"
-) -> dict[str, Any]:
+def as_json(request: "Request", own: "Plan | None", plans: list["Plan"]) -> dict[str, Any]:
     return {
-        "gpus": args.gpus,
-        "usable_gib": request.memory / GIB,
+        "gpus": request.num_gpus,
+        "usable": request.memory,
         "longest": asdict(request.longest),
-        "mean": asdict(request.mean),
-        "assumptions": request.machine.assumptions.model_dump(),
-        "calibration": asdict(request.calibration),
         "configuration": plan_as_json(own) if own else None,
-        "plans": [plan_as_json(plan) for plan in found.plans],
-        "closest": plan_as_json(found.closest) if found.closest else None,
+        "layouts": [plan_as_json(plan) for plan in plans],
     }
 
 
 def plan_as_json(plan: "Plan") -> dict[str, Any]:
-    """Memory in bytes, time in seconds."""
     return {
         "fits": plan.fits,
         "layout": asdict(plan.layout),
         "teachers": {section: asdict(layout) for section, layout in plan.teachers.items()},
-        "recompute_granularity": plan.config.model.recompute_granularity,
         "options": plan.options,
-        "seconds": plan.time.stages | {"total": plan.time.total},
         "headroom": plan.headroom,
         "memory": {
             who: [stage.parts | {"peak": stage.peak} for stage in stages]

@@ -1,1 +1,1 @@
-"""What a run will need, before it starts: memory of every rank, time of an iteration, layouts."""
+"""Memory of every rank of a run, and the layouts that fit, before it starts."""

@@ -13,6 +13,8 @@ from functools import cache
 import torch
 
 from megatron_eopd.config import Config, TeacherConfig
+from megatron_eopd.data.packing import exchange_size
+from megatron_eopd.losses.chunked_head import chunk_size, overwrites_logits
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 from megatron_eopd.parallel.worlds import teacher_layout
 from megatron_eopd.planning.activations import (
@@ -155,17 +157,6 @@ class MemoryPlan:
         places = [(who, n, s) for who, stages in self.stages.items() for n, s in enumerate(stages)]
         return max(places, key=lambda place: place[2].peak)
 
-    def with_estimates(self, scale: float) -> "MemoryPlan":
-        """What is estimated, not counted, times a measured factor."""
-        estimated = ("activations", "logits", "vocab_gradients", "teacher_activations")
-
-        def scaled(stage: StageMemory) -> StageMemory:
-            return replace(stage, **{n: int(getattr(stage, n) * scale) for n in estimated})
-
-        if scale == 1:
-            return self
-        return MemoryPlan({who: [*map(scaled, stages)] for who, stages in self.stages.items()})
-
 
 @dataclass(frozen=True)
 class Placed:
@@ -242,7 +233,7 @@ class Setup:
     def microbatches_per_exchange(self) -> int:
         """Of a student's rank."""
         count = self.student.load.num_microbatches
-        return min(count, self.config.exchange_size or count)
+        return min(count, exchange_size(self.config) or count)
 
 
 def plan_memory(setup: Setup) -> MemoryPlan:
@@ -334,7 +325,7 @@ def _teacher_stage(setup: Setup, section: str, stage: int) -> StageMemory:
 
 
 def _chunk_size(setup: Setup) -> int:
-    return setup.config.objective.chunk_size(setup.student.platform.on_gpu)
+    return chunk_size(setup.config.objective, setup.student.platform.on_gpu)
 
 
 def _payload_to_send(setup: Setup, section: str) -> int:
@@ -381,7 +372,7 @@ def _logit_rows(setup: Setup) -> int:
 
 def _logit_bytes(setup: Setup) -> int:
     """Student's logits and their gradient, and the teacher's where they are made here."""
-    student = 1 if setup.config.objective.overwrites_logits else 2
+    student = 1 if overwrites_logits(setup.config.objective) else 2
     row = student * itemsize(setup.student.dtype)
     if setup.config.teacher.payload == "hidden":
         row += max(itemsize(teacher.dtype) for teacher in setup.teachers.values())

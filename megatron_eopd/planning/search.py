@@ -1,41 +1,27 @@
-"""Which layouts of a run fit its GPUs, the fastest first. In: a Request. Out: Plans.
+"""Which layouts of a run fit its GPUs, the least cut first. In: a Request. Out: Plans.
 
-Every layout is tried by the trainer's own rules (`Layout.from_config`, `check_divides`), then by
-memory for the longest samples, then by time for samples of mean length.
+Every layout is tried by the trainer's own rules (`student_layout`, `check_student`,
+`check_teacher`, `check_budget`), then by memory for the longest samples. How long an iteration
+takes is not predicted: the order is that of how many ranks must talk for one copy of the models.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, field
 from itertools import product
 from math import gcd
 
-from megatron_eopd.config import Config, ConfigError, ParallelConfig, ParallelSizes
+from megatron_eopd.config import Config, ParallelSizes
 from megatron_eopd.data.packing import check_budget
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.models.fit import check_student, check_teacher
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import STUDENT, roles_of, student_layout
 from megatron_eopd.planning.activations import Lengths, Platform
-from megatron_eopd.planning.memory import (
-    MemoryPlan,
-    Setup,
-    describe,
-    itemsize,
-    plan_memory,
-)
+from megatron_eopd.planning.memory import MemoryPlan, Setup, describe, plan_memory
 from megatron_eopd.planning.shapes import Models, ModelShape
-from megatron_eopd.planning.time import (
-    Calibration,
-    IterationTime,
-    Machine,
-    estimate,
-)
-
-RECOMPUTE = (None, "selective", "full")
 
 
-# eq=False: hashed by identity, as its models are.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Request:
     """A run to plan, and what it may use."""
 
@@ -46,13 +32,11 @@ class Request:
     memory: int
     """Bytes of a GPU that the plan may fill."""
     longest: Lengths
-    mean: Lengths
-    machine: Machine = field(default_factory=Machine)
+    gpus_per_node: int = 8
     platform: Platform = field(default_factory=Platform)
-    calibration: Calibration = field(default_factory=Calibration)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Plan:
     """A configuration that the trainer would take, with what it needs."""
 
@@ -62,18 +46,7 @@ class Plan:
     teachers: dict[str, Layout]
     memory: MemoryPlan
 
-    @cached_property
-    def setup_of_mean(self) -> Setup:
-        """For samples of mean length: what the time is estimated from."""
-        request = self.request
-        return Setup.of(self.config, request.models, self.layout, request.mean, request.platform)
-
-    @cached_property
-    def time(self) -> IterationTime:
-        estimated = estimate(self.setup_of_mean, self.request.machine)
-        return self.request.calibration.time(estimated)
-
-    @cached_property
+    @property
     def headroom(self) -> int:
         """Bytes that the fullest rank has left; negative where it does not fit."""
         return self.request.memory - self.memory.worst[2].peak
@@ -84,32 +57,19 @@ class Plan:
 
     @property
     def options(self) -> list[str]:
-        """What it sets, as overrides of a command line."""
-        parallel, model = self.config.parallel, self.config.model
-        sections = {"parallel": parallel}
-        unset = []
-        configured = self.request.config.all_teachers
-        for section, teacher in self.config.all_teachers.items():
-            if teacher.parallel:
-                sections[f"{section}.parallel"] = teacher.parallel
-            elif configured[section].parallel:
-                unset.append(f"{section}.parallel=none")
-        return [
-            *(
-                f"{section}.{name}={str(getattr(sizes, name)).lower()}"
-                for section, sizes in sections.items()
-                for name in _size_names(sizes)
-            ),
-            *unset,
-            f"model.recompute_granularity={model.recompute_granularity or 'none'}",
-        ]
+        """What a command line must set to get here from the request's configuration."""
+        before, after = _sizes_of(self.request.config), _sizes_of(self.config)
+        changed = {name: size for name, size in after.items() if before.get(name) != size}
+        return [f"{name}={str(size).lower()}" for name, size in changed.items()]
 
 
-def _size_names(sizes: ParallelSizes) -> list[str]:
-    names = list(ParallelSizes.model_fields)
-    if isinstance(sizes, ParallelConfig):
-        names += ["virtual_pipeline_model_parallel_size", "context_parallel_size"]
-    return names
+def _sizes_of(config: Config) -> dict[str, int]:
+    """Every option of a layout that the configuration sets, by its name."""
+    sections: dict[str, ParallelSizes] = {"parallel": config.parallel}
+    for section, teacher in config.all_teachers.items():
+        if teacher.parallel:
+            sections[f"{section}.parallel"] = teacher.parallel
+    return {f"{name}.{key}": x for name, sizes in sections.items() for key, x in sizes}
 
 
 def check_request(request: Request) -> None:
@@ -118,17 +78,21 @@ def check_request(request: Request) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    config, longest = request.config, request.longest.total
-    engine, node = config.rollout.tensor_model_parallel_size, request.machine.gpus_per_node
-    room = node if config.rollout.visible_devices else min(node, request.num_gpus)
-    if engine > room and config.rollout.engine != "megatron":
+    rollout, node = request.config.rollout, request.gpus_per_node
+    engine = rollout.tensor_model_parallel_size
+    room = node if rollout.visible_devices else min(node, request.num_gpus)
+    if engine > room and rollout.engine != "megatron":
         raise ConfigError(
             f"rollout.tensor_model_parallel_size={engine}, but vLLM finds {room} GPUs on the "
             f"machine of rank 0. Set it to {room} or less."
         )
-    prompt, response = request.longest.prompt, request.longest.response
-    sample = f"a sample of {longest} tokens ({prompt} + {response})"
-    check_budget(config.training, longest, sample)
+    _check_budget(request, request.longest.total)
+
+
+def _check_budget(request: Request, num_tokens: int) -> None:
+    longest = request.longest
+    sample = f"a sample of {longest.total} tokens ({longest.prompt} + {longest.response})"
+    check_budget(request.config.training, num_tokens, sample)
 
 
 def make_plan(config: Config, request: Request) -> Plan:
@@ -137,232 +101,149 @@ def make_plan(config: Config, request: Request) -> Plan:
     Raises:
         ConfigError: the trainer would not take it.
     """
-    layout = student_of(config, request)
-    return _plan_on(layout, config, request)
-
-
-def _plan_on(layout: Layout, config: Config, request: Request) -> Plan:
     models = request.models
+    layout = student_layout(config, request.num_gpus)
+    check_student(config, models.student.hf_config, layout)
+    _check_budget(request, layout.padded(request.longest.total))
     setup = Setup.of(config, models, layout, request.longest, request.platform)
     teachers = {section: teacher.layout for section, teacher in setup.teachers.items()}
     for section, options in config.all_teachers.items():
         check_teacher(options, section, models.teachers[section].hf_config, teachers[section])
-    memory = plan_memory(setup).with_estimates(request.calibration.memory)
-    return Plan(request, config, layout, teachers, memory)
+    return Plan(request, config, layout, teachers, plan_memory(setup))
 
 
-def student_of(config: Config, request: Request) -> Layout:
-    """The student's layout, where the trainer would take it.
-
-    Raises:
-        ConfigError: it would not.
-    """
-    layout = student_layout(config, request.num_gpus)
-    check_student(config, request.models.student.hf_config, layout)
-    return layout
-
-
-@dataclass(frozen=True)
-class Found:
-    """Of a search."""
-
-    plans: list[Plan]
-    """Those that fit, the fastest first; of equally fast ones the one with more headroom."""
-    closest: Plan | None
-    """Of those that do not fit, the one that needs least."""
-
-    @property
-    def distinct(self) -> list[Plan]:
-        """The best of those that cut the models alike: they differ in interleaving, sequence
-        parallelism or recomputation."""
-        best: dict[tuple, Plan] = {}
-        for plan in self.plans:
-            layouts = (plan.layout, *plan.teachers.values())
-            cuts = tuple(replace(x, sequence_parallel=False, vpp=1) for x in layouts)
-            best.setdefault(cuts, plan)
-        return list(best.values())
-
-
-def search(request: Request) -> Found:
-    plans: list[Plan] = []
-    closest = None
-    for config in candidates(request):
-        plan = _with_teachers_that_fit(config, request)
-        if plan is None:
-            continue
-        if plan.fits:
+def search(request: Request) -> list[Plan]:
+    """Every cut of the student that the trainer takes, whether or not it fits, the fewest
+    model-parallel ranks of all models first. Teachers are as configured; where that is not
+    possible, or does not fit, they are cut over as few ranks as will do."""
+    teacher_sizes = [None, *_teacher_sizes(request)]
+    plans = []
+    for config in _student_cuts(request):
+        plan = None
+        for sizes in teacher_sizes:
+            plan = _better(plan, _with_teacher_sizes(config, sizes), request)
+            if plan is not None and plan.fits:
+                break
+        if plan is not None:
             plans.append(plan)
-        elif closest is None or plan.headroom > closest.headroom:
-            closest = plan
-    plans.sort(key=lambda plan: (plan.time.total, -plan.headroom))
-    return Found(plans, closest)
+    return sorted(plans, key=_order)
 
 
-def candidates(request: Request) -> Iterator[Config]:
-    """The configuration in every layout that could be; what the trainer refuses is among them."""
-    config, shape = request.config, request.models.student
+def _better(plan: Plan | None, config: Config, request: Request) -> Plan | None:
+    """The plan, or that of the configuration where it has more headroom."""
+    try:
+        other = make_plan(config, request)
+    except ConfigError:
+        return plan
+    return other if plan is None or other.headroom > plan.headroom else plan
+
+
+def _order(plan: Plan) -> tuple[int, int]:
+    layouts = (plan.layout, *plan.teachers.values())
+    return sum(map(model_parallel_ranks, layouts)), -plan.headroom
+
+
+def model_parallel_ranks(layout: Layout) -> int:
+    """Ranks that one copy of the model is cut over, and one sequence."""
+    return layout.pp * max(layout.tp * layout.cp, layout.ep * layout.expert_tp)
+
+
+def _student_cuts(request: Request) -> Iterator[Config]:
+    """The configuration with every size of the student's that could be; what the trainer refuses is
+    among them. Interleaving stays as configured where there is a pipeline."""
+    config, parallel = request.config, request.config.parallel
     ranks = roles_of(config, request.num_gpus)[STUDENT].size
-    for tp, pp, cp in product(_divisors(ranks), repeat=3):
-        is_possible = (
-            ranks % (tp * pp * cp) == 0
-            and request.machine.gpus_per_node % tp == 0
-            and len(shape.layers) % pp == 0
-            and 2 * cp <= request.longest.total
-        )
-        if not is_possible:
-            continue
-        chunk_counts = _divisors(len(shape.layers) // pp) if pp > 1 else [1]
-        for vpp, (ep, expert_tp), sequence_parallel, recompute in product(
-            chunk_counts, _expert_sizes(shape, ranks // pp, tp), {False, tp > 1}, RECOMPUTE
-        ):
-            parallel = config.parallel.model_copy(
-                update={
-                    "tensor_model_parallel_size": tp,
-                    "pipeline_model_parallel_size": pp,
-                    "expert_model_parallel_size": ep,
-                    "expert_tensor_parallel_size": expert_tp,
-                    "sequence_parallel": sequence_parallel,
-                    "virtual_pipeline_model_parallel_size": vpp,
+    for sizes in _cuts(ranks, [request.models.student], request.gpus_per_node):
+        chunks = parallel.virtual_pipeline_model_parallel_size
+        if sizes["pipeline_model_parallel_size"] == 1:
+            chunks = 1
+        for cp in _divisors(ranks):
+            if cp == 1 or 2 * cp <= request.longest.total:
+                update = {
+                    **sizes,
                     "context_parallel_size": cp,
+                    "virtual_pipeline_model_parallel_size": chunks,
                 }
-            )
-            model = config.model.model_copy(update={"recompute_granularity": recompute})
-            yield config.model_copy(update={"parallel": parallel, "model": model})
+                yield config.model_copy(update={"parallel": parallel.model_copy(update=update)})
+
+
+def _cuts(ranks: int, shapes: list[ModelShape], gpus_per_node: int) -> Iterator[dict[str, int]]:
+    """Sizes that every model has: tensor parallelism within a node, sequence parallelism wherever
+    there is tensor parallelism, and experts that are dealt out whole or cut as dense layers are."""
+    num_layers = gcd(*(len(shape.layers) for shape in shapes))
+    num_experts = max(shape.num_experts for shape in shapes)
+    for tp, pp in product(_divisors(gcd(ranks, gpus_per_node)), _divisors(gcd(ranks, num_layers))):
+        dealt = [(ep, 1) for ep in _divisors(gcd(ranks, num_experts)) if ep > 1]
+        for ep, expert_tp in [(1, tp), *dealt] if num_experts else [(1, 1)]:
+            yield {
+                "tensor_model_parallel_size": tp,
+                "pipeline_model_parallel_size": pp,
+                "expert_model_parallel_size": ep,
+                "expert_tensor_parallel_size": expert_tp,
+                "sequence_parallel": tp > 1,
+            }
 
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _expert_sizes(shape: ModelShape, stage_size: int, tp: int) -> list[tuple[int, int]]:
-    """(expert-parallel, expert-tensor-parallel): dealt out whole, or each cut as a dense layer."""
-    if not shape.num_experts:
-        return [(1, 1)]
-    parts = [ep for ep in _divisors(shape.num_experts) if ep > 1 and stage_size % ep == 0]
-    return [(1, tp), *((ep, 1) for ep in parts)]
-
-
-def _with_teachers_that_fit(config: Config, request: Request) -> Plan | None:
-    """Teachers as configured; in sizes of their own only where that does not divide or fit, and
-    then spread over as few ranks as possible. None where it cannot be."""
-    try:
-        layout = student_of(config, request)
-    except ConfigError:
-        return None
-    best = _try(layout, config, request)
-    if best is not None and best.fits:
-        return best
-    for sizes, room in _teacher_sizes(request):
-        if best is not None and _without_teachers(best) > room:
-            continue
-        plan = _try(layout, _with_teacher_sizes(config, sizes), request)
-        if plan is not None and (best is None or plan.headroom > best.headroom):
-            best = plan
-        if best is not None and best.fits:
-            break
-    return best
-
-
-def _try(layout: Layout, config: Config, request: Request) -> Plan | None:
-    try:
-        return _plan_on(layout, config, request)
-    except ConfigError:
-        return None
-
-
-def _without_teachers(plan: Plan) -> int:
-    """Bytes of the student's fullest rank, if it had no teacher beside it."""
-    return max(
-        s.weights + s.gradients + s.optimizer + s.engine + s.activations + s.logits
-        for s in plan.memory.stages["student"]
-    )
-
-
-@cache
-def _teacher_sizes(request: Request) -> list[tuple[ParallelSizes | None, int]]:
-    """As the student; then sizes of their own, the least spread first. Each with the bytes that it
-    leaves to the student beside it, at most."""
-    config, shapes = request.config, request.models.teachers
+def _teacher_sizes(request: Request) -> list[ParallelSizes]:
+    """Sizes of their own for all teachers alike, the fewest ranks first."""
+    config = request.config
     roles = roles_of(config, request.num_gpus)
     ranks = gcd(*(roles.get(s, roles[STUDENT]).size for s in config.all_teachers))
-    num_layers = gcd(*(len(shape.layers) for shape in shapes.values()))
-    biggest = max(shapes.values(), key=lambda shape: shape.num_parameters)
-    found = []
-    for tp, pp in product(_divisors(ranks), _divisors(num_layers)):
-        if ranks % (tp * pp) or request.machine.gpus_per_node % tp:
-            continue
-        for ep, expert_tp in _expert_sizes(biggest, ranks // pp, tp):
-            sizes = ParallelSizes(
-                tensor_model_parallel_size=tp,
-                pipeline_model_parallel_size=pp,
-                expert_model_parallel_size=ep,
-                expert_tensor_parallel_size=expert_tp,
-                sequence_parallel=tp > 1,
-            )
-            found.append((sizes, _room_beside(sizes, request)))
-    found = [(sizes, room) for sizes, room in found if room > 0]
-    found.sort(key=lambda entry: -entry[1])
-    return [(None, request.memory), *reversed(found)]
+    shapes = list(request.models.teachers.values())
+    found = [ParallelSizes(**sizes) for sizes in _cuts(ranks, shapes, request.gpus_per_node)]
+    return sorted(found, key=_ranks_of_sizes)
 
 
-def _room_beside(sizes: ParallelSizes, request: Request) -> int:
-    """What colocated teachers in these sizes leave free on a rank, if nothing but their layers'
-    weights counted."""
-    dense = sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size
-    expert = (
-        sizes.expert_model_parallel_size
-        * sizes.expert_tensor_parallel_size
-        * sizes.pipeline_model_parallel_size
-    )
-    taken = 0
-    for section, teacher in request.config.all_teachers.items():
-        if teacher.placement == "colocated" and not teacher.offload:
-            layers = request.models.teachers[section].layers
-            split, experts = sum(w.split for w in layers), sum(w.experts for w in layers)
-            e = itemsize(request.config.dtype_of(teacher))
-            taken += e * (split // dense + experts // expert)
-    return request.memory - taken
+def _ranks_of_sizes(sizes: ParallelSizes) -> int:
+    experts = sizes.expert_model_parallel_size * sizes.expert_tensor_parallel_size
+    tp, pp = sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size
+    return pp * max(tp, experts)
 
 
 def _with_teacher_sizes(config: Config, sizes: ParallelSizes | None) -> Config:
-    """For all teachers alike."""
+    """None leaves the teachers as configured."""
+    if sizes is None:
+        return config
     change = {"parallel": sizes}
-    return config.model_copy(
-        update={
-            "teacher": config.teacher.model_copy(update=change),
-            "teachers": {n: t.model_copy(update=change) for n, t in config.teachers.items()},
-        }
-    )
+    others = {name: other.model_copy(update=change) for name, other in config.teachers.items()}
+    teacher = config.teacher.model_copy(update=change)
+    return config.model_copy(update={"teacher": teacher, "teachers": others})
 
 
-ADVICE = {
-    "weights": "Use more GPUs, or model.dtype=bfloat16.",
-    "gradients": "Use more GPUs: gradients are cut over tensor, pipeline and expert ranks only.",
-    "optimizer": "Use more GPUs: the optimizer's state is cut over all of them.",
-    "teacher_weights": "Set teacher.offload=true, or teacher.placement=separate with "
-    "teacher.world_size.",
-    "offloaded_teacher": "Set teacher.placement=separate with teacher.world_size.",
-    "teacher_head": "Set teacher.payload=logits.",
-    "engine": "Set a smaller rollout.kv_cache_gib, a larger rollout.tensor_model_parallel_size, or "
-    "rollout.visible_devices to GPUs of vLLM's own.",
-    "payload": "Set teacher.microbatches_per_exchange to a small number.",
-    "teacher_payload": "Set teacher.microbatches_per_exchange to a small number.",
-    "activations": "Set training.micro_batch_size or training.max_tokens_per_microbatch lower, or "
-    "rollout.max_response_length.",
-    "teacher_activations": "Set training.micro_batch_size or training.max_tokens_per_microbatch "
-    "lower.",
-    "logits": "Set objective.head=chunked.",
-    "vocab_gradients": "Use more tensor-parallel ranks.",
+HELPS = {
+    "weights": "more tensor-, pipeline- or expert-parallel ranks, model.dtype=bfloat16",
+    "gradients": "more tensor-, pipeline- or expert-parallel ranks, no others cut them",
+    "optimizer": "more GPUs, all of which cut the optimizer's state",
+    "teacher_weights": "teacher.offload=true, teacher.placement=separate with "
+    "teacher.world_size; if it is separate, a larger teacher.world_size",
+    "offloaded_teacher": "teacher.placement=separate with teacher.world_size",
+    "teacher_head": "teacher.payload=logits",
+    "engine": "a smaller rollout.kv_cache_gib, a larger rollout.tensor_model_parallel_size, or "
+    "rollout.visible_devices with GPUs of vLLM's own",
+    "payload": "a small teacher.microbatches_per_exchange",
+    "teacher_payload": "a small teacher.microbatches_per_exchange",
+    "activations": "model.recompute_granularity=full, a smaller "
+    "training.max_tokens_per_microbatch or training.micro_batch_size, a smaller "
+    "rollout.max_response_length",
+    "teacher_activations": "a smaller training.max_tokens_per_microbatch or "
+    "training.micro_batch_size",
+    "logits": "objective.head=chunked",
+    "vocab_gradients": "more tensor-parallel ranks",
 }
 
 
 def explain(plan: Plan) -> str:
-    """Why a plan does not fit: whose rank, which parts, and what to set about the largest."""
+    """Why a plan does not fit: whose rank, which parts, and what makes the large ones smaller."""
     who, stage, memory = plan.memory.worst
     parts = memory.parts_of_peak
-    largest = max(parts, key=lambda name: parts[name])
+    large = sorted((name for name in parts if 10 * parts[name] > memory.peak), key=parts.get)
+    helps = "".join(f"\n  {name.replace('_', ' ')}: {HELPS[name]}" for name in reversed(large))
     return (
         f"{plan.layout.describe()} needs {memory.peak / 2**30:.1f} GiB on a rank of pipeline stage "
         f"{stage} of the {who}, and {plan.request.memory / 2**30:.1f} GiB may be used: "
-        f"{describe(parts)}. {ADVICE[largest]}"
+        f"{describe(parts)}. What makes the large parts smaller:{helps}"
     )

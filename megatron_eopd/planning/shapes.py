@@ -1,4 +1,4 @@
-"""What memory and time depend on, of each model. In: config.json files. Out: integers.
+"""What memory depends on, of each model. In: config.json files. Out: integers.
 
 No weight file is read: transformers builds each model once without memory, and its parameters are
 counted by the family's own table of how weights are cut.
