@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megatron_eopd.cli import make_parser, run_command
 from megatron_eopd.config import Config
+from megatron_eopd.errors import ConfigError
 
 EXAMPLES = """\
   torchrun --nproc_per_node=2 -m megatron_eopd.evaluate examples/quickstart/eopd.toml
@@ -24,9 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
 
     def work(config: Config) -> None:
-        from megatron_eopd import job
+        if config.evaluation.name is None:
+            raise ConfigError(
+                "nothing to evaluate on. Set evaluation.prompts to a file of held-out problems, or "
+                "evaluation.task=countdown."
+            )
+        from megatron_eopd import launch, loop
 
-        job.evaluate(config)
+        launch.on_every_rank(config, loop.evaluate)
 
     return run_command(parsed.config, parsed.overrides, work)
 

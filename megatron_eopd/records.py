@@ -7,7 +7,7 @@ from the tokens before t. So `response_logprobs[t]`, `hidden_NH[t]` and `target_
 all speak of the same token, and no stage shifts anything by one.
 """
 # Shapes: S tokens of a microbatch on this rank, N valid response tokens of them, M those of one
-# teacher, H teacher hidden size, V this rank's columns of the vocabulary, K top tokens of a teacher.
+# teacher, H teacher hidden size, V this rank's columns of the vocabulary, K a teacher's top tokens.
 # Of packed sequences: B sequences, L longest of them, Q longest part of a sequence on this rank, R
 # context-parallel ranks.
 

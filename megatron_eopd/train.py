@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 -m megatron_eopd.train CONFIG.toml section.key=value …
 
-The entry point; the loop is in megatron_eopd.distill.
+The entry point; the loop is in megatron_eopd.loop.
 """
 
 import sys
@@ -38,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
 
     def work(config: Config) -> None:
-        from megatron_eopd import job
+        from megatron_eopd import launch, loop
 
         if parsed.dry_run:
-            job.dry_run(config, parsed.world_size, parsed.show_config)
+            launch.dry_run(config, parsed.world_size, parsed.show_config)
         else:
-            job.train(config)
+            launch.on_every_rank(config, loop.train)
 
     return run_command(parsed.config, parsed.overrides, work)
 

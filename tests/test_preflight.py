@@ -20,7 +20,7 @@ def refused(monkeypatch, capsys, tmp_path):
     """Starts the quick start with overrides; gives back the error it must end with."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("megatron_eopd.job.job_store", lambda *a, **k: pytest.fail("late"))
+    monkeypatch.setattr("megatron_eopd.launch.job_store", lambda *a, **k: pytest.fail("late"))
 
     def start(*overrides: str) -> str:
         assert main([str(QUICKSTART), f"run_dir={tmp_path / 'run'}", *overrides]) == 1

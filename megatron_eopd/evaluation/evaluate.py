@@ -70,7 +70,7 @@ def held_out_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
     return prompts
 
 
-def evaluate(
+def evaluate_on(
     prompts: list[Prompt],
     engine: RolloutEngine,
     teachers: TeacherPool,

@@ -31,7 +31,7 @@ def main() -> int:
         PAGE,
         [
             f"{len(distances)} runs in {minutes:.0f} minutes on two CPU cores; "
-            f"{len(wrong) or 'none'} too far, {len(crossing.refused)} combinations of three refused.",
+            f"{len(wrong) or 'none'} too far, {len(crossing.refused)} combinations refused.",
             "",
             *table(crossing.settings, distances),
         ],

@@ -4,9 +4,10 @@ usage: torchrun … skipped_sync.py CONFIG.toml section.key=value …
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
-from megatron_eopd import job
+from megatron_eopd import launch, loop
 from megatron_eopd.cli import run_command
 from megatron_eopd.rollout.engine import SyncReport
 from megatron_eopd.rollout.vllm_engine import VllmEngine
@@ -20,4 +21,5 @@ def skip_updates(engine: VllmEngine, version: int) -> SyncReport:
 
 if __name__ == "__main__":
     VllmEngine.update_weights = skip_updates
-    sys.exit(run_command(Path(sys.argv[1]), sys.argv[2:], job.train))
+    train = partial(launch.on_every_rank, work=loop.train)
+    sys.exit(run_command(Path(sys.argv[1]), sys.argv[2:], train))

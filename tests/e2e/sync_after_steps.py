@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_eopd import distill, job
+from megatron_eopd import launch, loop
+from megatron_eopd.build import Session
 from megatron_eopd.config import load_config
 from megatron_eopd.rollout.megatron_engine import score_tokens
-from megatron_eopd.session import Session
 from tests.engine.toy import largest_difference
 
 
@@ -26,12 +26,12 @@ def difference(session: Session) -> float:
 
 
 def train_once(session: Session, iteration: int) -> None:
-    rollouts = distill.draw_rollouts(session, iteration)
-    distill.train_on(
+    rollouts = loop.draw_rollouts(session, iteration)
+    loop.optimize(
         session,
-        distill.plan_steps(session, rollouts),
+        loop.plan_steps(session, rollouts),
         iteration,
-        distill.stage_times(session, iteration),
+        loop.stage_times(session, iteration),
     )
 
 
@@ -47,4 +47,4 @@ def compare(session: Session) -> None:
 
 
 if __name__ == "__main__":
-    job.on_every_rank(load_config(Path(sys.argv[1]), sys.argv[2:]), compare)
+    launch.on_every_rank(load_config(Path(sys.argv[1]), sys.argv[2:]), compare)

@@ -27,8 +27,9 @@ from typing import NamedTuple
 
 import torch
 
-LOWEST = -1e30
-"""Stands for −inf: exp of it is 0, and sums and products with it are finite."""
+from megatron_eopd.records import LOWEST
+
+__all__ = ["LOWEST", "ShardSums", "kernels_for", "with_unit_stride"]
 
 
 class ShardSums(NamedTuple):

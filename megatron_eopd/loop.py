@@ -4,14 +4,16 @@ It is the chain of records written down: prompts ─▶ rollouts ─▶ scored r
 step reports ─▶ new weights in the engine.
 """
 
+import json
 from itertools import islice
 
 from megatron_eopd import checkpoint, report
+from megatron_eopd.build import Session
 from megatron_eopd.data.packing import Limits, PackedRollouts, exchange_size, pack, rounds_of
 from megatron_eopd.errors import EngineError, NonFiniteError
-from megatron_eopd.evaluation.evaluate import Evaluation, evaluate
+from megatron_eopd.evaluation.evaluate import Evaluation, evaluate_on
 from megatron_eopd.health import HealthCheck
-from megatron_eopd.metrics import MetricsWriter
+from megatron_eopd.metrics import MetricsWriter, rounded
 from megatron_eopd.records import Prompt, Rollout, StepReport
 from megatron_eopd.rollout.engine import Sampling, SyncReport
 from megatron_eopd.rollout.recording import rollout_file, write_rollouts
@@ -20,14 +22,21 @@ from megatron_eopd.rollout.references import (
     reference_fraction_at,
     reference_rollouts,
 )
+from megatron_eopd.run_files import finish, open_files, publish
 from megatron_eopd.run_log import StageTimes
-from megatron_eopd.session import Session
 from megatron_eopd.training.step import train_step
 
 
-def train(session: Session, writer: MetricsWriter | None) -> None:
-    """All iterations. Runs once more than it trains, so that the last evaluation and checkpoint
-    take the same path as all others."""
+def train(session: Session) -> None:
+    """All iterations, then the export and the report. Every rank of the student calls this."""
+    writer = open_files(session)
+    iterate(session, writer)
+    finish(session, writer)
+
+
+def iterate(session: Session, writer: MetricsWriter | None) -> None:
+    """Runs once more than it trains, so that the last evaluation and checkpoint take the same path
+    as all others."""
     config, log = session.config, session.log
     # A run that resumes has made the evaluation and the checkpoint that are due where it stopped.
     done = session.first_iteration if session.resumes_evaluated else -1
@@ -46,7 +55,7 @@ def train(session: Session, writer: MetricsWriter | None) -> None:
             with times("rollout"):
                 rollouts = draw_rollouts(session, iteration)
             plans = plan_steps(session, rollouts)
-            reports = train_on(session, plans, iteration, times)
+            reports = optimize(session, plans, iteration, times)
             with times("sync"):
                 sync = session.push_weights(iteration + 1, rollouts)
             scalars = report.iteration_scalars(rollouts, reports, sync, times)
@@ -131,7 +140,7 @@ def plan_steps(session: Session, rollouts: list[Rollout]) -> list[PackedRollouts
     return [pack(rollouts[n : n + size], limits, layout) for n in range(0, len(rollouts), size)]
 
 
-def train_on(
+def optimize(
     session: Session, plans: list[PackedRollouts], iteration: int, times: StageTimes
 ) -> list[StepReport]:
     """Score and train, step by step."""
@@ -165,28 +174,6 @@ def train_on(
     return reports
 
 
-def publish(
-    session: Session,
-    iteration: int,
-    scalars: dict[str, float],
-    rollouts: list[Rollout],
-    reports: list[StepReport],
-    writer: MetricsWriter | None,
-) -> None:
-    """Files, and the step line."""
-    config, log = session.config, session.log
-    if writer is None:
-        return
-    scalars["throughput/tokens_total"] = writer.tokens_total + report.num_tokens(rollouts)
-    writer.write(iteration, scalars, report.histograms(reports))
-    if iteration % config.logging.text_interval == 0:
-        shown = rollouts[: config.logging.text_samples]
-        writer.text(iteration, "rollouts", report.samples_markdown(shown, session.tokenizer))
-    if iteration % config.logging.log_interval == 0:
-        remaining_s = log.remaining_s(iteration, config.training.train_iters)
-        log.line(report.step_line(iteration, config.training.train_iters, scalars, remaining_s))
-
-
 def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | None) -> None:
     config = session.config
     ends = (0, config.training.train_iters)
@@ -208,7 +195,7 @@ def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | No
 
 def evaluate_student(session: Session) -> Evaluation:
     """The held-out problems, with the weights that the engine was given last."""
-    return evaluate(
+    return evaluate_on(
         session.held_out,
         session.engine,
         session.teachers,
@@ -218,6 +205,16 @@ def evaluate_student(session: Session) -> Evaluation:
         session.config,
         session.context,
     )
+
+
+def evaluate(session: Session) -> None:
+    """An evaluation alone, of the checkpoint that was loaded, into a file of its own."""
+    push_first_weights(session)
+    figures = {n: rounded(v) for n, v in evaluate_student(session).figures.items()}
+    if session.context.layout.rank == 0:
+        path = session.config.run_dir / f"evaluation-{session.first_iteration:06d}.json"
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+        session.log.line("\n" + report.figures_table(figures) + f"\n\nwritten to {path}")
 
 
 def save_if_due(session: Session, iteration: int) -> None:

@@ -1,74 +1,27 @@
-"""A command's work on every rank: check, join the ranks, build, work, report, leave together."""
+"""A command's work on every rank: check, join the ranks, build, work, leave together."""
 
-import json
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore
 
-from megatron_eopd import distill, preflight, report
-from megatron_eopd.config import Config, changed_options
+from megatron_eopd import preflight
+from megatron_eopd.build import Session, open_session
+from megatron_eopd.config import Config
 from megatron_eopd.errors import (
-    ConfigError,
     ExpectedError,
 )
-from megatron_eopd.metrics import MetricsWriter, read_metrics, rounded
 from megatron_eopd.parallel.init import ParallelContext, job_store, own_rank, world_context
 from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, student_layout
 from megatron_eopd.run_log import RunLog, seconds_since_start, tell_torchrun
-from megatron_eopd.session import Session, open_session
 from megatron_eopd.teacher.placement import rank_table, wire_store
 from megatron_eopd.teacher.separate import serve
-
-
-def train(config: Config) -> None:
-    """Train to the last iteration, export, report. Every rank of the job calls this."""
-    on_every_rank(config, _train)
-
-
-def _train(session: Session) -> None:
-    config = session.config
-    writer = None
-    if session.context.layout.rank == 0:
-        _tell_changes(session)
-        _save_provenance(config)
-        writer = MetricsWriter(config.run_dir, resumed_at=session.first_iteration)
-    distill.train(session, writer)
-    if config.checkpoint.export_hf:
-        session.exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
-    if writer is not None:
-        writer.close()
-        hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
-        table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
-        minutes = seconds_since_start() / 60
-        session.log.line("\n" + report.write_report(config, table, hf_dir, minutes))
-
-
-def evaluate(config: Config) -> None:
-    """Evaluate the newest checkpoint of the run, or the student as it came where there is none."""
-    if config.evaluation.name is None:
-        raise ConfigError(
-            "nothing to evaluate on. Set evaluation.prompts to a file of held-out problems, or "
-            "evaluation.task=countdown."
-        )
-    on_every_rank(config, _evaluate)
-
-
-def _evaluate(session: Session) -> None:
-    distill.push_first_weights(session)
-    figures = {n: rounded(v) for n, v in distill.evaluate_student(session).figures.items()}
-    if session.context.layout.rank == 0:
-        path = session.config.run_dir / f"evaluation-{session.first_iteration:06d}.json"
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-        session.log.line("\n" + report.figures_table(figures) + f"\n\nwritten to {path}")
 
 
 def dry_run(config: Config, world_size: int | None, show_config: bool) -> None:
@@ -117,7 +70,7 @@ def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
             work(session)
 
 
-def _leave_a_word_when_stopped(log: RunLog) -> None:
+def _say_where_when_stopped(log: RunLog) -> None:
     """torchrun stops the ranks that are left with SIGTERM, and with SIGKILL 30 s later."""
 
     def stopped(*_: object) -> NoReturn:
@@ -141,7 +94,7 @@ def _world(
     own = PrefixStore(role.name, store)
     with world_context(layout, own, minutes, config.seed, config.longest_wait_s) as context:
         log = RunLog(config.run_dir, rank)
-        _leave_a_word_when_stopped(log)
+        _say_where_when_stopped(log)
         try:
             yield context, log
         except ExpectedError as error:
@@ -174,27 +127,3 @@ def _fail_together(error: Exception, log: RunLog, context: ParallelContext) -> N
         if context.layout.rank != 0:
             log.error(f"error on rank {context.layout.rank}: {error}")
     sys.exit(1)
-
-
-def _tell_changes(session: Session) -> None:
-    """A resumed run may have other options, but never in silence."""
-    saved = session.config.run_dir / "config.json"
-    if session.first_iteration > 0 and saved.is_file():
-        new = json.loads(session.config.model_dump_json())
-        for change in changed_options(json.loads(saved.read_text()), new):
-            session.log.line(f"WARNING: resumed with a changed option, {change}")
-
-
-def _save_provenance(config: Config) -> None:
-    """The resolved configuration, and the state of the code if it is a git checkout."""
-    (config.run_dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-    here = Path(__file__).resolve().parent
-    for name, command in (("commit.txt", ["rev-parse", "HEAD"]), ("diff.patch", ["diff", "HEAD"])):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=20
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return
-        if done.returncode == 0:
-            (config.run_dir / name).write_text(done.stdout)

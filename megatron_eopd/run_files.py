@@ -1,0 +1,81 @@
+"""What a run leaves beside its checkpoints: where it came from, metrics, export, report."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from megatron_eopd import report
+from megatron_eopd.build import Session
+from megatron_eopd.config import Config, changed_options
+from megatron_eopd.metrics import MetricsWriter, read_metrics
+from megatron_eopd.records import Rollout, StepReport
+from megatron_eopd.run_log import seconds_since_start
+
+
+def open_files(session: Session) -> MetricsWriter | None:
+    """The files of the run, on rank 0."""
+    if session.context.layout.rank != 0:
+        return None
+    _tell_changes(session)
+    _save_provenance(session.config)
+    return MetricsWriter(session.config.run_dir, resumed_at=session.first_iteration)
+
+
+def _tell_changes(session: Session) -> None:
+    """A resumed run may have other options, but never in silence."""
+    saved = session.config.run_dir / "config.json"
+    if session.first_iteration > 0 and saved.is_file():
+        new = json.loads(session.config.model_dump_json())
+        for change in changed_options(json.loads(saved.read_text()), new):
+            session.log.line(f"WARNING: resumed with a changed option, {change}")
+
+
+def _save_provenance(config: Config) -> None:
+    """The resolved configuration, and the state of the code if it is a git checkout."""
+    (config.run_dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    here = Path(__file__).resolve().parent
+    for name, command in (("commit.txt", ["rev-parse", "HEAD"]), ("diff.patch", ["diff", "HEAD"])):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return
+        if done.returncode == 0:
+            (config.run_dir / name).write_text(done.stdout)
+
+
+def publish(
+    session: Session,
+    iteration: int,
+    scalars: dict[str, float],
+    rollouts: list[Rollout],
+    reports: list[StepReport],
+    writer: MetricsWriter | None,
+) -> None:
+    """Metrics, some responses as text, and the step line."""
+    config, log = session.config, session.log
+    if writer is None:
+        return
+    scalars["throughput/tokens_total"] = writer.tokens_total + report.num_tokens(rollouts)
+    writer.write(iteration, scalars, report.histograms(reports))
+    if iteration % config.logging.text_interval == 0:
+        shown = rollouts[: config.logging.text_samples]
+        writer.text(iteration, "rollouts", report.samples_markdown(shown, session.tokenizer))
+    if iteration % config.logging.log_interval == 0:
+        remaining_s = log.remaining_s(iteration, config.training.train_iters)
+        log.line(report.step_line(iteration, config.training.train_iters, scalars, remaining_s))
+
+
+def finish(session: Session, writer: MetricsWriter | None) -> None:
+    """The export, which all ranks gather, and the report."""
+    config = session.config
+    if config.checkpoint.export_hf:
+        session.exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
+    if writer is None:
+        return
+    writer.close()
+    hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
+    table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
+    minutes = seconds_since_start() / 60
+    session.log.line("\n" + report.write_report(config, table, hf_dir, minutes))
