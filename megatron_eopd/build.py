@@ -10,8 +10,10 @@ from megatron_eopd import checkpoint
 from megatron_eopd.config import Config
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.data.tokenizer import Tokenizer
-from megatron_eopd.models.build import CausalLM, build_model, read_hf_config
+from megatron_eopd.models.build import build_model
+from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.export import Exporter
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import load_weights
 from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise_together
 from megatron_eopd.parallel.init import ParallelContext

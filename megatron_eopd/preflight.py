@@ -17,9 +17,10 @@ from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.evaluate import held_out_prompts
-from megatron_eopd.models.build import read_hf_config, uses_transformer_engine
 from megatron_eopd.models.fit import check_student, check_teacher
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import check_files
+from megatron_eopd.models.megatron_config import uses_transformer_engine
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import student_layout, teacher_layout
 from megatron_eopd.planning.activations import Lengths, Load, Platform

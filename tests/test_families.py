@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from megatron_eopd.config import ModelConfig
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.models import build, fit, hf_weights
+from megatron_eopd.models import fit, hf_weights, megatron_config
 from megatron_eopd.models.families import FAMILIES
 from megatron_eopd.models.families.base import Split
 from megatron_eopd.models.hf_weights import HeadShape, fill_shard, join, weights_of
@@ -96,7 +96,7 @@ def test_queries_and_keys_lie_group_by_group():
 def test_what_a_config_may_not_ask_for(model_type, options, message):
     config = AutoConfig.for_model(model_type, **options)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        build.transformer_config(config, ModelConfig(), Layout(tp=1, pp=1, dp=1, rank=0))
+        megatron_config.transformer_config(config, ModelConfig(), Layout(tp=1, pp=1, dp=1, rank=0))
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_expert_sizes_without_experts():
 def test_specification_follows_what_is_installed(monkeypatch):
     def with_engine(found: bool, implementation: str) -> bool:
         spec = object() if found else None
-        monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: spec)
-        return build.uses_transformer_engine(ModelConfig(transformer_impl=implementation))
+        monkeypatch.setattr(megatron_config.importlib.util, "find_spec", lambda name: spec)
+        return megatron_config.uses_transformer_engine(ModelConfig(transformer_impl=implementation))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert with_engine(True, "auto") and with_engine(True, "transformer_engine")

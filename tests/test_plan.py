@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_eopd.config import Config, ParallelSizes, load_config
-from megatron_eopd.models.build import read_hf_config
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import student_layout
 from megatron_eopd.planning.activations import Lengths, Platform, chunks_in_flight

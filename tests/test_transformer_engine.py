@@ -34,7 +34,8 @@ import sys
 from pathlib import Path
 import torch.distributed as dist
 from megatron_eopd.config import ModelConfig
-from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.build import build_model
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_weights import weights_of
 from megatron_eopd.parallel.init import choose_device
 from tests.ranks import context_for

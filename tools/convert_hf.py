@@ -179,8 +179,8 @@ def prepare_logits(args: argparse.Namespace, hf_dir: Path, context) -> list[int]
     from megatron_eopd.conversion.check import probe_tokens
     from megatron_eopd.data.tokenizer import load_tokenizer
     from megatron_eopd.errors import ConfigError
-    from megatron_eopd.models.build import read_hf_config
     from megatron_eopd.models.fit import check_divides
+    from megatron_eopd.models.hf_config import read_hf_config
     from megatron_eopd.parallel.layout import Layout
 
     hf_config = read_hf_config(hf_dir)

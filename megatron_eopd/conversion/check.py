@@ -20,8 +20,9 @@ from megatron_eopd.conversion.skeleton import Group, Skeleton, make_skeleton
 from megatron_eopd.conversion.to_hf import check_stored, read_group
 from megatron_eopd.conversion.to_mcore import check_source
 from megatron_eopd.data.packing import make_microbatches
-from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.build import build_model
 from megatron_eopd.models.fit import check_divides
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint
 from megatron_eopd.models.load import load_mcore_weights
 from megatron_eopd.models.mcore_files import MCoreCheckpoint

@@ -11,7 +11,7 @@ import torch
 from megatron_eopd.conversion.output import finish_output, open_output, write_parts
 from megatron_eopd.conversion.skeleton import Group, Skeleton, make_skeleton
 from megatron_eopd.errors import CheckpointError, ConfigError
-from megatron_eopd.models.build import read_hf_config
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import (
     PlannedFile,
     SafetensorsWriter,

@@ -12,7 +12,7 @@ import torch
 from megatron_eopd.conversion.output import finish_output, open_output, write_parts
 from megatron_eopd.conversion.skeleton import WHOLE, Group, Skeleton, make_skeleton
 from megatron_eopd.errors import CheckpointError
-from megatron_eopd.models.build import read_hf_config
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint, copy_side_files, fingerprint
 from megatron_eopd.models.hf_weights import fill_shard
 from megatron_eopd.models.mcore_files import MCoreWriter, Source

@@ -20,7 +20,7 @@ from megatron_eopd.evaluation.grading import (
 )
 from megatron_eopd.evaluation.pass_at_k import summarize, wilson_interval
 from megatron_eopd.metrics import divide
-from megatron_eopd.models.build import CausalLM
+from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, Sampling

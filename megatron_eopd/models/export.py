@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from megatron_eopd.models.build import CausalLM
+from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_files import (
     PlannedFile,
     SafetensorsWriter,

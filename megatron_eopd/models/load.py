@@ -10,7 +10,8 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_eopd.models.build import CausalLM, read_hf_config
+from megatron_eopd.models.causal_lm import CausalLM
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint
 from megatron_eopd.models.hf_weights import load_hf_weights
 from megatron_eopd.models.mcore_files import MCoreCheckpoint, is_mcore, loading_errors

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_eopd.config import Config
-from megatron_eopd.models.build import read_hf_config
 from megatron_eopd.models.families import family_of
 from megatron_eopd.models.families.base import Split
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_weights import HeadShape, head_shape, num_experts
 
 

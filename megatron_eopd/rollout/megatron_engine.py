@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.data.packing import make_microbatches, own_response_tokens
-from megatron_eopd.models.build import CausalLM
+from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.pipeline import map_hidden
 from megatron_eopd.parallel.vocab import gather_vocab, vocab_parallel_logprobs

@@ -17,7 +17,8 @@ from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import make_microbatches
 from megatron_eopd.losses.chunked_head import chunk_size
 from megatron_eopd.losses.teacher_top_k import top_k_of_teacher
-from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.build import build_model
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import load_weights
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext

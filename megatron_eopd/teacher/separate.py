@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits
 from megatron_eopd.errors import TeacherError
-from megatron_eopd.models.build import read_hf_config
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.parallel.collectives import naming_stage
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout

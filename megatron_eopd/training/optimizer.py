@@ -15,7 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_eopd.config import Config, TrainingConfig
-from megatron_eopd.models.build import CausalLM
+from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 
 
@@ -40,11 +40,13 @@ class Trainable:
             yield
             return
         own_no_sync, config.no_sync_func = config.no_sync_func, nullcontext
-        with ExitStack() as stack:
-            for chunk in self.wrapped:
-                stack.enter_context(chunk.no_sync())
-            yield
-        config.no_sync_func = own_no_sync
+        try:
+            with ExitStack() as stack:
+                for chunk in self.wrapped:
+                    stack.enter_context(chunk.no_sync())
+                yield
+        finally:
+            config.no_sync_func = own_no_sync
 
     def gather_parameters(self) -> None:
         """Have the whole updated parameters here, where the next forward pass would gather them."""
@@ -59,13 +61,16 @@ def make_trainable(chunks: list[CausalLM], config: Config, context: ParallelCont
         DistributedDataParallel(
             chunk.config,
             DistributedDataParallelConfig(
+                # ZeRO 1: each data-parallel rank keeps the optimizer's state of its part alone.
                 use_distributed_optimizer=True,
+                # A sum over many ranks and microbatches loses low bits in bfloat16.
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=training.overlap_grad_reduce,
                 overlap_param_gather=training.overlap_param_gather,
             ),
             chunk,
-            # Later chunks reduce while earlier ones compute; in one piece, as in Megatron-LM.
+            # Buckets are there to reduce a part of the gradients while the rest is computed. Of
+            # interleaved chunks all but the first are reduced whole, while earlier ones compute.
             disable_bucketing=number > 0,
             pg_collection=context.groups,
         )
@@ -74,6 +79,8 @@ def make_trainable(chunks: list[CausalLM], config: Config, context: ParallelCont
     optimizer = get_megatron_optimizer(_optimizer_config(config), wrapped)
     model_config = chunks[0].config  # all chunks share it
     no_sync = [chunk.no_sync for chunk in wrapped]
+    # Megatron's schedules call these: the first around all microbatches but the last, so that
+    # gradients are reduced once; the second on each loss (a scale of 1 without float16).
     model_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     model_config.grad_scale_func = optimizer.scale_loss
     steps = config.optimizer_steps

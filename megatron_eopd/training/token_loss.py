@@ -27,7 +27,7 @@ from megatron_eopd.losses.teacher_top_k import TopKTerms, top_k_terms
 from megatron_eopd.losses.vocab_parallel import TokenTerms, vocab_parallel_terms
 from megatron_eopd.losses.vocab_sum import Integrand, sum_over_vocab
 from megatron_eopd.metrics import Means
-from megatron_eopd.models.build import CausalLM
+from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.objectives import GATES
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
@@ -214,9 +214,7 @@ class TokenLoss:
 
 
 def _refused(integrand: Integrand) -> torch.Tensor:
-    raise AssertionError(
-        "config/checks.py refuses sums over the vocabulary for payload=topk"
-    )
+    raise AssertionError("config/checks.py refuses sums over the vocabulary for payload=topk")
 
 
 def _add_loss_metrics(

@@ -33,8 +33,9 @@ from megatron_eopd.config import ModelConfig
 from megatron_eopd.conversion import to_hf, to_mcore
 from megatron_eopd.conversion.check import difference_of
 from megatron_eopd.models import hf_files, hf_weights, mcore_files
-from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.build import build_model
 from megatron_eopd.models.export import Exporter
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import INDEX, HFCheckpoint, PlannedFile, SafetensorsWriter
 from megatron_eopd.models.hf_weights import load_hf_weights
 from megatron_eopd.models.load import load_mcore_weights

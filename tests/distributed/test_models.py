@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_eopd.config import ModelConfig
 from megatron_eopd.data.packing import make_microbatches
-from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.build import build_model
 from megatron_eopd.models.export import Exporter
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint
 from megatron_eopd.models.hf_weights import num_experts
 from megatron_eopd.models.load import load_weights

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.config import Config
-from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.build import build_model
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.packed_sequences import describe_sequences
 from megatron_eopd.parallel.layout import pad_vocab_size
 from megatron_eopd.parallel.pipeline import hidden_states, run_schedule

@@ -12,7 +12,8 @@ from megatron_eopd.config import Config
 from megatron_eopd.data.packing import Limits, exchange_size, pack, rounds_of
 from megatron_eopd.errors import NonFiniteError
 from megatron_eopd.metrics import divide
-from megatron_eopd.models.build import build_model, read_hf_config
+from megatron_eopd.models.build import build_model
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import load_weights
 from megatron_eopd.records import DEFAULT_TEACHER
 from megatron_eopd.rollout.recording import read_rollouts

@@ -49,7 +49,8 @@ def vllm_tokens(path: Path) -> list[list[int]]:
 
 def trainer_tokens(path: Path) -> list[list[int]]:
     from megatron_eopd.config import ModelConfig, ParallelConfig
-    from megatron_eopd.models.build import build_model, read_hf_config
+    from megatron_eopd.models.build import build_model
+    from megatron_eopd.models.hf_config import read_hf_config
     from megatron_eopd.models.load import load_weights
     from megatron_eopd.parallel.init import parallel_context
     from megatron_eopd.records import Prompt
