@@ -11,23 +11,21 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_eopd.config import Config, describe_options, load_config
+from megatron_eopd.config import Config, Option, describe_options, load_config
 from megatron_eopd.errors import ConfigError, ExpectedError
 
 
 def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose --help ends with the examples and every option of the configuration."""
-    options = "\n".join(
-        f"  {name}={default}\n      {' '.join(text.split())}"
-        for name, default, text in describe_options()
-    )
+    options = "\n".join(_help_of(option) for option in describe_options())
     parser = argparse.ArgumentParser(
         prog=f"python -m {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""examples:
 {examples}
-options, with their defaults (section.key=value on the command line, or in the file):
+options, with their defaults (section.key=value on the command line, or in the file; the word none
+unsets an option):
 {options}
 """,
     )
@@ -36,6 +34,11 @@ options, with their defaults (section.key=value on the command line, or in the f
         "overrides", nargs="*", metavar="section.key=value", help="win over the file"
     )
     return parser
+
+
+def _help_of(option: Option) -> str:
+    values = f"\n      One of {', '.join(option.values)}." if option.values else ""
+    return f"  {option.name}={option.default}\n      {' '.join(option.text.split())}{values}"
 
 
 def positive(text: str) -> int:

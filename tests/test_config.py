@@ -74,6 +74,8 @@ def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
         ("training.overlap_param_gather=true", r"needs overlap_grad_reduce=true"),
         ("training.min_lr=1e-3", r"min_lr=0\.001 is above lr=1e-06.*Set min_lr=1e-06 or less"),
         ("teachers.teacher.hf_path=x", r"is the one of \[teacher\]"),
+        ("teachers.other.payloud=topk", r"Did you mean teacher\.payload\?.*teacher\.offload"),
+        ("training.lr_warmup_iters=1", r"Did you mean training\.lr_warmup_steps\?"),
         ('teachers={ a = { hf_path = "x", payload = "logits" } }', r"different payloads"),
         (
             'teachers={ a = { hf_path = "x", microbatches_per_exchange = 1 } }',
@@ -150,7 +152,7 @@ def test_changed_options_are_listed_with_both_values(toml):
 
 
 def test_every_option_has_a_docstring():
-    assert not [name for name, _, text in describe_options() if not text]
+    assert not [option.name for option in describe_options() if not option.text]
 
 
 @pytest.mark.parametrize("command", [train, evaluate], ids=["train", "evaluate"])
@@ -158,9 +160,29 @@ def test_help_lists_every_option_with_its_default(command, capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     text = capsys.readouterr().out
-    for name, default, _ in describe_options():
-        assert f"{name}={default}" in text
+    for option in describe_options():
+        assert f"  {option.name}={option.default}\n" in text
+        assert all(value in text for value in option.values)
     assert "torchrun" in text
+
+
+def test_what_help_says_is_what_the_configuration_does(toml):
+    """Each default can be typed as it is shown, and changes nothing; each word can be chosen, or is
+    refused for a reason that names another option."""
+    plain = load_config(toml)
+    options = list(describe_options())
+    assert len({option.name for option in options}) == len(options) > 100
+    assert not [o.name for o in options if o.name.startswith("teachers.")]
+    for option in options:
+        if option.default in ("required", "unset"):
+            continue
+        if not option.name.startswith("teacher.parallel."):  # one of them gives it a layout
+            assert load_config(toml, [f"{option.name}={option.default}"]) == plain, option.name
+        for value in option.values:
+            try:
+                load_config(toml, [f"{option.name}={value}"])
+            except ConfigError as error:
+                assert "Input should be" not in str(error), option.name
 
 
 def test_every_preset_can_be_chosen(toml):

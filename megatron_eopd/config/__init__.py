@@ -8,7 +8,7 @@ torch is imported here: --help and a mistyped option answer at once.
 
 from megatron_eopd.config.config import Config
 from megatron_eopd.config.data import DataConfig
-from megatron_eopd.config.describe import changed_options, describe_options
+from megatron_eopd.config.describe import Option, changed_options, describe_options
 from megatron_eopd.config.load import load_config, parse_value
 from megatron_eopd.config.models import (
     ModelConfig,
@@ -26,7 +26,6 @@ from megatron_eopd.config.training import (
     LoggingConfig,
     TrainingConfig,
 )
-from megatron_eopd.errors import ConfigError  # noqa: F401
 
 __all__ = [
     "CheckpointConfig",
@@ -36,6 +35,7 @@ __all__ = [
     "LoggingConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "Option",
     "ParallelConfig",
     "ParallelSizes",
     "RolloutConfig",

@@ -2,35 +2,52 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import ValidationError
 
 from megatron_eopd.config.config import Config
-from megatron_eopd.config.models import TeacherConfig
-from megatron_eopd.config.section import Section
+from megatron_eopd.config.section import Section, words_of
 
 
-def describe_options(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple]:
-    """(dotted name, default as TOML-like text, docstring) of every option, in file order."""
+class Option(NamedTuple):
+    name: str
+    """section.key"""
+    default: str
+    """As it is written on the command line; or `required`, or `unset` where none is a value."""
+    values: tuple[str, ...]
+    """All that it takes, where these are words."""
+    text: str
+    """Its docstring."""
+
+
+def describe_options(section: type[Section] = Config, prefix: str = "") -> Iterator[Option]:
+    """Every option, in the order of the files. `teachers` stands for itself: each has the options
+    of `[teacher]`."""
     for name, field in section.model_fields.items():
-        sections = [t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)]
-        if sections and field.annotation is not dict[str, TeacherConfig]:
-            yield from describe_options(sections[0], f"{prefix}{name}.")
-            continue
-        default = "required" if field.is_required() else json.dumps(field.default, default=str)
-        yield f"{prefix}{name}", default, field.description or ""
+        types = (field.annotation, *get_args(field.annotation))
+        nested = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+        is_table = get_origin(field.annotation) is dict
+        if not nested or is_table or field.default is None:
+            values = tuple(words_of(field.annotation)) if not is_table else ()
+            default = "required" if field.is_required() else _written(field.default, values)
+            yield Option(f"{prefix}{name}", default, values, field.description or "")
+        if nested and not is_table:
+            yield from describe_options(nested[0], f"{prefix}{name}.")
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+def _written(default: Any, values: tuple[str, ...]) -> str:
+    if default is None:  # none unsets an option, unless it is one of its own words
+        return "unset" if "none" in values else "none"
+    return default if isinstance(default, str) and default else json.dumps(default, default=str)
 
 
 def explain(error: ValidationError, toml_path: Path) -> str:
     lines = [f"{toml_path}: the configuration is not valid."]
-    options = {option for option, _, _ in describe_options()}
+    options = {option.name for option in describe_options()}
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
@@ -49,9 +66,11 @@ def explain(error: ValidationError, toml_path: Path) -> str:
 
 
 def _suggest(unknown: str) -> str:
-    known = [name for name, _, _ in describe_options()]
-    close = difflib.get_close_matches(unknown, known, n=1)
-    section = unknown.rpartition(".")[0]
+    # Any teacher has the options of [teacher].
+    asked = re.sub(r"^teachers\.[^.]+\.", "teacher.", unknown)
+    known = [option.name for option in describe_options()]
+    close = difflib.get_close_matches(asked, known, n=1)
+    section = asked.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == section] or known
     hint = f"Did you mean {close[0]}? " if close else ""
     return f"{hint}Known here: {', '.join(siblings)}."

@@ -15,12 +15,12 @@ class Section(BaseModel):
     def _none_unsets(cls, value: Any, info: ValidationInfo) -> Any:
         """The word none unsets an option, except where it is one of the option's own values."""
         annotation = cls.model_fields[info.field_name].annotation
-        return None if value == "none" and "none" not in _words_of(annotation) else value
+        return None if value == "none" and "none" not in words_of(annotation) else value
 
 
-def _words_of(annotation: Any) -> set[Any]:
+def words_of(annotation: Any) -> list[str]:
     """The values of every Literal in a type."""
-    words = set()
+    words = []
     for part in get_args(annotation):
-        words |= _words_of(part) if get_args(part) else {part}
+        words += words_of(part) if get_args(part) else [part] if isinstance(part, str) else []
     return words

@@ -25,7 +25,7 @@ class TrainingConfig(Section):
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the decay from `lr` to `min_lr`, over all optimizer steps."""
-    lr_warmup_iters: int = Field(0, ge=0)
+    lr_warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled (AdamW); norms and biases are exempt."""

@@ -36,7 +36,7 @@ def start(run_dir: Path, recorded: Path, ranks: int, *overrides: str) -> subproc
         *(f"--nproc_per_node={ranks}", "-m", "megatron_eopd.train"),
         *("examples/quickstart/eopd.toml", f"run_dir={run_dir}", f"rollout.replay={recorded}"),
         *("rollout.batch_size=32", "training.global_batch_size=16", "training.micro_batch_size=4"),
-        *("evaluation.task=none", "checkpoint.export_hf=false", "training.lr_warmup_iters=0"),
+        *("evaluation.task=none", "checkpoint.export_hf=false", "training.lr_warmup_steps=0"),
         *overrides,
     ]
     return subprocess.Popen(

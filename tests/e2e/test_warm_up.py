@@ -119,7 +119,7 @@ def test_a_missed_update_stops_the_run_after_everything_is_written(tmp_path):
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
             *(str(Path(__file__).parent / "skipped_sync.py"), QUICKSTART),
             *(f"run_dir={tmp_path / 'run'}", "rollout.batch_size=32", "training.lr=1e-3"),
-            *("training.global_batch_size=16", "training.lr_warmup_iters=0"),
+            *("training.global_batch_size=16", "training.lr_warmup_steps=0"),
             *("training.train_iters=5", "evaluation.task=none", "checkpoint.save_interval=50"),
         ],
         cwd=ROOT,
