@@ -13,7 +13,7 @@ from megatron_eopd.data.packing import Limits, PackedRollouts, exchange_size, pa
 from megatron_eopd.errors import EngineError, NonFiniteError
 from megatron_eopd.evaluation.evaluate import Evaluation, evaluate_on
 from megatron_eopd.health import HealthCheck
-from megatron_eopd.metrics import MetricsWriter, rounded
+from megatron_eopd.metrics.writer import MetricsWriter, rounded
 from megatron_eopd.records import Prompt, Rollout, StepReport
 from megatron_eopd.rollout.engine import Sampling, SyncReport
 from megatron_eopd.rollout.recording import rollout_file, write_rollouts

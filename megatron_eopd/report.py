@@ -13,7 +13,7 @@ import torch
 from megatron_eopd.config import Config
 from megatron_eopd.data.packing import PackedRollouts, load_imbalance, padding_fraction
 from megatron_eopd.data.tokenizer import Tokenizer
-from megatron_eopd.metrics import divide, percentile
+from megatron_eopd.metrics.means import divide, percentile
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.rollout.engine import SyncReport

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_eopd import report
 from megatron_eopd.build import Session
 from megatron_eopd.config import Config, changed_options
-from megatron_eopd.metrics import MetricsWriter, read_metrics
+from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.run_log import seconds_since_start
 
@@ -17,8 +17,9 @@ def open_files(session: Session) -> MetricsWriter | None:
     if session.context.layout.rank != 0:
         return None
     _tell_changes(session)
-    _save_provenance(session.config)
-    return MetricsWriter(session.config.run_dir, resumed_at=session.first_iteration)
+    config = session.config
+    _save_provenance(config)
+    return MetricsWriter(config.run_dir, session.first_iteration, config.logging.trackers)
 
 
 def _tell_changes(session: Session) -> None:

@@ -180,7 +180,8 @@ def test_what_help_says_is_what_the_configuration_does(toml):
             assert load_config(toml, [f"{option.name}={option.default}"]) == plain, option.name
         for value in option.values:
             try:
-                load_config(toml, [f"{option.name}={value}"])
+                typed = f'["{value}"]' if option.default.startswith("[") else value
+                load_config(toml, [f"{option.name}={typed}"])
             except ConfigError as error:
                 assert "Input should be" not in str(error), option.name
 

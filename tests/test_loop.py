@@ -11,7 +11,7 @@ from megatron_eopd.config import Config
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.data.tokenizer import load_tokenizer
 from megatron_eopd.errors import EngineError, NonFiniteError
-from megatron_eopd.metrics import MetricsWriter, read_metrics
+from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import Prompt, Rollout, StepReport
 from megatron_eopd.rollout.engine import SyncReport

@@ -7,7 +7,8 @@ from html import unescape
 import pytest
 import torch
 
-from megatron_eopd.metrics import Means, MetricsWriter, divide, percentile, read_metrics
+from megatron_eopd.metrics.means import Means, divide, percentile
+from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.report import (
     _repetition,

@@ -24,7 +24,7 @@ from bench_head import bench_head
 from bench_loss import add_options, bench_loss, markdown
 from tqdm import tqdm
 
-from megatron_eopd.metrics import read_metrics
+from megatron_eopd.metrics.writer import read_metrics
 
 EXAMPLES = """examples:
   python tools/bench.py                        everything

@@ -105,9 +105,12 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
+    trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    """What shows the metrics, beside metrics.jsonl, which is always written. In TOML a list; empty
+    for none."""
     log_interval: int = Field(1, gt=0)
     """Iterations between step lines on the terminal. metrics.jsonl has every iteration."""
     text_interval: int = Field(10, gt=0)
-    """Iterations between rollouts shown as text in TensorBoard; evaluations always show some."""
+    """Iterations between rollouts shown as text by the trackers; evaluations always show some."""
     text_samples: int = Field(4, ge=0)
     """How many are shown."""

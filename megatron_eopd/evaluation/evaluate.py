@@ -19,7 +19,7 @@ from megatron_eopd.evaluation.grading import (
     grade_last_number,
 )
 from megatron_eopd.evaluation.pass_at_k import summarize, wilson_interval
-from megatron_eopd.metrics import divide
+from megatron_eopd.metrics.means import divide
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Rollout

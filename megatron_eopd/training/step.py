@@ -15,7 +15,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from megatron_eopd.errors import NonFiniteError
 from megatron_eopd.losses.vocab_parallel import describe_non_finite
-from megatron_eopd.metrics import Means, Reduced
+from megatron_eopd.metrics.means import Means, Reduced
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.pipeline import hidden_states, map_hidden, run_schedule

@@ -26,7 +26,7 @@ from megatron_eopd.losses.objective import (
 from megatron_eopd.losses.teacher_top_k import TopKTerms, top_k_terms
 from megatron_eopd.losses.vocab_parallel import TokenTerms, vocab_parallel_terms
 from megatron_eopd.losses.vocab_sum import Integrand, sum_over_vocab
-from megatron_eopd.metrics import Means
+from megatron_eopd.metrics.means import Means
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.objectives import GATES
 from megatron_eopd.parallel.init import ParallelContext

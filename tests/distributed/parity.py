@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from megatron_eopd.config import Config
 from megatron_eopd.data.packing import Limits, exchange_size, own_response_tokens, pack, rounds_of
-from megatron_eopd.metrics import divide
+from megatron_eopd.metrics.means import divide
 from megatron_eopd.models.build import build_model
 from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.hf_config import read_hf_config

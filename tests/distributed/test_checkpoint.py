@@ -6,7 +6,7 @@ import pytest
 
 from megatron_eopd import checkpoint
 from megatron_eopd.errors import CheckpointError
-from megatron_eopd.metrics import divide
+from megatron_eopd.metrics.means import divide
 from tests.distributed.test_models import random_rollouts
 from tests.distributed.test_step import VOCAB, build, make_config, take_step
 from tests.ranks import context_for, leave_groups, run_ranks

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_eopd.metrics import read_metrics
+from megatron_eopd.metrics.writer import read_metrics
 
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "tests/distributed/recorded/000000.jsonl"

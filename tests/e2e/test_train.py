@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_eopd.metrics import read_metrics
+from megatron_eopd.metrics.writer import read_metrics
 from tests.tiny_models import make_model
 
 ROOT = Path(__file__).parents[2]

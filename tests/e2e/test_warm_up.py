@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_eopd.data import countdown
-from megatron_eopd.metrics import read_metrics
+from megatron_eopd.metrics.writer import read_metrics
 from tests.e2e.test_train import QUICKSTART, ROOT, command, timeless, train
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

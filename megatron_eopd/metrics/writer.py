@@ -1,0 +1,80 @@
+"""metrics.jsonl: a line for each iteration and each evaluation, and the trackers beside it."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_eopd.metrics.trackers import TRACKERS
+
+
+class MetricsWriter:
+    """metrics.jsonl of a run and its trackers, written on one rank.
+
+    A run that resumes at iteration i forgets what a broken-off run wrote after i, so that all of
+    them tell one story.
+    """
+
+    def __init__(
+        self, run_dir: Path, resumed_at: int, trackers: Sequence[str] = ("tensorboard",)
+    ) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.tokens_total = self._truncate_after(resumed_at)
+        """Response tokens that the run has trained on."""
+        self._file = self._path.open("a")
+        self._trackers = [TRACKERS[name](run_dir, resumed_at) for name in trackers]
+
+    def _truncate_after(self, iteration: int) -> int:
+        """Returns the tokens of the rows that are kept."""
+        if not self._path.is_file():
+            return 0
+        # At 0 nothing counts: the evaluation before the first iteration is made again.
+        rows = read_metrics(self._path) if iteration else []
+        kept = [row for row in rows if row["iteration"] <= iteration]
+        unfinished = self._path.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(unfinished, self._path)
+        return max((int(row.get("throughput/tokens_total", 0)) for row in kept), default=0)
+
+    def write(
+        self,
+        iteration: int,
+        scalars: Mapping[str, float],
+        histograms: Mapping[str, list[float]] | None = None,
+    ) -> None:
+        """Scalars that are not finite are left out: JSON has neither NaN nor infinity."""
+        self.tokens_total = int(scalars.get("throughput/tokens_total", self.tokens_total))
+        finite = {n: rounded(value) for n, value in scalars.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.scalars(iteration, finite)
+            tracker.histograms(iteration, histograms or {})
+
+    def text(self, iteration: int, name: str, markdown: str) -> None:
+        for tracker in self._trackers:
+            tracker.text(iteration, name, markdown)
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def rounded(value: float) -> float:
+    """To 12 significant digits: the mean of a constant is then the constant."""
+    return float(f"{value:.12g}")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that a crash cut short is dropped."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
