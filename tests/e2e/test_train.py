@@ -165,9 +165,9 @@ def test_resume_goes_on_as_if_nothing_had_happened(first_run, tmp_path):
 
 
 def test_a_finished_run_only_reports_again(first_run, tmp_path):
-    """And says which options are not those it was started with."""
+    """And says which options are not those it was started with. No engine has anything to do."""
     run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
-    done = train(run_dir, "objective.entropy_threshold=0.5")
+    done = train(run_dir, "objective.entropy_threshold=0.5", "rollout.engine=megatron")
     assert done.returncode == 0, done.stderr
     assert "changed option, objective.entropy_threshold: 0.8 → 0.5" in done.stdout
     assert "step" not in done.stdout.split("resumed from")[1].split("# eopd")[0]
@@ -259,27 +259,6 @@ def test_a_recorded_run_replays_on_a_pipeline(first_run, tmp_path):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
 
 
-def test_the_exact_sampler_trains_on_a_prompt_file(tmp_path):
-    """Data parallel, reverse KL only, prompts from a jsonl file, no evaluation."""
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"prompt": "1 2 3 {n} -> 24 :"}}\n' for n in range(4, 10)))
-    done = train(
-        tmp_path / "run",
-        "rollout.engine=megatron",
-        f"data.prompts={prompts}",
-        "objective.name=opd",
-        "training.train_iters=1",
-        "parallel.tensor_model_parallel_size=1",
-        "evaluation.task=none",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "the trainer's exact sampler" in done.stdout
-    assert "No evaluation was configured" in done.stdout
-    (row,) = timeless(tmp_path / "run")
-    assert row["mismatch/logprob_abs_mean"] < 1e-5
-    assert row["gate/fraction"] == 0 and row["loss/total"] == row["loss/reverse_kl"]
-
-
 def test_a_bad_option_ends_the_job_in_time(tmp_path):
     begin = time.monotonic()
     done = train(tmp_path / "run", "objective.entropy_treshold=0.5")
@@ -301,24 +280,24 @@ def test_a_port_in_use_is_named(tmp_path):
 
 def test_a_killed_engine_ends_the_run_and_leaves_no_orphan(tmp_path):
     """The error names the engine within 60 s, and every process of the run is gone."""
-    overrides = ["evaluation.num_problems=1500", "evaluation.samples_per_problem=16"]
     run_dir = tmp_path / "run"
     process = subprocess.Popen(
-        command(run_dir, *overrides),
+        command(run_dir),
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    # The first evaluation draws 24,000 samples, half a minute: the engine dies in the middle.
+    # Held up, it never answers the first evaluation's request, and dies in the middle of it.
     engine, family = await_engine(process, run_dir)
-    time.sleep(5)
+    engine.suspend()
+    time.sleep(2)
     engine.kill()
     begin = time.monotonic()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - begin < 60
-    assert "vLLM engine" in stderr and "generating 24000 responses" in stderr
+    assert "vLLM engine" in stderr and "generating 80 responses" in stderr
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
 
