@@ -8,6 +8,7 @@ import argparse
 import functools
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from loss_baselines import CONTENDERS
-from loss_worker import Case, Row
+from loss_worker import WIDTHS, Case, Row
 from tqdm import tqdm
 
 VOCAB = 151_936  # Qwen3
@@ -26,6 +27,7 @@ WORKER = Path(__file__).with_name("loss_worker.py")
 EVERYBODY = tuple(CONTENDERS)
 SHARDED = ("ours", "modelopt", "nemo-rl")  # the others know no tensor parallelism
 TWO = ("ours", "modelopt")
+OF_EACH_WIDTH = ("ours", "ours-eager", "modelopt")
 PLOTTED = ("ours", "modelopt", "autograd")
 
 
@@ -39,7 +41,17 @@ def cpu_cases(tokens: int = 512, vocab: int = VOCAB) -> list[Case]:
         case("masked", TWO, masked=0.3),
         case("gated", TWO, gated=0.2),
         case("peaked", TWO, peaked=True),
+        *(case(width, OF_EACH_WIDTH, width=width) for width in widths_of_this_cpu()),
     ]
+
+
+def widths_of_this_cpu() -> list[str]:
+    """Those that an x86 CPU can run; other kinds have one width only."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    widest = {"AVX512": "avx512", "AVX2": "avx2"}
+    first = widest.get(torch.backends.cpu.get_cpu_capability(), "sse")
+    return list(WIDTHS)[list(WIDTHS).index(first) :]
 
 
 def cuda_cases(tokens: int | None = None, vocab: int = VOCAB) -> list[Case]:
@@ -120,7 +132,9 @@ def run_worker(name: str, cases: list[Case], repeats: int) -> list[Row]:
     if tp > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={tp}"]
     command += [str(WORKER), name, json.dumps([asdict(case) for case in cases]), str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    width = WIDTHS.get(cases[0].width)
+    environment = os.environ | ({"ATEN_CPU_CAPABILITY": width.aten} if width else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} failed on {cases}:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -165,6 +179,9 @@ def title(rows: list[Row]) -> str:
     parts += [f"{case['masked']:.0%} of the tokens masked"] if case["masked"] else []
     parts += [f"forward KL on {case['gated']:.0%}"] if case["gated"] < 1 else []
     parts += ["peaked logits"] if case["peaked"] else []
+    parts += [f"nobody beyond {case['width']}"] if case["width"] else []
+    kernels = {row["kernel"]: None for row in rows if "kernel" in row}
+    parts += [f"our kernel: {'; '.join(kernels)}"] if kernels else []
     for label, key in (("copy", "copy_gb_per_s"), ("into fresh memory", "fresh_copy_gb_per_s")):
         rates = [row[key] for row in rows if key in row]
         parts += [f"{label} {min(rates):.1f}–{max(rates):.1f} GB/s"] if rates else []

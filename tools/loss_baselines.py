@@ -42,6 +42,8 @@ class Contender:
     computes: str
     build: Callable[[int], list[Pass]]
     """From the tensor-parallel size. What only has to happen once per process happens here."""
+    has_kernels: bool = False
+    """Runs our compiled sweeps where there is a compiler."""
     overwrites_student: bool = False
     asks_megatron: bool = False
     """Looks for its tensor-parallel group in Megatron's global state."""
@@ -208,10 +210,11 @@ def liger_jsd(_: int) -> list[Pass]:
 BOTH_KL = "reverse KL + forward KL + teacher entropy"
 
 CONTENDERS = {
-    "ours": Contender(f"{BOTH_KL} + student entropy", ours),
+    "ours": Contender(f"{BOTH_KL} + student entropy", ours, has_kernels=True),
     "ours-inplace": Contender(
         f"{BOTH_KL} + student entropy; gradient over the student's logits",
         lambda tp: ours(tp, inplace_backward=True),
+        has_kernels=True,
         overwrites_student=True,
     ),
     "ours-eager": Contender(

@@ -6,6 +6,7 @@ with plain copies, so that each figure stands beside what the memory gave at tha
 # Shapes: N tokens, V this tensor-parallel rank's columns, E tokens that are checked.
 
 import ctypes
+import functools
 import itertools
 import json
 import os
@@ -23,10 +24,28 @@ import torch.distributed as dist
 from loss_baselines import CONTENDERS, Contender, Pass, Setting, Terms
 
 from megatron_eopd.losses import dense_kl_terms
+from megatron_eopd.losses.kernels import cpu
 from megatron_eopd.losses.shards import all_gather
 
 MB = 1e6
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Width:
+    """An instruction set, and what keeps code from going beyond it."""
+
+    flags: tuple[str, ...]
+    """Of our compiler."""
+    aten: str
+    """PyTorch's ATEN_CPU_CAPABILITY. Of MKL's functions nothing is taken away."""
+
+
+WIDTHS = {
+    "avx512": Width((), "avx512"),
+    "avx2": Width(("-mno-avx512f",), "avx2"),
+    "sse": Width(("-mno-avx512f", "-mno-avx2", "-mno-avx"), "default"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,8 @@ class Case:
     """Fraction of tokens whose forward KL counts; the others have upstream gradient 0 there."""
     peaked: bool = False
     """Student and teacher are sure of one token, not always the same."""
+    width: str = ""
+    """One of WIDTHS; empty: all that the CPU has."""
 
     @property
     def columns(self) -> int:
@@ -68,6 +89,8 @@ def worker(name: str, cases: list[Case], repeats: int) -> list[Row]:
     """Rows of the cases, which share threads and ranks."""
     contender = CONTENDERS[name]
     torch.set_num_threads(cases[0].threads)
+    if cases[0].width:
+        cpu.library = functools.partial(cpu.library, *WIDTHS[cases[0].width].flags)
     try:
         # Before Megatron's groups: on CPU they emulate CUDA, and ModelOpt cannot be imported then.
         passes = contender.build(cases[0].tp)
@@ -78,6 +101,8 @@ def worker(name: str, cases: list[Case], repeats: int) -> list[Row]:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         found = [{"skipped": reason} for _ in cases]
     head = {"contender": name, "computes": contender.computes}
+    if contender.has_kernels and not torch.cuda.is_available() and cpu.library():
+        head["kernel"] = "{}, {} lanes".format(*cpu.instruction_set())
     return [{"case": asdict(c)} | head | row for c, row in zip(cases, found, strict=True)]
 
 

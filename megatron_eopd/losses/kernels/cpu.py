@@ -1,4 +1,4 @@
-"""Both sweeps on CPU: cpu.cpp, compiled once per process. What they compute is said in __init__.
+"""Both sweeps on CPU: cpu.cpp, compiled once per machine. What they compute is said in __init__.
 
 Without a compiler, or for other types than float32 and bfloat16, `handles` says no and the eager
 form takes over.
@@ -8,10 +8,6 @@ form takes over.
 import ctypes
 import functools
 import mmap
-import os
-import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +16,13 @@ from pathlib import Path
 import torch
 
 from megatron_eopd.losses.kernels import LOWEST, ShardSums, with_unit_stride
+from megatron_eopd.losses.kernels.compiled import CompilerError, load_library
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    "-Wno-psabi",  # no vector leaves the library
 )
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -43,25 +41,21 @@ def handles(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> bool:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled sweeps, in half a second; None, with a warning that says why, without them."""
-    candidates = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    compiler = next((c for c in candidates if c and shutil.which(c.split()[0])), None)
-    if compiler is None:
-        _warn_slow("no C++ compiler found (CXX, g++, clang++)")
+def library(*more_flags: str) -> ctypes.CDLL | None:
+    """The compiled sweeps; None, with a warning that says why, without them. `more_flags` may ask
+    for less than this CPU has: "-mno-avx512f"."""
+    try:
+        return load_library(SOURCE, (*FLAGS, *more_flags))
+    except CompilerError as error:
+        warnings.warn(f"the loss runs about 4 times slower on CPU: {error}", stacklevel=2)
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        shared_object = Path(folder) / "cpu.so"
-        command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(shared_object)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            _warn_slow(f"{compiler} does not compile {SOURCE.name}:\n{done.stderr[-2000:]}")
-            return None
-        return ctypes.CDLL(str(shared_object))
 
 
-def _warn_slow(reason: str) -> None:
-    warnings.warn(f"the loss runs about 4 times slower on CPU: {reason}", stacklevel=3)
+def instruction_set() -> tuple[str, int]:
+    """What the library was compiled for, and how many float32 it works on at once."""
+    name = library().instruction_set
+    name.restype = ctypes.c_char_p
+    return name().decode(), library().lanes()
 
 
 def _function(sweep: str, student: torch.Tensor, teacher: torch.Tensor) -> Callable:
