@@ -53,9 +53,10 @@ class TeacherConfig(Section):
     """Ranks of a `separate` teacher."""
     payload: Literal["hidden", "logits", "topk"] = "hidden"
     """What the teacher hands over. `hidden`: last hidden states, projected by the teacher's LM head
-    on the student's last pipeline stage; exact, and 2·H bytes per token in bf16. `logits`: its
-    vocab-parallel logits, a few microbatches at a time; exact, and 2·V bytes. `topk`: the
-    `objective.top_k` most probable tokens, with exact entropy and tail; 12·k bytes."""
+    on the student's last pipeline stage; exact, and 2 bytes × hidden size per token in bf16.
+    `logits`: its vocab-parallel logits, a few microbatches at a time; exact, and 2·V/TP bytes.
+    `topk`: the `objective.top_k` most probable tokens, with exact entropy and tail; 12·k + 12
+    bytes."""
     microbatches_per_exchange: int | None = Field(None, gt=0)
     """Student microbatches that are scored, handed over and trained on at a time. Default: those of
     a whole optimizer step; with `logits`, as many as the student has pipeline stages."""
@@ -64,7 +65,8 @@ class TeacherConfig(Section):
     dtype: Literal["float32", "bfloat16", "as_model"] = "as_model"
     """Type of the teacher's parameters and activations. `as_model`: that of `model.dtype`."""
     parallel: ParallelSizes | None = None
-    """The teacher's own layout. Default: the student's tensor, pipeline and expert sizes."""
+    """The teacher's own layout, in which every size that is not given is 1. Default: the student's
+    tensor, pipeline and expert sizes."""
 
     @model_validator(mode="after")
     def _fits_its_placement(self) -> "TeacherConfig":

@@ -55,11 +55,11 @@ class ObjectiveConfig(Section):
     """Whose most probable tokens the support has. Other than the teacher's costs one more pass over
     the student's logits."""
     top_k_normalization: Literal["teacher", "student", "both", "neither", "tail"] = "teacher"
-    """Which side is renormalised on the support; `tail`: none, and a bucket holds the rest."""
+    """Which side is renormalised on the support; `tail`: none, and one more entry has the rest."""
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """β of `jsd`: weight of the teacher in the mixture, and of KL(teacher ‖ mixture)."""
     skew: float = Field(0.1, gt=0, lt=1)
-    """λ of `skewed`: weight of the first model in KL(first ‖ λ · first + (1 − λ) · second)."""
+    """s of `skewed`: weight of the first model in KL(first ‖ s · first + (1 − s) · second)."""
     token_weight: Literal["uniform", "position"] = "uniform"
     """`position`: tokens weigh 0.25 at the start of a response and about 1 from 60 % of it on."""
     ignored_token_ids: tuple[int, ...] = ()

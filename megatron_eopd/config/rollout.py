@@ -25,8 +25,9 @@ class RolloutConfig(Section):
     it, because vLLM is not installed or `replay` starts none, a longer `max_response_length` is an
     error."""
     stop_token_ids: tuple[int, ...] = ()
-    """Ids that end a response, of student and teacher. Default: eos_token_id of each model's
-    generation_config.json, config.json or tokenizer, which must agree."""
+    """Ids that end a response; of the student alone where a teacher has an `eos_token_map`, else of
+    both. Default: eos_token_id of each model's generation_config.json, config.json or tokenizer,
+    which must agree, with the map where there is one."""
     replay: Path | None = None
     """Folder of recorded rollouts to train on instead of generating."""
     record: bool = False

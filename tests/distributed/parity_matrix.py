@@ -1,4 +1,5 @@
-"""The whole gradient-parity matrix: `make test-matrix`. Writes its table into docs/parallelism.md.
+"""The whole gradient-parity matrix: `make test-matrix`. Writes every run into
+docs/parallelism_matrix.md, and a summary into docs/parallelism.md.
 
 Every combination of the student's TP, PP, VPP, CP, SP and DP that fits 8 processes, and a list of
 teacher layouts, each with every payload, against a single process. Exits with 1 if any of them is
@@ -20,7 +21,8 @@ from tests.distributed.test_parallelism import (
     unequal_rollouts,
 )
 
-PAGE = Path(__file__).parents[2] / "docs/parallelism.md"
+PAGE = Path(__file__).parents[2] / "docs/parallelism_matrix.md"
+SUMMARY_PAGE = PAGE.with_name("parallelism.md")
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 MOST_RANKS = 8
 
@@ -87,16 +89,38 @@ def line_of(title: str, case: Case, far: Distance) -> str:
     return f"| {title} | {layout} | {payload} | {numbers} |"
 
 
+def summary(lines: list[str]) -> list[str]:
+    """One line for each kind of layout: how many runs, and the farthest of each figure."""
+    kinds: dict[tuple[str, str], list[list[float]]] = {}
+    for line in lines:
+        models, layout, _, *distances = (cell.strip() for cell in line.strip("|").split("|"))
+        figures = [float(distance.split()[0]) for distance in distances]
+        kinds.setdefault((models, teacher_of(layout)), []).append(figures)
+    return [
+        f"| {models} | {teacher} | {len(rows)} | "
+        + " | ".join(f"{max(column):.1e}" for column in zip(*rows, strict=True))
+        + " |"
+        for (models, teacher), rows in kinds.items()
+    ]
+
+
+def teacher_of(layout: str) -> str:
+    if "ranks of its own" in layout:
+        return "a layout and ranks of its own"
+    return "a layout of its own, on the same ranks" if "teacher" in layout else "as the student"
+
+
 def write(lines: list[str], minutes: float) -> None:
-    header = [
+    head = [
         f"{len(lines)} runs in {minutes:.0f} minutes on two CPU cores (gloo, float32). Relative to "
         f"a single process: loss and gradient norm; the KL terms and entropies of all tokens; the "
         f"gradient of the parameter that is farthest.",
         "",
-        "| models | layout | payload | loss, norm | terms | gradients |",
-        "|---|---|---|---|---|---|",
     ]
-    replace_between_marks(PAGE, [*header, *lines])
+    every_run = ["| models | layout | payload | loss, norm | terms | gradients |", "|---" * 6 + "|"]
+    farthest = ["| models | teacher | runs | loss, norm | terms | gradients |", "|---" * 6 + "|"]
+    replace_between_marks(PAGE, [*head, *every_run, *lines])
+    replace_between_marks(SUMMARY_PAGE, [*head, *farthest, *summary(lines)])
 
 
 def replace_between_marks(page: Path, lines: list[str]) -> None:
