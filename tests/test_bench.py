@@ -22,7 +22,7 @@ def bench_loss(tmp_path):
 
     def run(*options: str) -> tuple[dict[str, dict], str]:
         output = tmp_path / "bench.json"
-        command = [sys.executable, "tools/bench.py", "--only", "loss", "--output", str(output)]
+        command = [sys.executable, "benchmarks/bench.py", "--only", "loss", "--output", str(output)]
         command += ["--tokens", "8", "--vocab", "512", "--repeats", "1", *options]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.bench_head import bench_head
 from megatron_eopd.losses import vocab_parallel_kl_terms
 from megatron_eopd.losses.kernels import cpu, eager, kernels_for
 from tests.distributed.test_losses import (
@@ -17,7 +18,6 @@ from tests.distributed.test_losses import (
     dense_gradient,
     relative_error,
 )
-from tools.bench_head import bench_head
 
 DTYPES = [torch.float32, torch.bfloat16]
 

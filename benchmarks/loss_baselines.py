@@ -1,4 +1,4 @@
-"""The contenders of tools/bench_loss.py: our loss and other people's, behind one signature.
+"""The contenders of benchmarks/bench_loss.py: our loss and other people's, behind one signature.
 
 A contender is a list of passes. A pass takes both models' logits and returns its terms per token;
 the benchmark weighs them, sums them and runs the backward before the next pass begins. Packages

@@ -15,7 +15,7 @@ first, so that nothing else chooses its build:
 
 One run, offline because TRL otherwise reports its use to the Hugging Face hub:
 
-  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 /tmp/trl-env/bin/python tools/bench_trl.py \\
+  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 /tmp/trl-env/bin/python benchmarks/bench_trl.py \\
       --student STUDENT --teacher TEACHER --prompts prompts.jsonl --output /tmp/trl-student \\
       --iterations 20 --batch-size 8 --micro-batch-size 4 --max-new-tokens 128
 """

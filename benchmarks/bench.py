@@ -27,11 +27,11 @@ from tqdm import tqdm
 from megatron_eopd.metrics.writer import read_metrics
 
 EXAMPLES = """examples:
-  python tools/bench.py                        everything
-  python tools/bench.py --only sync            one of loss, head, sync, step, convert
-  python tools/bench.py --output bench.json    where the JSON goes
-  python tools/bench.py --only loss --cases float32 tp2 --contenders ours modelopt
-  python tools/bench.py --only loss --cases plot --plot docs/images/loss_bench.png
+  python benchmarks/bench.py                        everything
+  python benchmarks/bench.py --only sync            one of loss, head, sync, step, convert
+  python benchmarks/bench.py --output bench.json    where the JSON goes
+  python benchmarks/bench.py --only loss --cases float32 tp2 --contenders ours modelopt
+  python benchmarks/bench.py --only loss --cases plot --plot docs/images/loss_bench.png
 """
 QUICKSTART = "examples/quickstart/eopd.toml"
 
