@@ -89,7 +89,7 @@ def top_k_forward_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch
 
 
 def _on_support(picked: PickedTokens, normalization: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """log q and log p on the support, [N, K], or [N, K + 1] with a bucket for all other tokens."""
+    """log q and log p on the support, [N, K], or [N, K + 1] with one entry for all other tokens."""
     student, teacher = (
         x.where(picked.top_valid, LOWEST)
         for x in (picked.top_student_logprobs, picked.top_teacher_logprobs)
@@ -113,7 +113,7 @@ def _with_tail(logprobs_NK: torch.Tensor) -> torch.Tensor:
 
 
 def skewed_forward_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
-    """KL(p ‖ λ·p + (1 − λ)·q), λ = objective.skew (DistiLLM, arXiv 2402.03898)."""
+    """KL(p ‖ s·p + (1 − s)·q), s = objective.skew (DistiLLM, arXiv 2402.03898)."""
 
     def integrand(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
         return log_p.exp() * (log_p - _log_mixture(log_p, log_q, objective.skew))
@@ -122,7 +122,7 @@ def skewed_forward_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torc
 
 
 def skewed_reverse_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
-    """KL(q ‖ λ·q + (1 − λ)·p), λ = objective.skew (DistiLLM)."""
+    """KL(q ‖ s·q + (1 − s)·p), s = objective.skew (DistiLLM)."""
 
     def integrand(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
         return log_q.exp() * (log_q - _log_mixture(log_q, log_p, objective.skew))

@@ -36,7 +36,7 @@ class TopKTerms(NamedTuple):
     """As TokenTerms, without what another sweep over both models' logits would need."""
 
     kl: KLTerms
-    """Without gradient. The entropies are exact. The divergences are those of K + 1 buckets, the k
+    """Without gradient. The entropies are exact. The divergences are those of K + 1 parts, the k
     tokens and the rest, and never larger than the exact ones: for metrics only."""
     picked: PickedTokens
     non_finite_R2: torch.Tensor
@@ -157,7 +157,7 @@ def top_k_terms(
     teachers_R = torch.zeros_like(non_finite_R)
     teachers_R[0] = _count_non_finite_rows(teacher)
     return TopKTerms(
-        _kl_of_buckets(logprobs_NP[:, 1:].detach(), entropy_N, teacher),
+        _kl_of_parts(logprobs_NP[:, 1:].detach(), entropy_N, teacher),
         picked,
         torch.stack([non_finite_R, teachers_R], dim=-1),
     )
@@ -169,12 +169,12 @@ def _count_non_finite_rows(teacher: TeacherTopK) -> torch.Tensor:
     return (~finite_N).sum()
 
 
-def _kl_of_buckets(
+def _kl_of_parts(
     student_NK: torch.Tensor, student_entropy_N: torch.Tensor, teacher: TeacherTopK
 ) -> KLTerms:
-    """Between the distributions over the k tokens and one bucket of all others.
+    """Between the distributions over the k tokens and one part of all others.
 
-    Merging tokens into a bucket can only lower a divergence. So can counting a tail of less than
+    Merging tokens into one part can only lower a divergence. So can counting a tail of less than
     SMALLEST_TAIL as that much, to within SMALLEST_TAIL times a few nats; where both tails are so
     small, as with k = V, they cancel.
     """
