@@ -71,7 +71,7 @@ def bench_sync(bucket_mib: float = 32.0) -> dict[str, Any]:
 
     from megatron_eopd.config import RolloutConfig, WeightSyncConfig
     from megatron_eopd.parallel.init import free_port
-    from megatron_eopd.rollout.vllm_engine import VllmEngine
+    from megatron_eopd.rollout.vllm_engine import VllmEngine, launch_vllm
     from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
 
     with tempfile.TemporaryDirectory() as folder:
@@ -95,18 +95,24 @@ def bench_sync(bucket_mib: float = 32.0) -> dict[str, Any]:
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
         )
-        engine = VllmEngine(
+        rollout = RolloutConfig(kv_cache_gib=0.0625)
+        process = launch_vllm(
             model_path=Path(folder),
             dtype="float32",
             seed=1,
             max_model_len=128,
-            rollout=RolloutConfig(kv_cache_gib=0.0625),
+            rollout=rollout,
+            log_path=Path(folder) / "engine.txt",
+        )
+        engine = VllmEngine(
+            process,
+            max_model_len=128,
+            rollout=rollout,
             weight_sync=WeightSyncConfig(),
             manifest=manifest,
             stage_leader=0,
             export_buckets=lambda: ([t for _, t in bucket] for bucket in buckets),
             cpu_group=dist.group.WORLD,
-            log_path=Path(folder) / "engine.txt",
         )
         try:
             reports = [engine.update_weights(version) for version in range(4)]

@@ -26,7 +26,7 @@ from megatron_eopd.models.hf_files import (
 )
 from megatron_eopd.weight_sync.manifest import TensorSpec
 
-TOOL = Path(__file__).with_name("convert_hf.py")
+TOOL = Path(__file__).parents[1] / "tools/convert_hf.py"
 QWEN3_06B = {
     "vocab_size": 151_936,
     "hidden_size": 1024,

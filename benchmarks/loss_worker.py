@@ -367,4 +367,4 @@ if __name__ == "__main__":
     _, contender_name, cases_json, timed_runs = sys.argv
     rows = worker(contender_name, [Case(**c) for c in json.loads(cases_json)], int(timed_runs))
     if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps(rows))
+        print(json.dumps(rows), flush=True)

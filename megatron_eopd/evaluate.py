@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         from megatron_eopd import launch, loop
 
-        launch.on_every_rank(config, loop.evaluate)
+        launch.on_every_rank(config, loop.evaluate, trains=False)
 
     return run_command(parsed.config, parsed.overrides, work)
 

@@ -14,11 +14,9 @@ from torch.distributed import PrefixStore
 from megatron_eopd import preflight
 from megatron_eopd.build import Session, open_session
 from megatron_eopd.config import Config
-from megatron_eopd.errors import (
-    ExpectedError,
-)
+from megatron_eopd.errors import ExpectedError
 from megatron_eopd.parallel.init import ParallelContext, job_store, own_rank, world_context
-from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, student_layout
+from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, smallest_world, student_layout
 from megatron_eopd.run_log import RunLog, seconds_since_start, tell_torchrun
 from megatron_eopd.teacher.placement import rank_table, wire_store
 from megatron_eopd.teacher.separate import serve
@@ -27,26 +25,21 @@ from megatron_eopd.teacher.separate import serve
 def dry_run(config: Config, world_size: int | None, show_config: bool) -> None:
     """Check as a run would, and print what it would do with this many ranks (default: the fewest
     that the layouts allow)."""
-    parallel = config.parallel
-    smallest = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    ) + sum(teacher.world_size or 0 for teacher in config.all_teachers.values())
-    inputs = preflight.check(config, world_size or smallest)
-    numbers = preflight.derived_numbers(config, inputs, world_size or smallest)
-    for name, value in numbers.items():
+    world_size = world_size or smallest_world(config)
+    inputs = preflight.check(config, world_size)
+    for name, value in preflight.derived_numbers(config, inputs, world_size).items():
         print(f"{name}: {value}")
-    print(rank_table(config, world_size or smallest))
+    print(rank_table(config, world_size))
     if show_config:
         print(config.model_dump_json(indent=2))
 
 
-def on_every_rank(config: Config, work: Callable[[Session], None]) -> None:
-    """`work` on the student's ranks, while those of separate teachers serve them."""
+def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bool = True) -> None:
+    """`work` on the student's ranks, while those of separate teachers serve them. `trains`: see
+    preflight.check."""
     rank, world_size = own_rank()
     imports_s = seconds_since_start()
-    inputs = preflight.check(config, world_size)
+    inputs = preflight.check(config, world_size, trains=trains)
     checks_s = seconds_since_start() - imports_s
     roles = roles_of(config, world_size)
     role = next(role for role in roles.values() if role.holds(rank))

@@ -48,8 +48,9 @@ class Inputs:
     resume_from: Path | None
 
 
-def check(config: Config, world_size: int) -> Inputs:
-    """
+def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
+    """An evaluation alone does not train, and reads no recordings.
+
     Raises:
         ConfigError, CheckpointError: naming the option, its value and what would be right.
     """
@@ -77,7 +78,7 @@ def check(config: Config, world_size: int) -> Inputs:
     _check_lengths(config, longest, layout)
     resume_from, first_iteration = _resume_from(config, prompts)
     recording = _recording(config, layout)
-    if recording is not None:
+    if recording is not None and trains:
         recording.check_files(range(first_iteration, config.training.train_iters))
     return Inputs(
         tokenizer=tokenizer,

@@ -26,7 +26,7 @@ def iteration_scalars(
     sync: SyncReport,
     times: StageTimes,
 ) -> dict[str, float]:
-    """Everything that metrics.jsonl and TensorBoard show of one training iteration."""
+    """Everything that metrics.jsonl and the trackers show of one training iteration."""
     teacher_entropy = histograms(reports)["entropy/teacher"]
     mismatch = reports[0].values["mismatch/logprob_abs"]
     scalars = divide(report.sums for report in reports)
@@ -144,7 +144,7 @@ def _clock(seconds: float) -> str:
 def samples_markdown(
     rollouts: Sequence[Rollout], tokenizer: Tokenizer, correct: Sequence[bool] | None = None
 ) -> str:
-    """Prompts and responses as text for TensorBoard, with what a reader judges them by; `correct`:
+    """Prompts and responses as text for the trackers, with what a reader judges them by; `correct`:
     marks, where they were graded."""
     parts = []
     for n, rollout in enumerate(rollouts):
@@ -225,10 +225,11 @@ def write_report(config: Config, table: str, hf_dir: Path | None, minutes: float
         f"- run: {run_dir} ({config.training.train_iters} iterations; this command took "
         f"{minutes:.1f} min from its start)",
         f"- Hugging Face export: {hf_dir or 'none (checkpoint.export_hf=false)'}",
-        # With its path: the environment need not be activated.
-        f"- TensorBoard: `{Path(sys.executable).with_name('tensorboard')} --logdir "
-        f"{run_dir / 'tensorboard'}`",
     ]
+    if "tensorboard" in config.logging.trackers:
+        # With its path: the environment need not be activated.
+        command = Path(sys.executable).with_name("tensorboard")
+        lines.append(f"- TensorBoard: `{command} --logdir {run_dir / 'tensorboard'}`")
     text = "\n".join(lines) + "\n"
     (run_dir / "report.md").write_text(text)
     return text

@@ -81,6 +81,8 @@ def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
             'teachers={ a = { hf_path = "x", microbatches_per_exchange = 1 } }',
             r"Set teacher\.microbatches_per_exchange",
         ),
+        ('logging.trackers=["tensorboard", "tensorboard"]', r"names a tracker twice"),
+        ("a.b=1", r"unknown option.*Known here: run_dir, seed, student, teacher"),
         ("run_dir", r"has no '='"),
         ("run_dir.x=1", r"'run_dir' is an option, not a section"),
     ],

@@ -7,7 +7,9 @@ from html import unescape
 import pytest
 import torch
 
+from megatron_eopd.config import describe_options
 from megatron_eopd.metrics.means import Means, divide, percentile
+from megatron_eopd.metrics.trackers import TRACKERS
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.report import (
@@ -155,3 +157,9 @@ def test_samples_say_what_a_reader_judges_them_by():
     ended, cut = samples_markdown(rollouts, Tokenizer(), [True, False]).split("---")
     assert "3&#42;4" in ended and "(3 tokens, ended; answer: 12; right)" in ended
     assert "2 tokens, cut; a reference answer, not the student's; answer: 12; wrong" in cut
+
+
+def test_every_tracker_has_its_word():
+    words = describe_options()
+    (values,) = (option.values for option in words if option.name == "logging.trackers")
+    assert set(values) == TRACKERS.keys()

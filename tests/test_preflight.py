@@ -8,6 +8,7 @@ import pytest
 
 from megatron_eopd import preflight
 from megatron_eopd.config import load_config
+from megatron_eopd.parallel.worlds import smallest_world
 from megatron_eopd.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -217,3 +218,19 @@ def test_a_dry_run_prints_numbers_first_and_every_option_on_request(monkeypatch,
     assert main([*command, "--show-config"]) == 0
     whole = capsys.readouterr().out
     assert whole.startswith(short) and '"entropy_threshold": 0.8' in whole
+
+
+@pytest.mark.parametrize(
+    "overrides,ranks",
+    [
+        ([], 2),
+        (["parallel.context_parallel_size=2"], 4),
+        (["teacher.parallel.pipeline_model_parallel_size=3"], 6),
+        (["teacher.placement=separate", "teacher.world_size=3"], 5),
+        (["parallel.expert_model_parallel_size=4"], 4),
+    ],
+)
+def test_a_dry_run_without_a_world_size_takes_the_smallest_that_all_layouts_divide(
+    overrides, ranks
+):
+    assert smallest_world(load_config(QUICKSTART, overrides)) == ranks

@@ -86,7 +86,7 @@ def test_a_line_that_is_no_rollout_is_named(tmp_path):
     whole = path.read_text()
     for line, said in (
         ('{"prompt": {}}', "line 2: .*prompt.index: Field required"),
-        ("{", "line 2: "),
+        ("{", "line 2: not a recorded rollout: Invalid JSON"),
     ):
         path.write_text(whole + line + "\n")
         with pytest.raises(ConfigError, match=said):

@@ -72,6 +72,8 @@ def _suggest(unknown: str) -> str:
     close = difflib.get_close_matches(asked, known, n=1)
     section = asked.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == section] or known
+    if not section:
+        siblings = list(Config.model_fields)
     hint = f"Did you mean {close[0]}? " if close else ""
     return f"{hint}Known here: {', '.join(siblings)}."
 

@@ -85,28 +85,30 @@ class ObjectiveConfig(Section):
         return replace(PRESETS[self.name], **set_ones)
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> "ObjectiveConfig":
-        parts = self.formula
-        weights = (parts.forward_kl_weight, self.final_forward_kl_weight or 0.0)
-        if parts.combine == "interpolate" and max(weights) > 1:
+    def _formula_fits(self) -> "ObjectiveConfig":
+        formula = self.formula
+        weights = (formula.forward_kl_weight, self.final_forward_kl_weight or 0.0)
+        if formula.combine == "interpolate" and max(weights) > 1:
             raise ValueError(
                 f"forward_kl_weight={weights[0]} (final {self.final_forward_kl_weight}) with "
                 f"combine=interpolate would give reverse KL the weight 1 − {max(weights)} < 0. Set "
                 f"weights of at most 1, or combine=add."
             )
-        if parts.reverse_kl == "none" and (parts.forward_kl == "none" or parts.gate == "never"):
+        if formula.reverse_kl == "none" and (
+            formula.forward_kl == "none" or formula.gate == "never"
+        ):
             raise ValueError(
-                f"reverse_kl={parts.reverse_kl}, forward_kl={parts.forward_kl}, gate={parts.gate} "
-                f"leave nothing to minimise. Set reverse_kl=full, or forward_kl=full and "
-                f"gate=always."
+                f"reverse_kl={formula.reverse_kl}, forward_kl={formula.forward_kl}, gate="
+                f"{formula.gate} leave nothing to minimise. Set reverse_kl=full, or "
+                f"forward_kl=full and gate=always."
             )
-        if parts.forward_kl == "none" and parts.combine == "interpolate":
+        if formula.forward_kl == "none" and formula.combine == "interpolate":
             raise ValueError(
                 "combine=interpolate needs two terms, but forward_kl=none. Set combine=add."
             )
-        if self.inplace_backward and parts.needs_second_sweep:
+        if self.inplace_backward and formula.needs_second_sweep:
             raise ValueError(
-                f"inplace_backward=true overwrites logits that reverse_kl={parts.reverse_kl} or "
-                f"forward_kl={parts.forward_kl} reads once more. Set inplace_backward=false."
+                f"inplace_backward=true overwrites logits that reverse_kl={formula.reverse_kl} or "
+                f"forward_kl={formula.forward_kl} reads once more. Set inplace_backward=false."
             )
         return self

@@ -66,6 +66,15 @@ class RolloutConfig(Section):
     engine's and the trainer's log-probability of a sampled token, passes this many times that of
     the first iteration (which counts as 0.001 in float32 and 0.1 in bfloat16 at least)."""
 
+    @model_validator(mode="after")
+    def _records_what_is_new(self) -> "RolloutConfig":
+        if self.record and self.replay is not None:
+            raise ValueError(
+                f"record=true would be ignored with replay={self.replay}: its rollouts are on disk "
+                f"already. Set record=false."
+            )
+        return self
+
     @property
     def uses_references(self) -> bool:
         return max(self.reference_fraction, self.final_reference_fraction or 0.0) > 0

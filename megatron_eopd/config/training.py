@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_eopd.config.section import Section
 
@@ -106,11 +106,18 @@ class EvaluationConfig(Section):
 
 class LoggingConfig(Section):
     trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
-    """What shows the metrics, beside metrics.jsonl, which is always written. In TOML a list; empty
-    for none."""
+    """What shows the metrics, beside metrics.jsonl, which is always written. A list, `[]` for no
+    tracker."""
     log_interval: int = Field(1, gt=0)
     """Iterations between step lines on the terminal. metrics.jsonl has every iteration."""
     text_interval: int = Field(10, gt=0)
     """Iterations between rollouts shown as text by the trackers; evaluations always show some."""
     text_samples: int = Field(4, ge=0)
     """How many are shown."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _are_different(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a tracker twice, which would write everything twice.")
+        return value

@@ -35,9 +35,6 @@ class TokenSignals:
     """Σ_v h(log q(v), log p(v)) as [N], for any pointwise h; one more sweep each."""
 
 
-Estimator = Callable[[TokenSignals, ObjectiveConfig], torch.Tensor]
-
-
 def full_reverse_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
     """KL(q ‖ p)."""
     return signals.kl.reverse_kl
@@ -146,8 +143,7 @@ def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, share_of_a: float) ->
     return torch.logaddexp(log_a + math.log(share_of_a), log_b + math.log1p(-share_of_a))
 
 
-Gate = Callable[[torch.Tensor, float, ObjectiveConfig], torch.Tensor]
-"""(teacher entropy [N], threshold in nats, options) → how far the gate is open [N], 0 to 1."""
+# A gate: (teacher entropy [N], threshold in nats, options) → how far it is open [N], 0 to 1.
 
 
 def hard_gate(entropy_N: torch.Tensor, threshold: float, _: ObjectiveConfig) -> torch.Tensor:

@@ -30,7 +30,7 @@ def transformer_config(
     recomputes_layers = model.recompute_granularity == "full"
     options = {
         "add_bias_linear": False,
-        # Variable sequence lengths are refused with any other, also where there are no experts.
+        # Variable sequence lengths are refused with Megatron's default, also without experts.
         "moe_token_dispatcher_type": "alltoall",
         # One product for all experts of a rank: only TransformerEngine's layers have it.
         "moe_grouped_gemm": uses_transformer_engine(model),
@@ -83,9 +83,9 @@ def transformer_config(
         # Of Megatron's own attention, which neither specification uses here: the local one has SDPA
         # or flash attention, the other TransformerEngine's kernel.
         masked_softmax_fusion=False,
-        # Would keep less of a SwiGLU for the backward pass; not tried on a GPU yet.
+        # Would keep less of a SwiGLU for the backward pass, and add a residual in the same kernel;
+        # not tried on a GPU yet.
         bias_activation_fusion=False,
-        # There is neither a bias nor a dropout between layers to be fused.
         bias_dropout_fusion=False,
         # Of Apex's LayerNorm; these models have RMSNorm.
         persist_layer_norm=False,

@@ -20,7 +20,7 @@ Message = tuple[int, torch.Tensor]
 
 
 class Wire(Protocol):
-    """Point to point, between ranks numbered as in Route."""
+    """Point to point, between ranks numbered through both worlds."""
 
     def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Returns when the `receives` are filled. Messages of a pair of ranks arrive in order."""

@@ -6,6 +6,7 @@ and one role's collectives can never wait for another's. What worlds share is th
 they say to each other goes over wires that are joined on it.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from megatron_eopd.config import Config, TeacherConfig
@@ -61,6 +62,20 @@ def roles_of(config: Config, world_size: int) -> dict[str, Role]:
         roles[name] = Role(name, first, size)
         first += size
     return roles
+
+
+def smallest_world(config: Config) -> int:
+    """Ranks of the smallest job that all layouts divide."""
+    own = config.parallel
+    sizes = [own, *(t.parallel for t in config.all_teachers.values() if not t.world_size)]
+    ranks = own.tensor_model_parallel_size * own.pipeline_model_parallel_size
+    students = [ranks * own.context_parallel_size]
+    for size in filter(None, sizes):
+        experts = size.expert_model_parallel_size * size.expert_tensor_parallel_size
+        stage = math.lcm(size.tensor_model_parallel_size, experts)
+        students.append(stage * size.pipeline_model_parallel_size)
+    separate = sum(teacher.world_size or 0 for teacher in config.all_teachers.values())
+    return math.lcm(*students) + separate
 
 
 def student_layout(config: Config, world_size: int, rank: int = 0) -> Layout:

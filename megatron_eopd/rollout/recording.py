@@ -163,8 +163,8 @@ def _rollout(where: str, line: bytes) -> Rollout:
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(str(part) for part in first["loc"])
-        value = "" if first["type"] == "missing" else f" is {first['input']!r:.80}"
-        raise ConfigError(
-            f"{where}: not a recorded rollout: {at}{value}: {first['msg']}."
-        ) from None
+        if at and first["type"] != "missing":
+            at += f" is {first['input']!r:.80}"
+        reason = f"{at}: {first['msg']}" if at else first["msg"]
+        raise ConfigError(f"{where}: not a recorded rollout: {reason}.") from None
     return Rollout(**{f.name: getattr(row, f.name) for f in dataclasses.fields(Rollout)})

@@ -61,7 +61,9 @@ class Requests:
     def post(self, number: int, request: Rounds | Farewell) -> None:
         """By the student's rank 0."""
         self.store.set(f"request/{number}", pickle.dumps(request))
-        if number:  # the student has its answers, so every rank of the teacher has read it
+        # With its answers the student has the teacher's word that it was read; not so in an error.
+        failed = isinstance(request, Farewell) and request.error is not None
+        if number and not failed:
             self.store.delete_key(f"request/{number - 1}")
 
     def read(self, number: int, timeout_s: float) -> Rounds | Farewell:
@@ -157,8 +159,7 @@ class SeparateTeacher:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         """Let the teacher's ranks go, and say why if it is early."""
         if self._route.student.rank == 0:
-            why = None if error is None else f"{type(error).__name__}: {error}"
-            self._requests.post(self._number, Farewell(why))
+            self._requests.post(self._number, Farewell(_reason(error)))
 
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
@@ -170,6 +171,13 @@ class SeparateTeacher:
             raise TeacherError(
                 f"[{self._role.name}] on {self._role.describe()}: waited for {what} in vain: {why}"
             ) from None
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """In a line; None without an error."""
+    if error is None or isinstance(error, SystemExit):  # its signal handler has said why
+        return None if error is None else "it was stopped by a signal"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def serve(
@@ -218,6 +226,8 @@ def _serve(
         while True:
             request = requests.read(number, longest_pause_s(config))
             if isinstance(request, Farewell):
+                if request.error is not None:  # nobody takes what is still on its way
+                    raise TeacherError(f"[{role.name}] the student ended early: {request.error}")
                 break
             for items in filter(None, request):
                 plan = plan_by_length(items, limits, route.teacher)
@@ -230,8 +240,6 @@ def _serve(
         wire.flush()
     except WireError as error:
         raise TeacherError(f"[{role.name}] the student is gone or late: {error}") from None
-    if request.error is not None:
-        raise TeacherError(f"[{role.name}] the student has ended early. {request.error}")
 
 
 def longest_pause_s(config: Config) -> float:

@@ -177,6 +177,8 @@ class Crossing:
     settings: list[Setting]
     refused: dict[Combination, set[str]]
     """What the configuration said to every attempt."""
+    too_large: list[Combination]
+    """Of layouts that take more than MOST_RANKS."""
 
 
 def cross(strength: int) -> Crossing:
@@ -188,7 +190,7 @@ def cross(strength: int) -> Crossing:
         for axes in combinations(AXES, strength)
         for values in product(*(AXES[axis] for axis in axes))
     ]
-    todo, settings, refused = set(every), [], {}
+    todo, settings, refused, too_large = set(every), [], {}, []
     for combination in every:
         if combination not in todo:
             continue
@@ -200,9 +202,11 @@ def cross(strength: int) -> Crossing:
             best = max(range(len(held)), key=lambda n: len(held[n] & todo))
             settings.append(accepted[best])
             todo -= held[best]
-        else:
+        elif attempts:
             refused[combination] = set(messages)
-    return Crossing(settings, refused)
+        else:
+            too_large.append(combination)
+    return Crossing(settings, refused, too_large)
 
 
 def _complete(combination: Combination, draw: random.Random) -> Setting:

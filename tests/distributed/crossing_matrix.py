@@ -8,7 +8,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.distributed.crossing import case_of, cross, is_right, near_logprobs, run, table
+from tests.distributed.crossing import (
+    MOST_RANKS,
+    case_of,
+    cross,
+    is_right,
+    near_logprobs,
+    run,
+    table,
+)
 from tests.distributed.parity_matrix import replace_between_marks
 from tests.distributed.test_parallelism import make_models, unequal_rollouts
 
@@ -31,7 +39,8 @@ def main() -> int:
         PAGE,
         [
             f"{len(distances)} runs in {minutes:.0f} minutes on two CPU cores; "
-            f"{len(wrong) or 'none'} too far, {len(crossing.refused)} combinations refused.",
+            f"{len(wrong) or 'none'} too far. {len(crossing.refused)} combinations are refused, "
+            f"{len(crossing.too_large)} more take more than {MOST_RANKS} ranks.",
             "",
             *table(crossing.settings, distances),
         ],

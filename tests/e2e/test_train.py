@@ -289,7 +289,7 @@ def test_a_killed_engine_ends_the_run_and_leaves_no_orphan(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    # Held up, it never answers the first evaluation's request, and dies in the middle of it.
+    # Held up, it does not answer what it is asked next, and dies in the middle of that.
     engine, family = await_engine(process, run_dir)
     engine.suspend()
     time.sleep(2)
@@ -297,7 +297,7 @@ def test_a_killed_engine_ends_the_run_and_leaves_no_orphan(tmp_path):
     begin = time.monotonic()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - begin < 60
-    assert "vLLM engine" in stderr and "generating 80 responses" in stderr
+    assert re.search(r"vLLM engine .* died while \w+", stderr)
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
 

@@ -47,7 +47,7 @@ def library(*more_flags: str) -> ctypes.CDLL | None:
     try:
         return load_library(SOURCE, (*FLAGS, *more_flags))
     except CompilerError as error:
-        warnings.warn(f"the loss runs about 4 times slower on CPU: {error}", stacklevel=2)
+        warnings.warn(f"the loss runs up to 4 times slower on CPU: {error}", stacklevel=2)
         return None
 
 
