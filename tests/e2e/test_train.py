@@ -243,6 +243,7 @@ def test_a_recorded_run_replays_on_a_pipeline(first_run, tmp_path):
     done = train(
         tmp_path / "run",
         f"rollout.replay={first_run[0] / 'rollouts'}",
+        "rollout.record=false",
         "training.train_iters=1",
         "parallel.tensor_model_parallel_size=1",
         "parallel.pipeline_model_parallel_size=2",
