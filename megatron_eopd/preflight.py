@@ -77,8 +77,8 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
     _check_lengths(config, longest, layout)
     resume_from, first_iteration = _resume_from(config, prompts)
-    recording = _recording(config, layout)
-    if recording is not None and trains:
+    recording = _recording(config, layout) if trains else None
+    if recording is not None:
         recording.check_files(range(first_iteration, config.training.train_iters))
     return Inputs(
         tokenizer=tokenizer,
@@ -86,7 +86,7 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         held_out=held_out,
         max_sequence_length=longest + config.rollout.max_response_length,
         swaps=swaps,
-        engine=choose_engine(config, has_held_out=bool(held_out)),
+        engine=choose_engine(config),
         recording=recording,
         resume_from=resume_from,
     )

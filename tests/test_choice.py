@@ -14,13 +14,14 @@ from tests.test_preflight import QUICKSTART, ROOT
 def choose(monkeypatch):
     """The choice of a run with these options of [rollout]."""
 
-    def choose(installed: bool, has_held_out: bool = False, **rollout) -> EngineChoice:
+    def choose(installed: bool, task: str | None = None, **rollout) -> EngineChoice:
         monkeypatch.setattr(choice, "vllm_available", lambda: installed)
         config = Config.model_validate(
             {"run_dir": "r", "student": {"hf_path": "s"}, "teacher": {"hf_path": "t"}}
             | {"rollout": rollout, "data": {"prompts": "p.jsonl", "response_key": "response"}}
+            | {"evaluation": {"task": task}}
         )
-        return choose_engine(config, has_held_out)
+        return choose_engine(config)
 
     return choose
 
@@ -42,7 +43,7 @@ def test_the_exact_sampler_stands_in_and_says_why(choose, rollout, said):
 
 def test_vllm_where_it_is_installed(choose):
     assert choose(installed=True) == EngineChoice(True, "vLLM")
-    assert choose(installed=True, reference_fraction=1, has_held_out=True).is_vllm
+    assert choose(installed=True, reference_fraction=1, task="countdown").is_vllm
     assert not choose(installed=True, reference_fraction=1).is_vllm
     with pytest.raises(ConfigError, match=r"rollout\.engine=vllm, but vLLM is not installed here"):
         choose(installed=False, engine="vllm")
@@ -53,7 +54,7 @@ def test_it_does_not_stand_in_unasked_for_long_responses(choose):
     with pytest.raises(ConfigError, match=r"max_response_length=4096 .*max_fallback_length=256"):
         choose(installed=False)
     with pytest.raises(ConfigError, match="replay starts no vLLM, so evaluations would come from"):
-        choose(installed=True, replay="recorded", has_held_out=True)
+        choose(installed=True, replay="recorded", task="countdown")
     for asked in ({"engine": "megatron"}, {"max_fallback_length": 4096}):
         assert "exact sampler" in choose(installed=False, **asked).why
     assert not choose(installed=True, replay="recorded").is_vllm

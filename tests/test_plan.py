@@ -244,6 +244,7 @@ def test_the_engine_sits_on_the_first_ranks_or_elsewhere(models):
     assert engine(tensor_model_parallel_size=4) == [weights // 4 + 3 * GIB] * 2 + [0, 0]
     assert engine(tensor_model_parallel_size=1) == [weights + 3 * GIB, 0, 0, 0]
     assert engine(visible_devices="8") == engine(engine="megatron") == [0, 0, 0, 0]
+    assert engine(replay="recorded") == [0, 0, 0, 0]
 
 
 # Layouts

@@ -67,6 +67,17 @@ class Config(Section):
         return rollout.start_timeout_s + rollout.generate_timeout_s + self.weight_sync.timeout_s
 
     @property
+    def needs_samples(self) -> bool:
+        """For training or for evaluations; not where all is reference answers."""
+        return self.rollout.ever_samples or self.evaluation.name is not None
+
+    @property
+    def wants_vllm(self) -> bool:
+        """Whether the run takes its samples from vLLM, where that is installed."""
+        rollout = self.rollout
+        return self.needs_samples and rollout.replay is None and rollout.engine != "megatron"
+
+    @property
     def student_temperature(self) -> float:
         return self.objective.student_temperature or self.rollout.temperature
 

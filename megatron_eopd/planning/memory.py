@@ -393,7 +393,7 @@ def _vocab_gradient_bytes(setup: Setup, is_last: bool) -> int:
 def _engine_bytes(setup: Setup, stage: int) -> int:
     """vLLM sits on the first GPUs of rank 0's machine, unless it has GPUs of its own."""
     rollout, student = setup.config.rollout, setup.student
-    is_elsewhere = rollout.visible_devices or rollout.engine == "megatron" or rollout.replay
+    is_elsewhere = rollout.visible_devices or not setup.config.wants_vllm
     first_rank = stage * student.layout.stage_size
     if is_elsewhere or not student.platform.on_gpu:
         return 0

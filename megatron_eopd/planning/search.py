@@ -81,7 +81,7 @@ def check_request(request: Request) -> None:
     rollout, node = request.config.rollout, request.gpus_per_node
     engine = rollout.tensor_model_parallel_size
     room = node if rollout.visible_devices else min(node, request.num_gpus)
-    if engine > room and rollout.engine != "megatron":
+    if engine > room and request.config.wants_vllm:
         raise ConfigError(
             f"rollout.tensor_model_parallel_size={engine}, but vLLM finds {room} GPUs on the "
             f"machine of rank 0. Set it to {room} or less."

