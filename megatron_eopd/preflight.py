@@ -14,7 +14,8 @@ from megatron_eopd import checkpoint
 from megatron_eopd.config import Config, StudentConfig, TeacherConfig, TrainingConfig
 from megatron_eopd.data.packing import Limits, check_budget
 from megatron_eopd.data.prompts import PromptSet, load_prompts
-from megatron_eopd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
+from megatron_eopd.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_eopd.data.vocabulary import check_same_vocabulary
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.models.fit import check_student, check_teacher

@@ -25,6 +25,14 @@ DEFAULT_TEACHER = "teacher"
 """The one of the section `[teacher]`; the others have the names of `[teachers.NAME]`."""
 
 
+class Turn(NamedTuple):
+    """One message of a chat."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One line of the prompt set. Made by data.prompts, read by the engines and by evaluation."""

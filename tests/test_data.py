@@ -13,7 +13,7 @@ from megatron_eopd.data.tokenizer import load_tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
-from megatron_eopd.records import Prompt, Rollout
+from megatron_eopd.records import Prompt, Rollout, Turn
 from megatron_eopd.rollout.engine import Sampling, numbered_samples, sample_seed
 from tests.test_preflight import MODELS, QUICKSTART
 
@@ -73,7 +73,7 @@ def test_every_sample_has_a_seed_of_its_own():
 def test_chat_template_wraps_the_prompt_up_to_the_answer(tmp_path):
     model = shutil.copytree(MODELS / "student", tmp_path / "model")
     with pytest.raises(ConfigError, match="no chat template"):
-        load_tokenizer(model).encode_chat("1 2")
+        load_tokenizer(model).encode_chat([Turn("user", "1 2")])
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = (
         "{% for m in messages %}<bos> {{ m.content }} ;{% endfor %}"
@@ -81,7 +81,7 @@ def test_chat_template_wraps_the_prompt_up_to_the_answer(tmp_path):
     )
     tokenizer.save_pretrained(model)
     ours = load_tokenizer(model)
-    assert ours.encode_chat("1 2") == ours.encode("<bos> 1 2 ; :")
+    assert ours.encode_chat([Turn("user", "1 2")]) == ours.encode("<bos> 1 2 ; :")
 
 
 TEMPLATE = (

@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from megatron_eopd import preflight
-from megatron_eopd.config import load_config
 from megatron_eopd.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
-    check_same_vocabulary,
     load_tokenizer,
 )
 from megatron_eopd.errors import ConfigError
+from megatron_eopd.records import Turn
 from tests.real_data import real_data
 
 ROOT = Path(__file__).parents[1]
@@ -126,8 +124,8 @@ def test_chat_template_takes_options_as_in_transformers(qwen3, options):
             return_dict=False,
             **options,
         )
-        assert list(qwen3.encode_chat(text, **options)) == expected
-    ends_thinking = qwen3.encode_chat("x", **options)[-4:] == qwen3.encode(
+        assert list(qwen3.encode_chat([Turn("user", text)], **options)) == expected
+    ends_thinking = qwen3.encode_chat([Turn("user", "x")], **options)[-4:] == qwen3.encode(
         "<think>\n\n</think>\n\n"
     )
     assert ends_thinking == (options == {"enable_thinking": False})
@@ -139,7 +137,7 @@ def test_chat_template_takes_options_as_in_transformers(qwen3, options):
 def test_an_option_that_the_template_does_not_read_is_an_error(qwen3, name):
     """Jinja would ignore it, and transformers has parameters of its own by some such names."""
     with pytest.raises(ConfigError, match=rf"kwargs\.{name}: .* reads .*enable_thinking"):
-        qwen3.encode_chat("x", **{name: False})
+        qwen3.encode_chat([Turn("user", "x")], **{name: False})
 
 
 def test_a_variable_with_a_default_in_the_template_counts_as_read(tmp_path):
@@ -151,10 +149,10 @@ def test_a_variable_with_a_default_in_the_template_counts_as_read(tmp_path):
     )
     tokenizer.save_pretrained(model)
     ours = load_tokenizer(model)
-    assert ours.encode_chat("1") == ours.encode("5 6 1")
-    assert ours.encode_chat("1", style="7", word="8") == ours.encode("7 8 1")
+    assert ours.encode_chat([Turn("user", "1")]) == ours.encode("5 6 1")
+    assert ours.encode_chat([Turn("user", "1")], style="7", word="8") == ours.encode("7 8 1")
     with pytest.raises(ConfigError, match=r"kwargs\.wrod: .* It reads style, word"):
-        ours.encode_chat("1", wrod="8")
+        ours.encode_chat([Turn("user", "1")], wrod="8")
 
 
 # --- SentencePiece ------------------------------------------------------------------------------
@@ -180,7 +178,7 @@ def test_sentencepiece_round_trips_but_for_its_own_space_sign(spm, spm_library, 
 
 def test_sentencepiece_has_no_chat_template(spm):
     with pytest.raises(ConfigError, match=r"Set data\.apply_chat_template=false, or stud"):
-        spm.encode_chat("x")
+        spm.encode_chat([Turn("user", "x")])
 
 
 # --- which one, and with which ids --------------------------------------------------------------
@@ -201,22 +199,6 @@ def test_equal_vocabularies_are_recognised_whatever_holds_them(spm, spm_file, tm
     assert load_tokenizer(shutil.copy(spm_file, tmp_path)).digest == spm.digest
     student, teacher = (load_tokenizer(MODELS / name) for name in ("student", "teacher"))
     assert student.digest == teacher.digest != spm.digest
-
-
-def test_a_model_may_have_more_columns_than_its_tokenizer_has_ids(qwen3, spm_file):
-    """As Qwen3 does: it can sample such an id, and that must not stop a run."""
-    check_same_vocabulary(qwen3, qwen3)
-    padded = load_tokenizer(spm_file, vocab_size=32_064)
-    check_same_vocabulary(padded, padded)
-    for tokenizer in (qwen3, padded):
-        word = tokenizer.encode("word")
-        last = tokenizer.vocab_size - 1
-        assert (
-            tokenizer.decode((*word, tokenizer.num_ids, last)) == tokenizer.decode(word) == "word"
-        )
-        for token_id in (-1, last + 1):
-            with pytest.raises(ConfigError, match=f"token id {token_id} is not in 0 to {last}"):
-                tokenizer.decode((*word, token_id))
 
 
 def test_given_stop_ids_come_before_all_others():
@@ -255,44 +237,3 @@ def test_a_tokenizer_without_an_end_of_sequence(tmp_path):
     with pytest.raises(ConfigError, match=r"no end-of-sequence id.*Set rollout\.stop_token_ids"):
         load_tokenizer(model).stop_ids  # noqa: B018, reading it is what is tested
     assert load_tokenizer(model, stop_ids=(5,)).stop_ids == (5,)
-
-
-@pytest.fixture
-def check(monkeypatch, tmp_path):
-    """Runs the checks before a start of the quick start with overrides."""
-    monkeypatch.chdir(ROOT)
-
-    def start(*overrides: str) -> preflight.Inputs:
-        config = load_config(
-            ROOT / "examples/quickstart/eopd.toml",
-            [f"run_dir={tmp_path / 'run'}", "rollout.engine=megatron", *overrides],
-        )
-        return preflight.check(config, 2)
-
-    return start
-
-
-def test_a_tokenizer_larger_than_the_model(check, spm_file):
-    with pytest.raises(ConfigError, match=r"up to 31999, but vocab_size is 112.*student\.tokeniz"):
-        check(f"student.tokenizer={spm_file}")
-    with pytest.raises(ConfigError, match=r"up to 31999, but vocab_size is 112.*teacher\.tokeniz"):
-        check(f"teacher.tokenizer={spm_file}")
-
-
-def test_tokenizers_may_stand_apart_from_the_models(check, tmp_path):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODELS / "student" / name, tmp_path)
-    inputs = check(f"student.tokenizer={tmp_path}", f"teacher.tokenizer={tmp_path}")
-    assert inputs.tokenizer.path == tmp_path and inputs.tokenizer.stop_ids == (109,)
-
-
-def test_stop_ids_of_the_run_settle_a_disagreement(check, tmp_path):
-    """A base student ends otherwise than an instructed teacher."""
-    teacher = Path(shutil.copytree(MODELS / "teacher", tmp_path / "teacher"))
-    (teacher / "generation_config.json").write_text('{"eos_token_id": 107}')
-    with pytest.raises(ConfigError, match=r"\(109,\), the teacher with \(107,\).*stop_token_ids"):
-        check(f"teacher.hf_path={teacher}")
-    inputs = check(f"teacher.hf_path={teacher}", "rollout.stop_token_ids=[109, 107]")
-    assert inputs.tokenizer.stop_ids == (109, 107)
-    with pytest.raises(ConfigError, match=r"end with id 112, but the ids .* are 0 to 111"):
-        check("rollout.stop_token_ids=[112]")

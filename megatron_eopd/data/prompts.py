@@ -18,7 +18,7 @@ from megatron_eopd.data import countdown
 from megatron_eopd.data.jsonl import read_jsonl
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.records import DEFAULT_TEACHER, Prompt
+from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Turn
 
 TokenIds = tuple[int, ...]
 
@@ -142,9 +142,10 @@ def countdown_rows(split: str) -> Iterator[Row]:
 
 def prompt_encoder(data: DataConfig, tokenizer: Tokenizer) -> Callable[[str], tuple[int, ...]]:
     """What turns the text of a prompt into ids: one path for training, evaluation and tools."""
-    if data.apply_chat_template:
-        return partial(tokenizer.encode_chat, **data.chat_template_kwargs)
-    return tokenizer.encode
+    if not data.apply_chat_template:
+        return tokenizer.encode
+    encode = partial(tokenizer.encode_chat, **data.chat_template_kwargs)
+    return lambda text: encode([Turn("user", text)])
 
 
 def encode_prompts(rows: Iterator[Row], data: DataConfig, tokenizer: Tokenizer) -> Iterator[Prompt]:

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _get_template_variables
 
 from megatron_eopd.errors import ConfigError
+from megatron_eopd.records import Turn
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FILES_WITH_EOS = ("generation_config.json", "config.json")
@@ -52,8 +53,8 @@ class Tokenizer(ABC):
         """Ids of a text that goes on behind a prompt: nothing is added in front or behind."""
 
     @abstractmethod
-    def encode_chat(self, user_text: str, /, **options: Any) -> tuple[int, ...]:
-        """One user turn of the chat template, up to where the assistant begins.
+    def encode_chat(self, turns: Sequence[Turn], /, **options: Any) -> tuple[int, ...]:
+        """The turns as the chat template renders them, up to where the assistant begins.
 
         Raises:
             ConfigError: there is no template, or it reads no variable of an option's name.
@@ -150,7 +151,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_response(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def encode_chat(self, user_text: str, /, **options: Any) -> tuple[int, ...]:
+    def encode_chat(self, turns: Sequence[Turn], /, **options: Any) -> tuple[int, ...]:
         unknown = options.keys() - self._template_variables
         if unknown:
             # Jinja ignores a variable that no template reads: a typo would be a different run.
@@ -158,9 +159,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"data.chat_template_kwargs.{min(unknown)}: the chat template of {self.path} reads "
                 f"no such variable. It reads {', '.join(sorted(self._template_variables))}."
             )
-        turns = [{"role": "user", "content": user_text}]
+        messages = [turn._asdict() for turn in turns]
         ids = self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=False, **options
+            messages, add_generation_prompt=True, return_dict=False, **options
         )
         return tuple(ids)
 
@@ -209,7 +210,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_response(self, text: str) -> tuple[int, ...]:
         return self.encode(text)  # it adds nothing to a prompt either
 
-    def encode_chat(self, user_text: str, /, **options: Any) -> tuple[int, ...]:
+    def encode_chat(self, turns: Sequence[Turn], /, **options: Any) -> tuple[int, ...]:
         raise ConfigError(
             f"data.apply_chat_template=true, but {self.path} is a SentencePiece model, which has "
             f"no chat template. Set data.apply_chat_template=false, or student.tokenizer to a "
@@ -270,58 +271,3 @@ def _named_eos(path: Path) -> int | list[int] | None:
 def _present(token_id: int) -> int | None:
     """SentencePiece says −1 for a special token that a model does without."""
     return token_id if token_id >= 0 else None
-
-
-def check_same_vocabulary(
-    student: Tokenizer,
-    teacher: Tokenizer,
-    who: str = "teacher",
-    swaps: Sequence[tuple[int, int]] = (),
-) -> None:
-    """Raise ConfigError unless teacher and student give every token the same id, have columns for
-    all of them, and end a response alike, once the teacher's `swaps` have traded places.
-
-    The loss compares the two distributions column by column; with different vocabularies it would
-    still give numbers, and they would mean nothing.
-    """
-    if student.vocab_size != teacher.vocab_size:
-        raise ConfigError(
-            f"vocab_size is {student.vocab_size} in {student.model_path} (student) and "
-            f"{teacher.vocab_size} in {teacher.model_path} ({who}). Distillation compares them "
-            f"column by column: use models that share a vocabulary."
-        )
-    for model, tokenizer in (("student", student), (who, teacher)):
-        _check_fits(model, tokenizer)
-    if student.digest != teacher.digest:
-        raise ConfigError(
-            f"the tokenizers {student.path} (student, {len(student)} tokens) and {teacher.path} "
-            f"({who}, {len(teacher)} tokens) give tokens different ids. Use models that share a "
-            f"vocabulary."
-        )
-    place = {a: b for pair in swaps for a, b in (pair, pair[::-1])}
-    ends = {place.get(token, token) for token in student.stop_ids}
-    never = ends - set(teacher.stop_ids) if swaps else ends ^ set(teacher.stop_ids)
-    if never:
-        raise ConfigError(
-            f"the student ends a response with ids {student.stop_ids}, the {who} with "
-            f"{teacher.stop_ids}{f' (traded places: {place})' if swaps else ''}: at every end of a "
-            f"response the teacher would score a token it never writes. "
-            f"{'Correct' if swaps else 'Set'} {who}.eos_token_map to what the teacher writes "
-            f"instead, or set rollout.stop_token_ids to what shall end a response of both."
-        )
-
-
-def _check_fits(who: str, tokenizer: Tokenizer) -> None:
-    """A prompt or a stop id that the model has no column for must not reach it."""
-    if tokenizer.num_ids > tokenizer.vocab_size:
-        raise ConfigError(
-            f"the ids of the {who}'s tokenizer {tokenizer.path} go up to {tokenizer.num_ids - 1}, "
-            f"but vocab_size is {tokenizer.vocab_size} in {tokenizer.model_path}/config.json. Set "
-            f"{who}.tokenizer to the one that the model was trained with."
-        )
-    outside = [i for i in tokenizer.stop_ids if not 0 <= i < tokenizer.num_ids]
-    if outside:
-        raise ConfigError(
-            f"a response of the {who} would end with id {outside[0]}, but the ids of "
-            f"{tokenizer.path} are 0 to {tokenizer.num_ids - 1}. Set rollout.stop_token_ids."
-        )

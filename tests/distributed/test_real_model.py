@@ -22,7 +22,7 @@ from megatron_eopd.metrics.means import divide
 from megatron_eopd.models.build import build_model
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import load_weights
-from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Rollout
+from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Rollout, Turn
 from megatron_eopd.teacher.colocated import ColocatedTeacher
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.step import measure
@@ -105,7 +105,7 @@ def written_rollouts(hf_dir: Path) -> list[Rollout]:
     tokenizer = load_tokenizer(hf_dir)
     rollouts = []
     for index, (question, answer) in enumerate(QUESTIONS_AND_ANSWERS):
-        prompt = Prompt(index, question, answer, tokenizer.encode_chat(question))
+        prompt = Prompt(index, question, answer, tokenizer.encode_chat([Turn("user", question)]))
         ids = (*tokenizer.encode(answer), tokenizer.stop_ids[0])
         rollouts.append(Rollout(prompt, 0, ids, (0.0,) * len(ids), "stop", 0))
     return rollouts
