@@ -47,11 +47,11 @@ class Session:
     student: Trainable
     teachers: TeacherPool
     token_loss: TokenLoss
-    exporter: Exporter
     engine: RolloutEngine
     sync_check: SyncCheck
     max_probe_tokens: int
     vocab_size: int
+    """Tokens that student and teachers share."""
     first_iteration: int
     """0, or the iteration of the checkpoint that was loaded."""
     resumes_evaluated: bool
@@ -86,7 +86,6 @@ def open_session(
 ) -> Iterator[Session]:
     """On the student's ranks. `store`: the job's, where separate teachers are met."""
     times = StageTimes(log, "start-up")
-    hf_config = read_hf_config(config.student.hf_path)
     with ExitStack() as stack:
         # First of all: vLLM loads in its own process while the models are built here.
         errors: list[Exception] = []
@@ -104,17 +103,12 @@ def open_session(
                 position = checkpoint.load(inputs.resume_from, student, context)
             first_iteration, is_evaluated = position.iteration, position.is_evaluated
             log.line(f"resumed from {inputs.resume_from}")
-        bucket_bytes = int(config.weight_sync.bucket_mib * 2**20)
-        chunks = student.chunks
-        exporter = Exporter(chunks, hf_config, context, bucket_bytes)
         with times("teachers"):
             teachers = stack.enter_context(
-                open_teachers(config, roles, inputs.swaps, store, context)
+                open_teachers(config, roles, inputs.swaps, inputs.vocab_size, store, context)
             )
         with times("engine"):
-            engine = _make_engine(
-                process, config, inputs, chunks, exporter, hf_config.vocab_size, context, log
-            )
+            engine = _make_engine(process, config, inputs, student.chunks, context, log)
         stack.enter_context(closing(engine))
         log.startup |= times.seconds
         yield Session(
@@ -127,13 +121,14 @@ def open_session(
             recording=inputs.recording,
             student=student,
             teachers=teachers,
-            token_loss=TokenLoss(chunks[-1], teachers.heads, config, hf_config.vocab_size, context),
-            exporter=exporter,
+            token_loss=TokenLoss(
+                student.chunks[-1], teachers.heads, config, inputs.vocab_size, context
+            ),
             engine=engine,
             sync_check=SyncCheck(config.weight_sync, config.coarsest_dtype),
             # To score a sequence vLLM also samples the token behind it.
             max_probe_tokens=inputs.max_sequence_length - 1,
-            vocab_size=hf_config.vocab_size,
+            vocab_size=inputs.vocab_size,
             first_iteration=first_iteration,
             resumes_evaluated=is_evaluated,
         )
@@ -155,9 +150,19 @@ def _launch_vllm(config: Config, inputs: Inputs) -> EngineProcess:
         dtype=config.dtype_of(config.rollout),
         seed=config.seed,
         max_model_len=inputs.max_sequence_length,
+        vocab_size=inputs.vocab_size,
         rollout=config.rollout,
         log_path=config.run_dir / "log" / "engine.txt",
     )
+
+
+def make_exporter(
+    config: Config, chunks: Sequence[CausalLM], vocab_size: int, context: ParallelContext
+) -> Exporter:
+    """Of the student; see there. Collective."""
+    hf_config = read_hf_config(config.student.hf_path)
+    bucket_bytes = int(config.weight_sync.bucket_mib * 2**20)
+    return Exporter(chunks, hf_config, vocab_size, context, bucket_bytes)
 
 
 def _make_engine(
@@ -165,15 +170,15 @@ def _make_engine(
     config: Config,
     inputs: Inputs,
     chunks: Sequence[CausalLM],
-    exporter: Exporter,
-    vocab_size: int,
     context: ParallelContext,
     log: RunLog,
 ) -> RolloutEngine:
     """`process`: vLLM's, on rank 0 of a run that wants it."""
     rollout = config.rollout
     if not inputs.engine.is_vllm:
-        return MegatronEngine(chunks, vocab_size, rollout.max_num_seqs, context)
+        return MegatronEngine(chunks, inputs.vocab_size, rollout.max_num_seqs, context)
+    # vLLM's model has the compared tokens and no padding, so it never samples any.
+    exporter = make_exporter(config, chunks, inputs.vocab_size, context)
     return VllmEngine(
         process,
         max_model_len=inputs.max_sequence_length,

@@ -48,10 +48,18 @@ def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bo
     with _world(role, config, rank, store) as (context, log):
         if role.name != STUDENT:
             teacher = config.all_teachers[role.name]
-            own_wire, swaps = wire_store(store, role.name), inputs.swaps[role.name]
             students = student_layout(config, world_size)
             log.stage = f"service as [{role.name}]"
-            serve(teacher, role, config, swaps, own_wire, students, context)
+            serve(
+                teacher,
+                role,
+                config,
+                inputs.swaps[role.name],
+                inputs.vocab_size,
+                wire_store(store, role.name),
+                students,
+                context,
+            )
             log.line("the student has finished, and this teacher with it")
             return
         if rank == 0:

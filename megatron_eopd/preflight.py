@@ -15,7 +15,7 @@ from megatron_eopd.config import Config, StudentConfig, TeacherConfig, TrainingC
 from megatron_eopd.data.packing import Limits, check_budget
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_eopd.data.vocabulary import check_same_vocabulary
+from megatron_eopd.data.vocabulary import check_prompts, shared_vocab_size
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.models.fit import check_student, check_teacher
@@ -43,6 +43,9 @@ class Inputs:
     """Longest prompt, of both sets, and response together, in tokens."""
     swaps: dict[str, list[tuple[int, int]]]
     """A teacher's section → pairs of token ids that trade places in its distribution."""
+    vocab_size: int
+    """Tokens that student and teachers share, and the loss compares; a model's columns at or past
+    it are padding."""
     engine: EngineChoice
     recording: Recording | None
     """What a run with `rollout.replay` trains on."""
@@ -61,11 +64,13 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     check_student(config, read_hf_config(config.student.hf_path), layout)
     check_files(config.student.hf_path)
     tokenizer = _load_tokenizer(config.student, config.rollout.stop_token_ids)
-    swaps = {}
+    swaps, vocab_size = {}, tokenizer.num_ids
     for section, teacher in config.all_teachers.items():
         _check_layout(teacher, section, config, layout)
         check_files(teacher.hf_path)
-        swaps[section] = _check_vocabulary(teacher, section, config, tokenizer)
+        swaps[section] = _swaps(teacher, section, tokenizer)
+        shared = _shared_vocab_size(teacher, section, config, tokenizer, swaps[section])
+        vocab_size = min(vocab_size, shared)
     reads_references = config.rollout.uses_references and config.rollout.replay is None
     prompts = load_prompts(
         config.data,
@@ -75,10 +80,11 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         max_reference_length=config.rollout.max_response_length if reads_references else None,
     )
     held_out = held_out_prompts(config, tokenizer)
+    check_prompts([*prompts, *held_out], vocab_size, tokenizer)
     longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
     _check_lengths(config, longest, layout)
     resume_from, first_iteration = _resume_from(config, prompts)
-    recording = _recording(config, layout) if trains else None
+    recording = _recording(config, vocab_size, layout) if trains else None
     if recording is not None:
         recording.check_files(range(first_iteration, config.training.train_iters))
     return Inputs(
@@ -87,13 +93,14 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         held_out=held_out,
         max_sequence_length=longest + config.rollout.max_response_length,
         swaps=swaps,
+        vocab_size=vocab_size,
         engine=choose_engine(config),
         recording=recording,
         resume_from=resume_from,
     )
 
 
-def _recording(config: Config, layout: Layout) -> Recording | None:
+def _recording(config: Config, vocab_size: int, layout: Layout) -> Recording | None:
     """What `rollout.replay` names."""
     if config.rollout.replay is None:
         return None
@@ -108,7 +115,7 @@ def _recording(config: Config, layout: Layout) -> Recording | None:
     return Recording(
         config.rollout.replay,
         num_rollouts=config.rollout.batch_size,
-        vocab_size=models[0].vocab_size,
+        vocab_size=vocab_size,
         max_length=max_length,
         teachers=(DEFAULT_TEACHER, *config.teachers),
         refuses_references=(
@@ -131,9 +138,7 @@ def _check_layout(teacher: TeacherConfig, section: str, config: Config, student:
     check_teacher(teacher, section, read_hf_config(teacher.hf_path), layout)
 
 
-def _check_vocabulary(
-    teacher: TeacherConfig, section: str, config: Config, tokenizer: Tokenizer
-) -> list[tuple[int, int]]:
+def _swaps(teacher: TeacherConfig, section: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """Pairs of ids that trade places, by `eos_token_map`."""
     swaps = []
     for pair in teacher.eos_token_map.items():
@@ -150,10 +155,25 @@ def _check_vocabulary(
             f"{section}.eos_token_map={teacher.eos_token_map} names a token twice. Each can trade "
             f"places with one other."
         )
+    return swaps
+
+
+def _shared_vocab_size(
+    teacher: TeacherConfig,
+    section: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    swaps: Sequence[tuple[int, int]],
+) -> int:
     # Ids that were given are the student's: with a map the teacher ends as it says itself.
     stop_ids = () if swaps else config.rollout.stop_token_ids
-    check_same_vocabulary(tokenizer, _load_tokenizer(teacher, stop_ids), section, swaps)
-    return swaps
+    return shared_vocab_size(
+        tokenizer,
+        _load_tokenizer(teacher, stop_ids),
+        section,
+        swaps,
+        exclude_unshared=config.objective.exclude_unshared_tokens,
+    )
 
 
 def _check_lengths(config: Config, longest_prompt: int, layout: Layout) -> None:
@@ -220,8 +240,9 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
     who, stage, fullest = plan_memory(setup).worst
     return {
         "layout": setup.student.layout.describe(),
-        "vocabulary": f"{inputs.tokenizer.vocab_size:,} columns, padded to "
-        f"{_padded(setup.student):,}; tokenizer {inputs.tokenizer.digest[:12]}; responses end with "
+        "vocabulary": f"{inputs.vocab_size:,} tokens are compared; the student has "
+        f"{inputs.tokenizer.vocab_size:,} columns, padded to {_padded(setup.student):,}; tokenizer "
+        f"{inputs.tokenizer.digest[:12]}; responses end with "
         f"{', '.join(map(str, inputs.tokenizer.stop_ids))}",
         **{
             section: _describe_teacher(section, placed, config, inputs)
@@ -267,7 +288,7 @@ def _describe_teacher(section: str, placed: Placed, config: Config, inputs: Inpu
     return (
         f"{placed.layout.describe()}, {options.placement}; {options.payload}, hidden size "
         f"{placed.shape.hidden_size:,}, vocabulary padded to {_padded(placed):,}"
-        f"{f', tokens that trade places {swaps}' if swaps else ''}; same tokenizer"
+        f"{f', tokens that trade places {swaps}' if swaps else ''}"
     )
 
 

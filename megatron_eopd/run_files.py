@@ -5,9 +5,10 @@ import subprocess
 from pathlib import Path
 
 from megatron_eopd import report
-from megatron_eopd.build import Session
+from megatron_eopd.build import Session, make_exporter
 from megatron_eopd.config import Config, changed_options
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.run_log import seconds_since_start
 
@@ -72,7 +73,10 @@ def finish(session: Session, writer: MetricsWriter | None) -> None:
     """The export, which all ranks gather, and the report."""
     config = session.config
     if config.checkpoint.export_hf:
-        session.exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
+        # All of the student's columns, also those that no token uses.
+        columns = read_hf_config(config.student.hf_path).vocab_size
+        exporter = make_exporter(config, session.student.chunks, columns, session.context)
+        exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
     if writer is None:
         return
     writer.close()

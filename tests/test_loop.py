@@ -104,7 +104,6 @@ def run(tmp_path, monkeypatch):
             student=gathering,
             teachers=NotingTeachers(events),
             token_loss=None,
-            exporter=None,
             engine=NotingEngine(events, unsound),
             sync_check=None,
             max_probe_tokens=10,

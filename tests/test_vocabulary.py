@@ -4,13 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_eopd import preflight
 from megatron_eopd.config import load_config
 from megatron_eopd.data.tokenizer import load_tokenizer
-from megatron_eopd.data.vocabulary import check_same_vocabulary
+from megatron_eopd.data.vocabulary import shared_vocab_size
 from megatron_eopd.errors import ConfigError
 from tests.real_data import real_data
+from tests.tiny_models import make_model
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "examples/quickstart/models"
@@ -27,11 +29,10 @@ def spm_file() -> Path:
 
 
 def test_a_model_may_have_more_columns_than_its_tokenizer_has_ids(qwen3, spm_file):
-    """As Qwen3 does: it can sample such an id, and that must not stop a run."""
-    check_same_vocabulary(qwen3, qwen3)
+    """As Qwen3 does: they are padding, also where an answer that somebody else wrote has one."""
     padded = load_tokenizer(spm_file, vocab_size=32_064)
-    check_same_vocabulary(padded, padded)
-    for tokenizer in (qwen3, padded):
+    for tokenizer, size in ((qwen3, 151_669), (padded, 32_000)):
+        assert shared_vocab_size(tokenizer, tokenizer) == size
         word = tokenizer.encode("word")
         last = tokenizer.vocab_size - 1
         assert (
@@ -40,6 +41,67 @@ def test_a_model_may_have_more_columns_than_its_tokenizer_has_ids(qwen3, spm_fil
         for token_id in (-1, last + 1):
             with pytest.raises(ConfigError, match=f"token id {token_id} is not in 0 to {last}"):
                 tokenizer.decode((*word, token_id))
+
+
+def test_widths_of_one_tokenizer_may_differ(spm_file):
+    """Qwen2.5 has 151,936 columns up to 3B and 152,064 from 7B on."""
+    student, teacher = (load_tokenizer(spm_file, vocab_size=n) for n in (32_000, 32_128))
+    assert shared_vocab_size(student, teacher) == shared_vocab_size(teacher, student) == 32_000
+
+
+@pytest.fixture
+def extended(tmp_path) -> Path:
+    """The quick start's teacher with three more tokens, of 112, and columns for them."""
+    path = Path(shutil.copytree(MODELS / "teacher", tmp_path / "extended"))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    tokenizer.save_pretrained(path)
+    make_model("qwen3", path, vocab_size=128)
+    return path
+
+
+def test_a_tokenizer_that_extends_the_other_needs_an_option(check, extended):
+    with pytest.raises(
+        ConfigError,
+        match=r"112 tokens\).*115 tokens\) share their first 112 ids.*3 more: <tool_call>, "
+        r"</tool_call>, <think>\. Set objective\.exclude_unshared_tokens=true",
+    ):
+        check(f"teacher.hf_path={extended}")
+    exclude = "objective.exclude_unshared_tokens=true"
+    assert check(f"teacher.hf_path={extended}", exclude).vocab_size == 112
+    # The other way round: the student's own tokens are left out.
+    teacher = MODELS / "teacher"
+    assert check(f"student.hf_path={extended}", f"teacher.hf_path={teacher}", exclude).vocab_size
+
+
+def test_a_prompt_with_a_token_that_only_the_student_has(check, extended, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1 2"}\n{"prompt": "3 <think> 4"}\n')
+    options = (f"student.hf_path={extended}", f"data.prompts={prompts}", "evaluation.task=none")
+    with pytest.raises(
+        ConfigError, match=r"prompt 1, '3 <think> 4': '<think>' \(id 114\) is none of the 112"
+    ):
+        check(*options, "objective.exclude_unshared_tokens=true")
+
+
+def test_an_end_that_only_the_student_has(check, extended):
+    with pytest.raises(ConfigError, match=r"id 114 ends a response and is none of the 112 tokens"):
+        check(
+            f"student.hf_path={extended}",
+            "rollout.stop_token_ids=[114]",
+            'teacher.eos_token_map={"<think>" = "<eos>"}',
+            "objective.exclude_unshared_tokens=true",
+        )
+
+
+def test_other_tokens_at_the_same_ids_are_shown(check, tmp_path):
+    """Whatever the option says: the loss would compare "+" with "plus"."""
+    other = Path(shutil.copytree(MODELS / "teacher", tmp_path / "other"))
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"+": 100', '"plus": 100'))
+    with pytest.raises(ConfigError, match=r"100 is '\+' to the student and 'plus' to the teacher"):
+        check(f"teacher.hf_path={other}", "objective.exclude_unshared_tokens=true")
 
 
 @pytest.fixture

@@ -73,6 +73,10 @@ class ObjectiveConfig(Section):
     microbatch never exist at once. Saves memory, not time."""
     head_chunk_size: int | None = Field(None, gt=0)
     """Tokens per chunk of the `chunked` head. Default: 4096 on GPU, 256 on CPU."""
+    exclude_unshared_tokens: bool = False
+    """Where one tokenizer has tokens that the other lacks, behind those that both have, as Qwen3's
+    has four more than Qwen2.5's: leave them out of both softmaxes and of the student's samples.
+    Without it such a pair is an error."""
     inplace_backward: bool = False
     """Write the gradient over the student's logits, which saves a tensor of their size. The
     `chunked` head does so anyway where it can."""

@@ -55,12 +55,14 @@ class Exporter:
         self,
         chunks: Sequence[CausalLM],
         hf_config: PretrainedConfig,
+        vocab_size: int,
         context: ParallelContext,
         bucket_bytes: int,
     ) -> None:
+        """`vocab_size`: rows of embedding and LM head that leave, the first so many."""
         self._context = context
         self._heads = head_shape(hf_config)
-        self._vocab = hf_config.vocab_size
+        self._vocab = vocab_size
         layout, groups = context.layout, context.groups
         first_expert_copy = layout.rank_in_stage < layout.ep * layout.expert_tp
         self._gatherings = {

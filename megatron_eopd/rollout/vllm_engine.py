@@ -46,6 +46,7 @@ def launch_vllm(
     dtype: str,
     seed: int,
     max_model_len: int,
+    vocab_size: int,
     rollout: RolloutConfig,
     log_path: Path,
 ) -> EngineProcess:
@@ -54,6 +55,7 @@ def launch_vllm(
 
     model_path: Hugging Face directory; only its config.json is read.
     max_model_len: longest prompt and response together, in tokens.
+    vocab_size: rows of its embedding and LM head, which the weight sync fills.
     """
     if not vllm_available():
         raise EngineError(
@@ -66,7 +68,9 @@ def launch_vllm(
     process.post(
         "start",
         doing="starting",
-        llm_arguments=llm_arguments(model_path, dtype, seed, max_model_len, rollout),
+        llm_arguments=llm_arguments(model_path, dtype, seed, max_model_len, rollout)
+        # Without the padding of the student's columns, of which a sample would be no token.
+        | {"hf_overrides": {"vocab_size": vocab_size}},
         backend=_transfer_backend(rollout),
     )
     return process

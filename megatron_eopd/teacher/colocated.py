@@ -29,12 +29,13 @@ class ColocatedTeacher:
         section: str,
         config: Config,
         swaps: Swaps,
+        vocab_size: int,
         context: ParallelContext,
     ) -> None:
         """Collective over all ranks. `section`: the options' section, for messages."""
         own = colocated_context(teacher, section, config, context)
-        self._model = TeacherModel(teacher, config, swaps, own)
-        self._shape = payload_shape(teacher, config)
+        self._model = TeacherModel(teacher, config, swaps, vocab_size, own)
+        self._shape = payload_shape(teacher, vocab_size, config)
         self._limits = Limits.of(config.training)
         self._device = context.device
         self._wire = GroupWire(dist.group.WORLD, context.device)
@@ -43,7 +44,7 @@ class ColocatedTeacher:
             student=context.layout,
             teacher_first_rank=0,
             teacher_cut=self._model.cut,
-            student_cut=vocab_cut(self._model.cut.vocab_size, config, context.layout.tp),
+            student_cut=vocab_cut(config.student, vocab_size, config, context.layout.tp),
         )
         self.head_VH = self._student_head() if teacher.payload == "hidden" else None
         """With the student's cut, on its last stage; None for other payloads."""

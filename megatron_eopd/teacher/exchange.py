@@ -30,10 +30,10 @@ class PayloadShape:
 
 @dataclass(frozen=True)
 class VocabCut:
-    """A padded vocabulary in equal parts, one for each tensor-parallel rank."""
+    """A model's columns in equal parts, one for each tensor-parallel rank."""
 
     vocab_size: int
-    """Without padding."""
+    """Tokens that student and teacher share; columns at or past it are padding."""
     width: int
     """Columns of a rank, padding included."""
 
@@ -60,7 +60,8 @@ class Route:
     @property
     def is_local(self) -> bool:
         """Whether every rank already has what it needs, once student and teacher pack alike."""
-        return self.teacher_first_rank == 0 and self.teacher.cuts_like(self.student)
+        is_cut_alike = self.teacher_cut == self.student_cut and self.teacher.cuts_like(self.student)
+        return self.teacher_first_rank == 0 and is_cut_alike
 
     def teacher_rank(self, dp_rank: int, tp_rank: int) -> int:
         return self.teacher_first_rank + self.teacher.last_stage_rank(dp_rank, 0, tp_rank)

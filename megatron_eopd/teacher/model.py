@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_eopd.config import Config, TeacherConfig
+from megatron_eopd.config import Config, StudentConfig, TeacherConfig
 from megatron_eopd.data.packing import make_microbatches
 from megatron_eopd.losses.chunked_head import chunk_size
 from megatron_eopd.losses.teacher_top_k import top_k_of_teacher
@@ -43,14 +43,20 @@ class TeacherModel:
     """Its weights, where they are, and `score`."""
 
     def __init__(
-        self, teacher: TeacherConfig, config: Config, swaps: Swaps, context: ParallelContext
+        self,
+        teacher: TeacherConfig,
+        config: Config,
+        swaps: Swaps,
+        vocab_size: int,
+        context: ParallelContext,
     ) -> None:
+        """`vocab_size`: tokens that are compared; columns at or past it are padding."""
         own = {"dtype": config.dtype_of(teacher), "recompute_granularity": None}
         model_config = config.model.model_copy(update=own)
         hf_config = read_hf_config(teacher.hf_path)
         self.hidden_size = hf_config.hidden_size
         self.dtype = model_dtype(teacher, config)
-        self.cut = vocab_cut(hf_config.vocab_size, config, context.layout.tp)
+        self.cut = vocab_cut(teacher, vocab_size, config, context.layout.tp)
         self._teacher, self._config, self._context = teacher, config, context
         self._chunks = build_model(teacher.hf_path, model_config, context)
         errors: list[Exception] = []
@@ -144,9 +150,13 @@ class TeacherModel:
                 parameter.data = data
 
 
-def vocab_cut(vocab_size: int, config: Config, tp: int) -> VocabCut:
-    """How a model with this vocabulary is cut, with the padding of `model.*`."""
-    padded = pad_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, tp)
+def vocab_cut(
+    model: StudentConfig | TeacherConfig, vocab_size: int, config: Config, tp: int
+) -> VocabCut:
+    """How a model's columns are cut, of which the first `vocab_size` are compared. Models of one
+    tokenizer may have other numbers of columns, and so other cuts."""
+    columns = read_hf_config(model.hf_path).vocab_size
+    padded = pad_vocab_size(columns, config.model.make_vocab_size_divisible_by, tp)
     return VocabCut(vocab_size, padded // tp)
 
 
@@ -155,7 +165,7 @@ def model_dtype(teacher: TeacherConfig, config: Config) -> torch.dtype:
     return getattr(torch, config.dtype_of(teacher))
 
 
-def payload_shape(teacher: TeacherConfig, config: Config) -> PayloadShape:
+def payload_shape(teacher: TeacherConfig, vocab_size: int, config: Config) -> PayloadShape:
     """What the teacher's payload consists of, as both ends must know it."""
     hf_config = read_hf_config(teacher.hf_path)
     dtype = model_dtype(teacher, config)
@@ -163,7 +173,7 @@ def payload_shape(teacher: TeacherConfig, config: Config) -> PayloadShape:
         return PayloadShape(HiddenStates, ((dtype, hf_config.hidden_size),))
     if teacher.payload == "logits":
         return PayloadShape(Logits, ((dtype, None),))
-    k = min(config.objective.top_k, hf_config.vocab_size)
+    k = min(config.objective.top_k, vocab_size)
     numbers = (torch.float32, None)
     top_k = ((torch.int64, k), (torch.float32, k), numbers, numbers, numbers)
     return PayloadShape(TeacherTopK, top_k)

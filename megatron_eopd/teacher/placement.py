@@ -58,12 +58,13 @@ def open_teachers(
     config: Config,
     roles: Mapping[str, Role],
     swaps: Mapping[str, Swaps],
+    vocab_size: int,
     store: dist.Store,
     context: ParallelContext,
 ) -> Iterator[TeacherPool]:
     """On the student's ranks. Collective over them; an error of one is raised on all.
 
-    `roles` and `swaps` by section, `store` the job's.
+    `roles` and `swaps` by section, `store` the job's; `vocab_size`: tokens that are compared.
     """
     teachers: dict[str, ColocatedTeacher | SeparateTeacher] = {}
     errors: list[Exception] = []
@@ -72,10 +73,14 @@ def open_teachers(
             with collecting(errors):
                 if section in roles:
                     joint = wire_store(store, section)
-                    opened = SeparateTeacher(teacher, roles[section], config, joint, context)
+                    opened = SeparateTeacher(
+                        teacher, roles[section], config, vocab_size, joint, context
+                    )
                     stack.enter_context(opened)
                 else:
-                    opened = ColocatedTeacher(teacher, section, config, swaps[section], context)
+                    opened = ColocatedTeacher(
+                        teacher, section, config, swaps[section], vocab_size, context
+                    )
                 teachers[name_of(section)] = opened
             raise_together(errors, context.cpu_group)
         heads = {name: t.head_VH for name, t in teachers.items() if t.head_VH is not None}

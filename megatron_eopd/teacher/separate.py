@@ -18,7 +18,6 @@ import torch.distributed as dist
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits
 from megatron_eopd.errors import TeacherError
-from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.parallel.collectives import naming_stage
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout
@@ -83,16 +82,15 @@ class Requests:
 
 
 def make_route(
-    teacher: TeacherConfig, role: Role, config: Config, teachers: Layout, students: Layout
+    teacher: TeacherConfig, vocab_size: int, config: Config, teachers: Layout, students: Layout
 ) -> Route:
     """Between the two worlds; this rank's place is right in the layout of its own."""
-    vocab_size = read_hf_config(teacher.hf_path).vocab_size
     return Route(
         teacher=teachers,
         student=students,
         teacher_first_rank=students.world_size,
-        teacher_cut=vocab_cut(vocab_size, config, teachers.tp),
-        student_cut=vocab_cut(vocab_size, config, students.tp),
+        teacher_cut=vocab_cut(teacher, vocab_size, config, teachers.tp),
+        student_cut=vocab_cut(config.student, vocab_size, config, students.tp),
     )
 
 
@@ -104,6 +102,7 @@ class SeparateTeacher:
         teacher: TeacherConfig,
         role: Role,
         config: Config,
+        vocab_size: int,
         store: dist.Store,
         context: ParallelContext,
     ) -> None:
@@ -115,10 +114,10 @@ class SeparateTeacher:
         students = context.layout
         teachers = separate_layout(teacher, role.name, config, rank=0)
         self._role = role
-        self._route = make_route(teacher, role, config, teachers, students)
+        self._route = make_route(teacher, vocab_size, config, teachers, students)
         self._requests = Requests(store)
         self._number = 0
-        self._shape = payload_shape(teacher, config)
+        self._shape = payload_shape(teacher, vocab_size, config)
         self._limits = Limits.of(config.training)
         self._device = context.device
         minutes = config.parallel.distributed_timeout_minutes
@@ -185,6 +184,7 @@ def serve(
     role: Role,
     config: Config,
     swaps: Swaps,
+    vocab_size: int,
     store: dist.Store,
     students: Layout,
     context: ParallelContext,
@@ -196,7 +196,7 @@ def serve(
     """
     requests = Requests(store)
     try:
-        _serve(teacher, role, config, swaps, requests, students, context)
+        _serve(teacher, role, config, swaps, vocab_size, requests, students, context)
     except Exception as error:
         requests.fail(f"{type(error).__name__}: {error}")
         raise
@@ -207,12 +207,13 @@ def _serve(
     role: Role,
     config: Config,
     swaps: Swaps,
+    vocab_size: int,
     requests: Requests,
     students: Layout,
     context: ParallelContext,
 ) -> None:
-    model = TeacherModel(teacher, config, swaps, context)
-    route = make_route(teacher, role, config, context.layout, students)
+    model = TeacherModel(teacher, config, swaps, vocab_size, context)
+    route = make_route(teacher, vocab_size, config, context.layout, students)
     minutes = config.parallel.distributed_timeout_minutes
     rank, num_ranks = students.world_size + context.layout.rank, students.world_size + role.size
     limits, number = Limits.of(config.training), 0

@@ -52,6 +52,8 @@ class Case:
     """Other sections."""
     swaps: tuple[tuple[int, int], ...] = ()
     """Of every teacher: what eos_token_map comes to."""
+    vocab_size: int | None = None
+    """Tokens that are compared; None for all of the student's columns."""
 
     @property
     def world_size(self) -> int:
@@ -128,6 +130,7 @@ def _rank_main(rank, port, world_size, cases, models, rollouts, out) -> None:
     store = PrefixStore(role.name, job)
     dist.init_process_group("gloo", store=store, rank=rank - role.first_rank, world_size=role.size)
     context = None
+    columns = read_hf_config(models["student"]).vocab_size
     for n, case in enumerate(cases):
         config = case.config(models)
         layout = role.layout(config, rank)
@@ -136,18 +139,21 @@ def _rank_main(rank, port, world_size, cases, models, rollouts, out) -> None:
                 leave_groups()
             context = join_groups(layout, torch.device("cpu"), timeout_minutes=1, seed=1)
         own = PrefixStore(f"case{n}", job)
+        vocab_size = case.vocab_size or columns
         if role.name == STUDENT:
-            _student_case(config, case.swaps, world_size, rollouts, own, context, out / str(n))
+            _student_case(
+                config, case.swaps, vocab_size, world_size, rollouts, own, context, out / str(n)
+            )
         else:
             teacher = config.all_teachers[role.name]
             students = student_layout(config, world_size)
             joint = wire_store(own, role.name)
-            serve(teacher, role, config, case.swaps, joint, students, context)
+            serve(teacher, role, config, case.swaps, vocab_size, joint, students, context)
     leave_groups()
     dist.destroy_process_group()
 
 
-def _student_case(config, swaps, world_size, rollouts, store, context, out) -> None:
+def _student_case(config, swaps, vocab_size, world_size, rollouts, store, context, out) -> None:
     chunks = build_model(config.student.hf_path, config.model, context)
     load_weights(chunks, config.student.hf_path, context)
     hf_config = read_hf_config(config.student.hf_path)
@@ -156,8 +162,8 @@ def _student_case(config, swaps, world_size, rollouts, store, context, out) -> N
     swaps = dict.fromkeys(config.all_teachers, swaps)
     packed = pack(rollouts, Limits.of(config.training), context.layout)
     rounds = rounds_of(packed, exchange_size(config))
-    with open_teachers(config, roles, swaps, store, context) as pool:
-        loss = RecordingLoss(chunks[-1], pool.heads, config, hf_config.vocab_size, context)
+    with open_teachers(config, roles, swaps, vocab_size, store, context) as pool:
+        loss = RecordingLoss(chunks[-1], pool.heads, config, vocab_size, context)
         loss.seen = []
         means = accumulate_gradients(
             student,
@@ -199,7 +205,9 @@ def _whole_gradients(student, hf_config, context) -> dict[str, torch.Tensor]:
     for chunk in student.chunks:
         for parameter in chunk.parameters():
             parameter.data = parameter.main_grad.detach().clone()
-    exporter = Exporter(student.chunks, hf_config, context, bucket_bytes=2**20)
+    exporter = Exporter(
+        student.chunks, hf_config, hf_config.vocab_size, context, bucket_bytes=2**20
+    )
     stage = exporter.manifest.stages[context.layout.pp_rank]
     tensors = [tensor for bucket in exporter.buckets() for tensor in bucket]
     names = [spec.name for bucket in stage for spec in bucket]

@@ -219,7 +219,8 @@ def save_a_run(model, family, hf_dir, out, context):
     student.optimizer.step()  # on no gradients: Adam has moments, and weights have decayed
     position = checkpoint.make_position(1, config.seed, "digest", context)
     checkpoint.save(out / f"run-{family}", student, position, hf_dir, 1, context)
-    exporter = Exporter([model], read_hf_config(hf_dir), context, bucket_bytes=100_000)
+    hf_config = read_hf_config(hf_dir)
+    exporter = Exporter([model], hf_config, hf_config.vocab_size, context, bucket_bytes=100_000)
     exporter.save_hf(hf_dir, out / f"run-{family}-hf")
 
 

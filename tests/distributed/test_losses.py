@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron_eopd.losses import dense_kl_terms, vocab_parallel_kl_terms
 from megatron_eopd.losses.kernels import eager
 from megatron_eopd.losses.vocab_parallel import NonFiniteLogitsError, vocab_parallel_terms
+from megatron_eopd.parallel.layout import pad_vocab_size
 from tests.ranks import run_ranks
 
 # Shapes: N tokens, W whole vocabulary.
@@ -285,6 +286,38 @@ def test_teacher_padded_wider_than_student_on_one_rank():
     wide = torch.nn.functional.pad(teacher, (0, 4), value=50.0)
     found = vocab_parallel_kl_terms(student, wide, vocab_size=8)
     torch.testing.assert_close(found.reverse_kl, dense_kl_terms(student, teacher).reverse_kl)
+
+
+def check_two_widths(columns: dict[str, int], num_tokens: int):
+    """Each model with its own columns, padded as Megatron pads; the tokens are 151,665."""
+    tp, rank = dist.get_world_size(), dist.get_rank()
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (2 * torch.randn(4, num_tokens, generator=generator) for _ in columns)
+    weights = torch.randn(2, 4, generator=generator)
+    expected, expected_grad = dense_gradient(student, teacher, weights)
+    # With one rank the widths stay apart; several ranks pad both to the same.
+    widths = {who: pad_vocab_size(count, 128, tp) // tp for who, count in columns.items()}
+    assert (len(set(widths.values())) == 1) == (tp > 1)
+    shard = cut(student, widths["student"], rank).requires_grad_()
+    found = vocab_parallel_kl_terms(
+        shard,
+        cut(teacher, widths["teacher"], rank),
+        tp_group=dist.group.WORLD,
+        vocab_size=num_tokens,
+        **TEMPERATURES,
+    )
+    (weights[0] * found.reverse_kl + weights[1] * found.forward_kl).sum().backward()
+    for value, reference in zip(found, expected, strict=True):
+        assert ((value - reference).abs() / reference.abs().clamp(min=1)).max() < 1e-5
+    assert relative_error(join(shard.grad, num_tokens), expected_grad) < 1e-5
+
+
+@pytest.mark.parametrize("narrower", ["student", "teacher"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_widths_of_qwen25_match_dense_float64_over_its_tokens(tp, narrower, tmp_path):
+    """151,936 columns up to 3B, 152,064 from 7B on, one tokenizer of 151,665 tokens."""
+    columns = {"student": 152_064, "teacher": 152_064} | {narrower: 151_936}
+    run_ranks(tp, tmp_path, check_two_widths, columns, 151_665)
 
 
 def test_a_token_that_only_the_student_can_write_makes_reverse_kl_infinite():

@@ -118,7 +118,7 @@ def write_metrics(configs, rollouts, tp, pp, path) -> None:
     hf_config = read_hf_config(config.student.hf_path)
     chunks = build_model(config.student.hf_path, config.model, context)
     load_weights(chunks, config.student.hf_path, context)
-    teacher = ColocatedTeacher(config.teacher, "teacher", config, (), context)
+    teacher = ColocatedTeacher(config.teacher, "teacher", config, (), hf_config.vocab_size, context)
     pool = TeacherPool({DEFAULT_TEACHER: teacher}, {DEFAULT_TEACHER: teacher.head_VH}, context)
     found = []
     for config in configs:

@@ -66,7 +66,7 @@ def build(config, context):
     hf_config = read_hf_config(config.student.hf_path)
     chunks = build_model(config.student.hf_path, config.model, context)
     load_weights(chunks, config.student.hf_path, context)
-    teacher = ColocatedTeacher(config.teacher, "teacher", config, (), context)
+    teacher = ColocatedTeacher(config.teacher, "teacher", config, (), hf_config.vocab_size, context)
     pool = TeacherPool({DEFAULT_TEACHER: teacher}, {DEFAULT_TEACHER: teacher.head_VH}, context)
     token_loss = TokenLoss(chunks[-1], pool.heads, config, hf_config.vocab_size, context)
     return make_trainable(chunks, config, context), pool, token_loss

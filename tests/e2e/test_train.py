@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
 from megatron_eopd.metrics.writer import read_metrics
 from tests.tiny_models import make_model
@@ -140,6 +141,35 @@ def test_a_student_of_experts_reaches_the_engine_with_every_step(tmp_path):
     for row in rows:
         assert 0 < row["weight_sync/probe_difference"] < 3e-5
         assert 0 < row["mismatch/logprob_abs_mean"] <= row["mismatch/logprob_abs_p99"] < 1e-4
+
+
+def test_models_of_other_widths_share_the_tokens_that_both_have(tmp_path):
+    """The student has 16 columns of padding, the teacher 32, and its tokenizer two more tokens. No
+    column past the shared tokens is ever sampled, and the engine scores as the trainer does."""
+    models = {"student": 128, "teacher": 144}
+    for seed, (name, columns) in enumerate(models.items()):
+        path = shutil.copytree(MODELS / name, tmp_path / name)
+        make_model("qwen3_tied", path, seed=seed, vocab_size=columns)
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "teacher")
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    options = [f"{name}.hf_path={tmp_path / name}" for name in models]
+    options += ["training.lr=1e-3", "evaluation.task=none", "model.make_vocab_size_divisible_by=8"]
+    refused = train(tmp_path / "run", *options)
+    assert refused.returncode != 0 and "objective.exclude_unshared_tokens=true" in refused.stderr
+    done = train(tmp_path / "run", *options, "objective.exclude_unshared_tokens=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert len(rows) == 3
+    for row in rows:
+        assert 0 < row["weight_sync/probe_difference"] < 3e-5
+        assert 0 < row["mismatch/logprob_abs_mean"] < 1e-4
+    files = sorted((tmp_path / "run/rollouts").iterdir())
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    ids = [i for line in lines for i in line["response_ids"]]
+    assert len(ids) > 1000 and max(ids) == 111, "all 112 tokens are likely, and nothing else"
+    exported = load_file(tmp_path / "run/hf/model.safetensors")["model.embed_tokens.weight"]
+    assert len(exported) == models["student"], "the export has the student's own width"
 
 
 def test_the_same_seed_gives_the_same_run(first_run, tmp_path):
