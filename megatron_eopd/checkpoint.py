@@ -21,9 +21,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_eopd.errors import CheckpointError
+from megatron_eopd.model_paths import is_mcore
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_files import copy_side_files
-from megatron_eopd.models.mcore_files import is_mcore, loading_errors
+from megatron_eopd.models.mcore_files import loading_errors
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.training.optimizer import Trainable
 

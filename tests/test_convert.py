@@ -38,7 +38,7 @@ def test_torchrun_converts_from_any_directory(qwen3_dir, tmp_path):
     ]
     with HFCheckpoint(qwen3_dir) as source:
         assert source.count_dtypes(source.names()) == {torch.float32: 47}
-    assert MCoreCheckpoint(tmp_path / "mcore").dtype("output_layer.weight") == torch.float32
+    assert MCoreCheckpoint(tmp_path / "mcore").embedding_dtype() == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,8 @@ def test_torchrun_converts_from_any_directory(qwen3_dir, tmp_path):
     [
         (["--help"], "An interrupted conversion leaves OUT.unfinished"),
         (["to-hf", "--help"], "--max-shard-size SIZE"),
+        (["to-mcore", "--help"], "--layout {plain,megatron-lm}"),
+        (["to-mcore", "in", "out", "--iteration", "0"], "0 is not a positive number"),
         (["to-hf", "in", "out", "--max-shard-size", "5PB"], "'5PB' is no size; write 500MB or 5GB"),
         (["to-mcore", "in", "out", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["to-mcore", "in"], "the following arguments are required: OUT_DIR"),

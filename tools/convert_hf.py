@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from megatron_eopd.cli import finite
+from megatron_eopd.cli import finite, positive
 
 # Converting is work for disk and CPU. Before torch is imported: then it never meets a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -21,7 +21,9 @@ examples:
   python tools/convert_hf.py to-mcore /models/Qwen3-1.7B-Base /ckpt/qwen3-1.7b
   python tools/convert_hf.py to-mcore Qwen/Qwen3-8B /ckpt/qwen3-8b          # from the hub
   torchrun --nproc_per_node=8 tools/convert_hf.py to-mcore /models/Qwen3-32B /ckpt/qwen3-32b
+  python tools/convert_hf.py to-mcore /models/Qwen3-8B /ckpt/qwen3-8b --layout megatron-lm
   python tools/convert_hf.py to-hf runs/mine/checkpoints/000200 /models/mine --dtype bfloat16
+  python tools/convert_hf.py to-hf /megatron-lm /models/mine --hf-config Qwen/Qwen3-8B  # newest
   python tools/convert_hf.py to-hf /megatron-lm/iter_0001000 /models/mine --hf-config Qwen/Qwen3-8B
   python tools/convert_hf.py check /models/Qwen3-1.7B-Base /ckpt/qwen3-1.7b
   torchrun --nproc_per_node=4 tools/convert_hf.py check /models/Qwen3-8B /ckpt/qwen3-8b \\
@@ -29,6 +31,7 @@ examples:
 
 A run takes either directory as student.hf_path or teacher.hf_path."""
 
+MCORE_HELP = "a checkpoint of any parallel layout, or Megatron-LM's root, whose newest is taken"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -43,7 +46,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RemoteError as error:  # what any rank met, told to all of them
-        if error.__cause__ is not None and not isinstance(error.__cause__, CheckpointError):
+        cause: BaseException | None = error
+        while isinstance(cause, RemoteError):  # a rank may have been told in turn
+            cause = cause.__cause__
+        if cause is not None and not isinstance(cause, (ConfigError, CheckpointError)):
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -73,18 +79,32 @@ def add_to_mcore(commands: argparse._SubParsersAction) -> None:
     command.add_argument("hf", metavar="HF_DIR", help="directory, or a name on the hub")
     command.add_argument("out", metavar="OUT_DIR", type=absolute)
     add_output_options(command)
+    command.add_argument(
+        "--layout",
+        choices=("plain", "megatron-lm"),
+        default="plain",
+        help="plain: the checkpoint is OUT_DIR. megatron-lm: OUT_DIR is what Megatron-LM's --load "
+        "takes, with a tracker file and the checkpoint in OUT_DIR/release (default: plain)",
+    )
+    command.add_argument(
+        "--iteration",
+        type=positive,
+        metavar="N",
+        help="with --layout megatron-lm: count on from here, in OUT_DIR/iter_000000N, instead of a "
+        "release, from which Megatron-LM starts at 0",
+    )
     command.set_defaults(run=run_to_mcore)
 
 
 def add_to_hf(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("to-hf", help="Megatron → Hugging Face")
-    command.add_argument("mcore", metavar="MCORE_DIR", type=Path, help="of any parallel layout")
+    command.add_argument("mcore", metavar="MCORE_DIR", type=Path, help=MCORE_HELP)
     command.add_argument("out", metavar="OUT_DIR", type=absolute)
     add_output_options(command)
     command.add_argument(
         "--hf-config",
         metavar="HF_DIR",
-        help="where config.json and the tokenizer are (default: in MCORE_DIR)",
+        help="where config.json and the tokenizer are (default: in MCORE_DIR, or the root above)",
     )
     command.add_argument(
         "--max-shard-size",
@@ -99,7 +119,7 @@ def add_to_hf(commands: argparse._SubParsersAction) -> None:
 def add_check(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("check", help="compare every tensor, and logits")
     command.add_argument("hf", metavar="HF_DIR", help="directory, or a name on the hub")
-    command.add_argument("mcore", metavar="MCORE_DIR", type=Path)
+    command.add_argument("mcore", metavar="MCORE_DIR", type=Path, help=MCORE_HELP)
     command.add_argument("--no-logits", action="store_true", help="compare tensors only")
     command.add_argument("--prompt", help="text for the logits (default: 32 fixed random tokens)")
     command.add_argument(
@@ -131,12 +151,21 @@ def num_bytes(text: str) -> int:
 
 
 def run_to_mcore(args: argparse.Namespace) -> int:
+    from megatron_eopd.conversion.megatron_lm import Root, load_options
     from megatron_eopd.conversion.to_mcore import to_mcore
+    from megatron_eopd.errors import ConfigError
+    from megatron_eopd.models.hf_config import read_hf_config
 
+    if args.iteration is not None and args.layout != "megatron-lm":
+        raise ConfigError("--iteration is of Megatron-LM's layout. Add --layout megatron-lm.")
+    root = Root(args.iteration) if args.layout == "megatron-lm" else None
     with uncut_ranks(args) as context:
         hf_dir = hf_directory(args.hf, weights=True, context=context)
-        to_mcore(hf_dir, args.out, torch_dtype(args.dtype), args.overwrite, context)
+        to_mcore(hf_dir, args.out, torch_dtype(args.dtype), args.overwrite, context, root)
         say(context, f"{args.out}: a Megatron checkpoint of {args.hf}")
+        if root is not None:
+            options = load_options(root, args.out, read_hf_config(hf_dir), context.layout)
+            say(context, f"Megatron-LM's options: {options}")
     return 0
 
 
@@ -157,6 +186,7 @@ def run_check(args: argparse.Namespace) -> int:
 
     with uncut_ranks(args) as context:
         hf_dir = hf_directory(args.hf, weights=True, context=context)
+        check.check_kinds(hf_dir, args.mcore, with_logits=not args.no_logits)
         token_ids = [] if args.no_logits else prepare_logits(args, hf_dir, context)
         differences = check.compare_tensors(hf_dir, args.mcore, context)
         different = [d for d in differences if d.num_different]

@@ -10,14 +10,16 @@ from pydantic import ValidationError
 from megatron_eopd.config.config import Config
 from megatron_eopd.config.data import BUILT_IN_TASKS
 from megatron_eopd.config.describe import explain
-from megatron_eopd.errors import ConfigError
+from megatron_eopd.errors import CheckpointError, ConfigError
+from megatron_eopd.model_paths import resolve_model
 
 
 def load_config(toml_path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides on top, in order.
 
     A relative path in the file means the file's own directory if it exists there, else the working
-    directory, as it always does on the command line and for `run_dir`.
+    directory, as it always does on the command line and for `run_dir`. A model's path that is a
+    root of Megatron-LM's means the checkpoint that its tracker names.
 
     Raises:
         ConfigError: naming the option, the value, and what would be right.
@@ -34,6 +36,7 @@ def load_config(toml_path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(tree, override)
         missing.pop(override.partition("=")[0], None)  # the command line names another
+    _resolve_models(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -61,6 +64,17 @@ def _resolve_paths(tree: dict[str, Any], directory: Path) -> dict[str, str]:
                 f"{Path(value).absolute()}."
             )
     return missing
+
+
+def _resolve_models(tree: dict[str, Any]) -> None:
+    for option in _input_paths(tree):
+        where, _, key = option.rpartition(".")
+        value = _section(tree, where).get(key)
+        if key == "hf_path" and isinstance(value, str):
+            try:
+                _section(tree, where)[key] = str(resolve_model(Path(value)))
+            except CheckpointError as error:
+                raise ConfigError(f"{option}: {error}") from None
 
 
 def _input_paths(tree: dict[str, Any]) -> list[str]:

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_eopd.config import ModelConfig
 from megatron_eopd.conversion.skeleton import Group, Skeleton, make_skeleton
-from megatron_eopd.conversion.to_hf import check_stored, read_group
-from megatron_eopd.conversion.to_mcore import check_source
+from megatron_eopd.conversion.to_hf import check_stored, read_group, refuse_hugging_face
+from megatron_eopd.conversion.to_mcore import check_source, refuse_megatron
 from megatron_eopd.data.packing import make_microbatches
+from megatron_eopd.model_paths import resolve_checkpoint
 from megatron_eopd.models.build import build_model
 from megatron_eopd.models.fit import check_divides
 from megatron_eopd.models.hf_config import read_hf_config
@@ -44,6 +45,19 @@ class Difference:
     """Largest absolute difference of two elements."""
     num_different: int
     num_elements: int
+
+
+def check_kinds(hf_dir: Path, mcore_dir: Path, with_logits: bool) -> None:
+    """
+    Raises:
+        ConfigError: one directory is what the other should be. CheckpointError: the checkpoint
+            cannot be read, or has no logits.
+    """
+    refuse_megatron(hf_dir)
+    refuse_hugging_face(mcore_dir)
+    checkpoint = MCoreCheckpoint(mcore_dir)
+    if with_logits:
+        checkpoint.check_megatron_reads_it()
 
 
 def compare_tensors(hf_dir: Path, mcore_dir: Path, context: ParallelContext) -> list[Difference]:
@@ -106,7 +120,7 @@ def compare_logits(
     model = chunks[-1].eval()
     errors: list[Exception] = []
     with collecting(errors):
-        load_mcore_weights(chunks, mcore_dir, context)
+        load_mcore_weights(chunks, resolve_checkpoint(mcore_dir), context)
     raise_together(errors, context.cpu_group)
     prompt = Prompt(0, text="", answer="", prompt_ids=tuple(token_ids[:1]))
     response = tuple(token_ids[1:])
@@ -121,7 +135,7 @@ def compare_logits(
     found: list = [None]
     with collecting(errors):
         if context.layout.rank == context.layout.last_stage_leader:
-            stored = MCoreCheckpoint(mcore_dir).dtype("embedding.word_embeddings.weight")
+            stored = MCoreCheckpoint(mcore_dir).embedding_dtype()
             expected_SV = transformers_logits(hf_dir, token_ids, stored)[:-1]
             # NaN for NaN would be no agreement: such logits show nothing.
             distances = (expected_SV - result[0]).abs().nan_to_num(nan=inf, posinf=inf)

@@ -9,12 +9,13 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_eopd.errors import CheckpointError, ConfigError
+from megatron_eopd.model_paths import checkpoints_in
 from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 
@@ -28,18 +29,20 @@ def open_output(
     identity: dict,
     num_bytes: int,
     context: ParallelContext,
+    below: str = "",
 ) -> Path:
     """The directory to write into, with whatever an interrupted conversion left there.
 
     identity: what makes the files what they are; another one starts anew.
+    below: the directory in it that the files will be in.
 
     Raises:
-        ConfigError: `out` exists, or holds the source. CheckpointError: it cannot be written, or
-            there is not enough space on the disk.
+        ConfigError: `out` exists, or holds the source or other checkpoints. CheckpointError: it
+            cannot be written, or there is not enough space on the disk.
     """
 
     def prepare() -> Path:
-        _check_replaceable(out, source, overwrite)
+        _check_replaceable(out, source, overwrite, below)
         unfinished = out.with_name(out.name + ".unfinished")
         mark = unfinished / _IDENTITY
         text = json.dumps(identity, indent=2, sort_keys=True)
@@ -60,13 +63,19 @@ def open_output(
     return from_rank_zero(prepare, context.cpu_group)
 
 
-def _check_replaceable(out: Path, source: Path, overwrite: bool) -> None:
+def _check_replaceable(out: Path, source: Path, overwrite: bool, below: str) -> None:
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         raise ConfigError(f"{out} holds the source, {source}. Give another directory.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file. Give a directory.")
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists. Give another directory, or --overwrite to replace it.")
+    others = [name for name in checkpoints_in(out) if name != below]
+    if others:
+        raise ConfigError(
+            f"{out} also holds {', '.join(others)}, which --overwrite would remove. Give another "
+            f"directory, or move them away."
+        )
 
 
 def write_parts(
@@ -119,11 +128,10 @@ def finish_output(
 def bytes_in(directory: Path) -> int:
     """Of all files, also those that grow or are renamed meanwhile."""
     total = 0
-    for entry in os.scandir(directory):
-        try:
-            total += entry.stat().st_size
-        except FileNotFoundError:
-            continue
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 

@@ -7,10 +7,12 @@ index, config.json and tokenizer, ready for transformers and vLLM.
 from pathlib import Path
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_eopd.conversion.output import finish_output, open_output, write_parts
 from megatron_eopd.conversion.skeleton import Group, Skeleton, make_skeleton
 from megatron_eopd.errors import CheckpointError, ConfigError
+from megatron_eopd.model_paths import config_dir_of, is_hugging_face, is_mcore
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import (
     PlannedFile,
@@ -39,12 +41,14 @@ def to_hf(
 ) -> None:
     """Collective over all ranks, in a context in which nothing is cut.
 
-    hf_config_dir: where config.json and the tokenizer are; None: in mcore_dir.
+    mcore_dir: a checkpoint, or the root whose tracker names one.
+    hf_config_dir: where config.json and the tokenizer are; None: in the checkpoint or its root.
     dtype: of the output; None keeps the checkpoint's.
 
     Raises:
         ConfigError, CheckpointError: nothing named `out` is left behind.
     """
+    refuse_hugging_face(mcore_dir)
     side_files = hf_config_dir or config_dir_of(mcore_dir)
     skeleton = make_skeleton(read_hf_config(side_files), context)
     checkpoint = MCoreCheckpoint(mcore_dir)
@@ -76,15 +80,16 @@ def to_hf(
     finish_output(directory, out, last_files, context)
 
 
-def config_dir_of(mcore_dir: Path) -> Path:
-    if not mcore_dir.is_dir():
-        raise ConfigError(f"{mcore_dir}: no such directory.")
-    if not (mcore_dir / "config.json").is_file():
+def refuse_hugging_face(mcore_dir: Path) -> None:
+    """
+    Raises:
+        ConfigError: it is the other kind of directory.
+    """
+    if is_hugging_face(mcore_dir) and not is_mcore(mcore_dir):
         raise ConfigError(
-            f"{mcore_dir}: no config.json beside the weights. Give the directory that has it (and "
-            f"the tokenizer) with --hf-config."
+            f"{mcore_dir}: is a Hugging Face directory, where a Megatron checkpoint belongs. The "
+            f"other way is: python tools/convert_hf.py to-mcore {mcore_dir} OUT_DIR."
         )
-    return mcore_dir
 
 
 def check_stored(checkpoint: MCoreCheckpoint, skeleton: Skeleton) -> None:
@@ -92,11 +97,7 @@ def check_stored(checkpoint: MCoreCheckpoint, skeleton: Skeleton) -> None:
     Raises:
         CheckpointError: listing every weight that is missing, unexpected or of another shape.
     """
-    pieces = [
-        piece
-        for group in skeleton.groups
-        for piece in pieces_of(group.item, torch.empty(group.shape, device="meta"))
-    ]
+    pieces = [piece for group in skeleton.groups for piece in _pieces(group, checkpoint)]
     problems = [problem for piece in pieces if (problem := checkpoint.problem(piece))]
     unexpected = checkpoint.unexpected({piece.key for piece in pieces})
     problems += [f"{key}: unexpected, the model has no such weight" for key in unexpected]
@@ -108,22 +109,30 @@ def check_stored(checkpoint: MCoreCheckpoint, skeleton: Skeleton) -> None:
 
 def read_group(group: Group, checkpoint: MCoreCheckpoint, skeleton: Skeleton) -> list[torch.Tensor]:
     """The whole HF tensors of a parameter, in the order of its names."""
-    pieces = pieces_of(group.item, torch.empty(group.shape, device="meta"))
+    pieces = _pieces(group, checkpoint)
     if len(pieces) == 1:
         parameter = checkpoint.read(pieces[0])
     else:
-        dtype = checkpoint.dtype(pieces[0].key)
-        parameter = torch.empty(group.shape, dtype=dtype)
-        for piece in pieces_of(group.item, parameter):
+        parameter = torch.empty(group.shape, dtype=checkpoint.dtype(pieces[0]))
+        for piece in _pieces(group, checkpoint, parameter):
             piece.data.copy_(checkpoint.read(piece))
     return join(group.weight.row.split, [parameter], skeleton.heads, skeleton.vocab_size)
+
+
+def _pieces(
+    group: Group, checkpoint: MCoreCheckpoint, parameter: torch.Tensor | None = None
+) -> list[ShardedTensor]:
+    """How this checkpoint addresses a parameter, as views of it where it is given."""
+    if parameter is None:
+        parameter = torch.empty(group.shape, device="meta")
+    return pieces_of(checkpoint.stored_as(group.item), parameter)
 
 
 def _specs(
     group: Group, checkpoint: MCoreCheckpoint, dtype: torch.dtype | None
 ) -> list[TensorSpec]:
-    first = pieces_of(group.item, torch.empty(group.shape, device="meta"))[0]
-    kept = str(dtype or checkpoint.dtype(first.key)).removeprefix("torch.")
+    first = _pieces(group, checkpoint)[0]
+    kept = str(dtype or checkpoint.dtype(first)).removeprefix("torch.")
     return [TensorSpec(name, kept, shape) for name, shape in group.hf_shapes.items()]
 
 

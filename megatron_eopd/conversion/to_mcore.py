@@ -1,7 +1,8 @@
 """Hugging Face → Megatron distributed checkpoint, which loads at any TP, PP and EP.
 
 The output also gets config.json and the tokenizer, so that its path can stand wherever a Hugging
-Face directory can: in a run's `student.hf_path`, and in the way back.
+Face directory can: in a run's `student.hf_path`, and in the way back. With a Root it lies one level
+lower, as Megatron-LM's --load wants it.
 """
 
 from functools import partial
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_eopd.conversion.megatron_lm import Root
 from megatron_eopd.conversion.output import finish_output, open_output, write_parts
 from megatron_eopd.conversion.skeleton import WHOLE, Group, Skeleton, make_skeleton
-from megatron_eopd.errors import CheckpointError
+from megatron_eopd.errors import CheckpointError, ConfigError
+from megatron_eopd.model_paths import is_hugging_face, is_mcore, resolve_checkpoint
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint, copy_side_files, fingerprint
 from megatron_eopd.models.hf_weights import fill_shard
@@ -23,16 +26,24 @@ PART_BYTES = 512 * 2**20
 
 
 def to_mcore(
-    hf_dir: Path, out: Path, dtype: torch.dtype | None, overwrite: bool, context: ParallelContext
+    hf_dir: Path,
+    out: Path,
+    dtype: torch.dtype | None,
+    overwrite: bool,
+    context: ParallelContext,
+    root: Root | None = None,
 ) -> None:
     """Collective over all ranks, in a context in which nothing is cut.
 
     dtype: of the output; None keeps the checkpoint's, which must then be one.
+    root: write Megatron-LM's layout; None: the checkpoint is `out` itself.
 
     Raises:
         ConfigError, CheckpointError: nothing named `out` is left behind.
     """
-    skeleton = make_skeleton(read_hf_config(hf_dir), context)
+    refuse_megatron(hf_dir)
+    hf_config = read_hf_config(hf_dir)
+    skeleton = make_skeleton(hf_config, context)
     with HFCheckpoint(hf_dir) as checkpoint:
         check_source(checkpoint, skeleton)
         dtype = dtype or only_dtype(checkpoint, skeleton)
@@ -46,17 +57,40 @@ def to_mcore(
             "source": [*checkpoint.fingerprint(), *fingerprint([hf_dir / "config.json"])],
             "dtype": str(dtype),
             "part": PART_BYTES,
+            "below": root.name if root else "",
         }
-        directory = open_output(out, hf_dir, overwrite, identity, num_bytes, context)
+        unfinished = open_output(
+            out, hf_dir, overwrite, identity, num_bytes, context, below=identity["below"]
+        )
+        directory = unfinished / identity["below"]
+        directory.mkdir(exist_ok=True)
         parts = fill_parts(sources)
         writer = MCoreWriter(directory, parts, skeleton.objects)
-        write_parts(len(parts), writer.is_written, writer.write_part, directory, num_bytes, context)
+        write_parts(
+            len(parts), writer.is_written, writer.write_part, unfinished, num_bytes, context
+        )
 
     def last_files() -> None:
         copy_side_files(hf_dir, directory)
-        writer.finish()
+        if root is None:
+            writer.finish({})
+        else:
+            writer.finish(root.common_state(hf_config, context.layout))
+            root.write_tracker(unfinished)
 
-    finish_output(directory, out, last_files, context)
+    finish_output(unfinished, out, last_files, context)
+
+
+def refuse_megatron(hf_dir: Path) -> None:
+    """
+    Raises:
+        ConfigError: it is the other kind of directory. CheckpointError: and none that can be read.
+    """
+    if not is_hugging_face(hf_dir) and is_mcore(resolve_checkpoint(hf_dir)):
+        raise ConfigError(
+            f"{hf_dir}: is a Megatron checkpoint, where a Hugging Face directory belongs. The "
+            f"other way is: python tools/convert_hf.py to-hf {hf_dir} OUT_DIR."
+        )
 
 
 def check_source(checkpoint: HFCheckpoint, skeleton: Skeleton) -> None:

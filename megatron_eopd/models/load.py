@@ -1,6 +1,7 @@
 """Weights of a model at start-up, from a Hugging Face directory or a Megatron checkpoint.
 
-Both hold config.json and the tokenizer, so one path says everything about a model.
+Both hold config.json and the tokenizer, so one path says everything about a model. It may be a root
+of Megatron-LM's that holds those two, and its newest checkpoint the weights.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,12 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron_eopd.model_paths import is_mcore, resolve_checkpoint
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint
 from megatron_eopd.models.hf_weights import load_hf_weights
-from megatron_eopd.models.mcore_files import MCoreCheckpoint, is_mcore, loading_errors
+from megatron_eopd.models.mcore_files import MCoreCheckpoint, loading_errors
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 
@@ -25,8 +27,8 @@ def check_files(path: Path) -> None:
     Raises:
         CheckpointError: one is missing or damaged.
     """
-    if is_mcore(path):
-        MCoreCheckpoint(path)
+    if is_mcore(resolve_checkpoint(path)):
+        _open(path)
     else:
         with HFCheckpoint(path):
             pass
@@ -38,7 +40,7 @@ def load_weights(chunks: Sequence[CausalLM], path: Path, context: ParallelContex
     Raises:
         CheckpointError: missing, damaged, or of another model.
     """
-    if is_mcore(path):
+    if is_mcore(resolve_checkpoint(path)):
         load_mcore_weights(chunks, path, context)
     else:
         load_hf_weights(chunks, path, read_hf_config(path), context.layout, context.cpu_group)
@@ -50,11 +52,11 @@ def load_mcore_weights(chunks: Sequence[CausalLM], path: Path, context: Parallel
     # the collectives of loading when one of them cannot read.
     errors: list[Exception] = []
     with collecting(errors):
-        check_files(path)
+        checkpoint = _open(path)
     raise_together(errors, context.cpu_group)
-    state = {str(n): _tensors_of(chunk) for n, chunk in enumerate(chunks)}
-    with loading_errors(path):
-        loaded = dist_checkpointing.load(state, str(path))
+    state = {str(n): _tensors_of(chunk, checkpoint) for n, chunk in enumerate(chunks)}
+    with loading_errors(checkpoint.path):
+        loaded = dist_checkpointing.load(state, str(checkpoint.path))
     for n, chunk in enumerate(chunks):
         parameters = dict(chunk.named_parameters())
         missing = parameters.keys() - loaded[str(n)].keys()
@@ -63,7 +65,16 @@ def load_mcore_weights(chunks: Sequence[CausalLM], path: Path, context: Parallel
             parameter.data.copy_(loaded[str(n)][name])
 
 
-def _tensors_of(chunk: CausalLM) -> dict[str, Any]:
+def _open(path: Path) -> MCoreCheckpoint:
+    checkpoint = MCoreCheckpoint(path)
+    checkpoint.check_megatron_reads_it()
+    return checkpoint
+
+
+def _tensors_of(chunk: CausalLM, checkpoint: MCoreCheckpoint) -> dict[str, Any]:
     """Objects are TransformerEngine's float8 scales, which no layer here has a use for."""
-    state = chunk.sharded_state_dict()
-    return {name: item for name, item in state.items() if not isinstance(item, ShardedObject)}
+    return {
+        name: checkpoint.stored_as(item)
+        for name, item in chunk.sharded_state_dict().items()
+        if not isinstance(item, ShardedObject)
+    }

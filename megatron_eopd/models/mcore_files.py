@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -42,7 +43,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_eopd.errors import CheckpointError
+from megatron_eopd.model_paths import resolve_checkpoint
 from megatron_eopd.models.hf_files import fingerprint
+from megatron_eopd.models.mcore_keys import EMBEDDING, style_of
 from megatron_eopd.parallel.collectives import lost_rank, tells_of_lost_rank
 
 CHUNK_BYTES = 32 * 2**20
@@ -51,11 +54,6 @@ CHUNK_BYTES = 32 * 2**20
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Offsets = tuple[int, ...]
-
-
-def is_mcore(path: Path) -> bool:
-    """Whether the directory is a Megatron checkpoint, complete or not."""
-    return (Path(path) / "metadata.json").is_file() or (Path(path) / ".metadata").is_file()
 
 
 @contextmanager
@@ -93,20 +91,17 @@ def pieces_of(item: ShardedBase, data: torch.Tensor) -> list[ShardedTensor]:
 
 
 class MCoreCheckpoint:
-    """Reads any part of any tensor.
+    """Reads any part of any tensor: the weights that a path means, by whatever keys they have.
 
     Raises:
-        CheckpointError: the checkpoint was not finished, or its description is damaged.
+        CheckpointError: the checkpoint was not finished, its description is damaged, or it has
+            another format.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        for marker in (".metadata", "metadata.json"):  # written after all data, in this order
-            if not (self.path / marker).is_file():
-                raise CheckpointError(
-                    f"{path}: no finished Megatron checkpoint of the format torch_dist (no "
-                    f"{marker} in it)."
-                )
+        self.path = path = resolve_checkpoint(path)
+        if not (path / ".metadata").is_file():
+            raise _unfinished(path, ".metadata")
         self._chunks_of: dict[str, dict[Offsets, list[ChunkStorageMetadata]]] = {}
         self._reader = FileSystemReader(self.path)
         try:
@@ -121,6 +116,13 @@ class MCoreCheckpoint:
             raise CheckpointError(
                 f"{path}: files are missing or truncated: {', '.join(problems)}. Copy it again."
             )
+        self._keys = self._metadata.state_dict_metadata
+        self._style = style_of(self._keys)
+        self.is_megatrons = (path / "metadata.json").is_file()
+        """Else torch's own (Megatron-LM's torch_dcp and fsdp_dtensor), of a state dict in another,
+        whose keys therefore have a prefix."""
+        if not self.is_megatrons and not self._style.prefix:
+            raise _unfinished(path, "metadata.json")
 
     def _file_problems(self) -> Iterator[str]:
         ends: dict[str, int] = defaultdict(int)
@@ -137,12 +139,38 @@ class MCoreCheckpoint:
         """Changes when the checkpoint does."""
         return fingerprint([self.path / ".metadata"])
 
-    def dtype(self, key: str) -> torch.dtype:
-        return self._tensor(key).properties.dtype
+    def check_megatron_reads_it(self) -> None:
+        """
+        Raises:
+            CheckpointError: Megatron-Core itself has no way to load it.
+        """
+        if not self.is_megatrons:
+            raise CheckpointError(
+                f"{self.path}: is a checkpoint of torch.distributed.checkpoint (Megatron-LM's "
+                f"torch_dcp or fsdp_dtensor), which Megatron-Core cannot load. Convert it first: "
+                f"python tools/convert_hf.py to-hf {self.path} OUT_DIR. (check compares its "
+                f"tensors with --no-logits.)"
+            )
+
+    def stored_as(self, item: ShardedBase) -> ShardedBase:
+        """The item of Megatron's state under the keys of this checkpoint."""
+        if not isinstance(item, ShardedTensorFactory):
+            return self._style.ask(item, self._keys) if isinstance(item, ShardedTensor) else item
+
+        def build(*args: Any) -> list[ShardedBase]:
+            return [self.stored_as(piece) for piece in item.build_fn(*args)]
+
+        return replace(item, build_fn=build)
+
+    def dtype(self, piece: ShardedTensor) -> torch.dtype:
+        return self._keys[piece.key].properties.dtype
+
+    def embedding_dtype(self) -> torch.dtype:
+        return self._keys[self._style.prefix + EMBEDDING].properties.dtype
 
     def problem(self, piece: ShardedTensor) -> str | None:
         """Why this piece cannot be read, if it cannot."""
-        stored = self._metadata.state_dict_metadata.get(piece.key)
+        stored = self._keys.get(piece.key)
         if not isinstance(stored, TensorStorageMetadata):
             return f"{piece.key}: missing"
         shape = tuple(stored.size)
@@ -155,13 +183,13 @@ class MCoreCheckpoint:
         return None
 
     def unexpected(self, keys: set[str]) -> list[str]:
-        """Weights that are stored under other keys than these; an optimizer's state is none."""
+        """Weights that are stored under other keys than these."""
         return sorted(
             key
-            for key, stored in self._metadata.state_dict_metadata.items()
+            for key, stored in self._keys.items()
             if isinstance(stored, TensorStorageMetadata)
             and key not in keys
-            and not key.startswith(("optimizer.", "chained_"))
+            and self._style.is_weight(key)
         )
 
     def read(self, piece: ShardedTensor) -> torch.Tensor:
@@ -176,7 +204,7 @@ class MCoreCheckpoint:
             raise CheckpointError(f"{self.path}: parts of {piece.key} are missing.")
         if len(overlaps) == 1:
             return self._load(piece.key, *overlaps[0]).view(piece.local_shape)
-        out = torch.empty(shape, dtype=self.dtype(piece.key))
+        out = torch.empty(shape, dtype=self.dtype(piece))
         for chunk, overlap in overlaps:
             place = tuple(
                 slice(part.start - start, part.stop - start)
@@ -185,14 +213,11 @@ class MCoreCheckpoint:
             out[place] = self._load(piece.key, chunk, overlap)
         return out.view(piece.local_shape)
 
-    def _tensor(self, key: str) -> TensorStorageMetadata:
-        return self._metadata.state_dict_metadata[key]
-
     def _chunks(self, key: str, num_prepended: int) -> dict[Offsets, list[ChunkStorageMetadata]]:
         """By layer (and expert): scanning all of them for every read would be quadratic."""
         if key not in self._chunks_of:
             chunks = self._chunks_of[key] = defaultdict(list)
-            for chunk in self._tensor(key).chunks:
+            for chunk in self._keys[key].chunks:
                 chunks[tuple(chunk.offsets[:num_prepended])].append(chunk)
         return self._chunks_of[key]
 
@@ -210,6 +235,13 @@ class MCoreCheckpoint:
                 for part, start in zip(overlap, chunk.offsets, strict=True)
             )
         ]
+
+
+def _unfinished(path: Path, marker: str) -> CheckpointError:
+    """marker: `.metadata` or `metadata.json`, which are written after all data, in this order."""
+    return CheckpointError(
+        f"{path}: no finished Megatron checkpoint of the format torch_dist (no {marker} in it)."
+    )
 
 
 def _with_prepended(piece: ShardedTensor) -> tuple[int, ...]:
@@ -278,14 +310,17 @@ class MCoreWriter:
         unfinished.write_bytes(pickle.dumps(results))
         unfinished.rename(self._contents(number))
 
-    def finish(self) -> None:
-        """Once, after all parts are written."""
+    def finish(self, common: dict[str, Any]) -> None:
+        """Once, after all parts are written.
+
+        common: what belongs to no tensor, for Megatron-LM; a run has no need of it.
+        """
         lists = [self._contents(number) for number in range(len(self._parts))]
         results: list[list[WriteResult]] = [pickle.loads(path.read_bytes()) for path in lists]
         self._writer.finish(self._metadata, results)
         save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
         # 0.16 asks for this file; 0.19 keeps its like elsewhere and still reads this one.
-        torch.save({}, self._directory / "common.pt")
+        torch.save(common, self._directory / "common.pt")
         for path in lists:
             path.unlink()
 
