@@ -8,7 +8,6 @@ import torch.distributed as dist
 from transformers import Qwen3ForCausalLM
 
 from megatron_eopd.config import RolloutConfig, WeightSyncConfig
-from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.records import Prompt
 from megatron_eopd.rollout.vllm_engine import VllmEngine, launch_vllm
 from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
@@ -89,7 +88,7 @@ class ToyTrainer:
             "dtype": self.dtype,
             "seed": 1,
             "max_model_len": max_model_len,
-            "vocab_size": read_hf_config(self.hf_dir).vocab_size,
+            "vocab_size": self.model.config.vocab_size,
             "rollout": rollout,
             "log_path": log_path,
         }
