@@ -21,6 +21,7 @@ from megatron_eopd.data.tokenizer import (
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
 from tests.real_data import real_data
+from tests.tiny_tokenizers import CHATML, bos_in_front, byte_level, write
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "examples/quickstart/models"
@@ -155,6 +156,56 @@ def test_a_variable_with_a_default_in_the_template_counts_as_read(tmp_path):
         ours.encode_chat([Turn("user", "1")], wrod="8")
 
 
+def test_a_byte_level_tokenizer_keeps_its_spaces_whatever_its_class_is_called(tmp_path):
+    """DeepSeek's are so; AutoTokenizer builds a Llama tokenizer from the vocabulary, without."""
+    library = byte_level()
+    path = write(tmp_path, library, tokenizer_class="LlamaTokenizerFast")
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(path)
+    for text in CORPUS:
+        assert list(tokenizer.encode(text)) == library.encode(text).ids
+        assert tokenizer.show(tokenizer.encode(text)) == text
+
+
+# --- what stands in front of a prompt -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["two", "<bos>two", "<bos><bos>two", "", "<bos>"])
+@pytest.mark.parametrize("says", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+def test_a_prompt_begins_with_one_bos_or_none(tmp_path, text, says):
+    """As the post-processor of tokenizer.json has it, unless the configuration says otherwise."""
+    for library, default in ((byte_level(), False), (bos_in_front(byte_level()), True)):
+        tokenizer = load_tokenizer(write(tmp_path, library, **says))
+        wants = says.get("add_bos_token", default) or "<bos>" in text
+        bare = library.encode(text.replace("<bos>", ""), add_special_tokens=False).ids
+        assert list(tokenizer.encode(text)) == [tokenizer.bos_id] * wants + bare
+        assert tokenizer.encode_response("two")[0] != tokenizer.bos_id
+
+
+def test_nothing_stands_behind_a_prompt(tmp_path):
+    """Some post-processors put an end of sequence there, for training on whole texts."""
+    library = byte_level()
+    ids = [(token, library.token_to_id(token)) for token in ("<bos>", "<eos>")]
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=ids
+    )
+    tokenizer = load_tokenizer(write(tmp_path, library))
+    assert tokenizer.show(tokenizer.encode("two plus")) == "<bos>two plus"
+
+
+@pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML])
+def test_a_chat_has_the_bos_of_its_template_alone(tmp_path, template):
+    path = write(tmp_path, bos_in_front(byte_level()), add_bos_token=True, chat_template=template)
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode_chat([Turn("user", "two plus")])
+    assert ids.count(tokenizer.bos_id) == template.count("bos_token")
+    assert tokenizer.encode_chat([Turn("user", "<bos>two plus")]) == ids
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ bos_token }}{{ messages[0].content }}")
+    bare = tokenizer.with_template(None, file)
+    assert bare.show(bare.encode_chat([Turn("user", "<bos>two")])) == "<bos>two"
+
+
 # --- SentencePiece ------------------------------------------------------------------------------
 
 
@@ -206,6 +257,21 @@ def test_given_stop_ids_come_before_all_others():
     assert load_tokenizer(MODELS / "student", stop_ids=(3, 4)).stop_ids == (3, 4)
 
 
+def test_the_model_s_own_ends_stay_known_beside_those_given(tmp_path):
+    path = write(tmp_path)
+    (path / "generation_config.json").write_text('{"eos_token_id": [3, 1]}')
+    tokenizer = load_tokenizer(path, stop_ids=[2])
+    assert tokenizer.stop_ids == (2,) and tokenizer.own_stop_ids == (3, 1)
+    (path / "config.json").write_text('{"eos_token_id": 2}')
+    for nothing in ("[]", "null"):
+        (path / "generation_config.json").write_text(f'{{"eos_token_id": {nothing}}}')
+        assert load_tokenizer(path).stop_ids == (2,)
+    for wrong in ('"<eos>"', '["<eos>"]', "true", "1.0"):
+        (path / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
+        with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id=.* neither"):
+            load_tokenizer(path).stop_ids  # noqa: B018, reading it is what is tested
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 
@@ -221,7 +287,7 @@ def test_what_is_no_tokenizer_is_named(spm_file, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version"')
     with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         load_tokenizer(tmp_path)
-    for content in (b"", b"text", spm_file.read_bytes()[:-1000]):
+    for content in (b"text", spm_file.read_bytes()[:-1000]):
         path = tmp_path / "broken.model"
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"broken\.model: not a SentencePiece model"):
@@ -237,3 +303,45 @@ def test_a_tokenizer_without_an_end_of_sequence(tmp_path):
     with pytest.raises(ConfigError, match=r"no end-of-sequence id.*Set rollout\.stop_token_ids"):
         load_tokenizer(model).stop_ids  # noqa: B018, reading it is what is tested
     assert load_tokenizer(model, stop_ids=(5,)).stop_ids == (5,)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11422654\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "tokenizer.model"]
+)
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "is empty"), (b" \n", "is empty"), (POINTER, "git lfs pull")]
+)
+def test_files_that_stand_for_others_are_named(tmp_path, name, content, said):
+    path = write(tmp_path)
+    (path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name}: .*{said}"):
+        load_tokenizer(path).stop_ids  # noqa: B018, generation_config.json is read then
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"a": "ü"}'.encode("utf-16"), "byte order mark"),
+        ('{"a": "ü"}'.encode("utf-8-sig"), "byte order mark"),
+        ('{"a": "ü"}'.encode("latin-1"), "not UTF-8"),
+        (b'{"a": 1', "not valid JSON .*line 1"),
+        (b"[1]", "expected a JSON object"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_damaged_configurations_are_named(tmp_path, name, content, said):
+    path = write(tmp_path)
+    (path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name}: .*{said}"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("content", [b'{"version"', b"{}", '{"ü": 1}'.encode("utf-16"), b"[]"])
+def test_a_damaged_tokenizer_file_is_named(tmp_path, content):
+    path = write(tmp_path)
+    (path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: "):
+        load_tokenizer(path)

@@ -1,0 +1,159 @@
+"""Tokenizers in Hugging Face directories. In: a directory. Out: a Tokenizer.
+
+tokenizer.json is read as it stands. AutoTokenizer would build some classes anew from its vocabulary
+alone: a byte-level one of class LlamaTokenizerFast, as DeepSeek's are, then loses every space.
+"""
+
+import copy
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from megatron_eopd.data.templates import ChatTemplate, choose_template
+from megatron_eopd.data.text_files import check_is_content, read_json_object, read_text
+from megatron_eopd.data.tokenizer_base import Tokenizer
+from megatron_eopd.errors import ConfigError
+from megatron_eopd.records import Turn
+
+CONFIG = "tokenizer_config.json"
+_JSON_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json")
+_TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.json")
+_OTHER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A directory with tokenizer.json, or whatever else transformers can read."""
+
+    def __init__(
+        self, path: Path, model_path: Path, vocab_size: int | None, stop_ids: Sequence[int]
+    ) -> None:
+        config = _checked_config(path)
+        self.library = _load(path)
+        """The tokenizer of transformers."""
+        self.bos_id = self.library.bos_token_id
+        self.eos_id = self.library.eos_token_id
+        self.pad_id = self.library.pad_token_id
+        self._front = self._find_front(config.get("add_bos_token"))
+        self._template: ChatTemplate | None = None
+        super().__init__(path, model_path, vocab_size, stop_ids)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        ids = self.encode_response(text)
+        has_front = ids[: len(self._front)] == self._front
+        return self._with_one_bos(ids if has_front else self._front + ids)
+
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        return tuple(self.library.encode(text, add_special_tokens=False))
+
+    def encode_chat(self, turns: Sequence[Turn], /, **options: Any) -> tuple[int, ...]:
+        # A template brings its own beginning of sequence, if the model wants one.
+        return self._with_one_bos(self.encode_response(self.render_chat(turns, **options)))
+
+    def render_chat(
+        self, turns: Sequence[Turn], /, *, begin_answer: bool = True, **options: Any
+    ) -> str:
+        if self._template is None:
+            self._template = choose_template(self.path)
+        bos = self.library.bos_token or ""
+        # A prompt that was written for use without a template may begin with it.
+        turns = [turn._replace(content=turn.content.removeprefix(bos)) for turn in turns]
+        special_tokens = self.library.special_tokens_map
+        return self._template.render(turns, special_tokens, options, begin_answer=begin_answer)
+
+    def with_template(self, name: str | None, file: Path | None) -> "HuggingFaceTokenizer":
+        other = copy.copy(self)
+        other._template = choose_template(self.path, name, file)
+        return other
+
+    def _find_front(self, wants_bos: bool | None) -> tuple[int, ...]:
+        """What stands before every prompt: what the tokenizer's own post-processor puts there, and
+        the beginning of sequence as tokenizer_config.json's add_bos_token says, if it does.
+
+        transformers 4 rebuilt the post-processor of Llama's, Gemma's and other classes by that
+        word, and models were trained and served so; transformers 5 does not read it.
+        """
+        plain = self.library.encode("a0", add_special_tokens=False)
+        whole = self.library.encode("a0") if plain else []
+        front = tuple(takewhile(lambda i: i not in plain, whole))
+        if self.bos_id is None or wants_bos is None or wants_bos == (self.bos_id in front):
+            return front
+        return (self.bos_id, *front) if wants_bos else tuple(i for i in front if i != self.bos_id)
+
+    def _with_one_bos(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        first = next((n for n, i in enumerate(ids) if i != self.bos_id), len(ids))
+        return ids[max(first - 1, 0) :]
+
+    def _decode(self, token_ids: list[int], *, special: bool) -> str:
+        # No cleaning up, which takes out the space before a comma that the model did write.
+        return self.library.decode(
+            token_ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+
+    def _id_of_token(self) -> dict[str, int]:
+        return self.library.get_vocab()
+
+    def __len__(self) -> int:
+        return len(self.library)
+
+
+def _load(path: Path) -> PreTrainedTokenizerBase:
+    has_json = (path / "tokenizer.json").is_file()
+    try:
+        tokenizer = (PreTrainedTokenizerFast if has_json else AutoTokenizer).from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, chat_template=None
+        )
+    # A damaged file raises whatever comes of it: KeyError, TypeError, a bare Exception.
+    except Exception as error:
+        if has_json:
+            _check_json(path / "tokenizer.json")
+        raise ConfigError(
+            f"{path}: no tokenizer can be loaded ({error!r}). Copy tokenizer.json and {CONFIG} "
+            f"there again, or set student.tokenizer."
+        ) from None
+    # Without tokenizer.json transformers makes one that is still to be trained.
+    if len(tokenizer) == len(tokenizer.added_tokens_decoder):
+        raise ConfigError(
+            f"{path}: the tokenizer there has special tokens only. Copy tokenizer.json there."
+        )
+    return tokenizer
+
+
+def _check_json(path: Path) -> None:
+    try:
+        tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no other class
+        raise ConfigError(
+            f"{path}: no tokenizer can be loaded ({error}). Copy or download it again."
+        ) from None
+
+
+def _checked_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, if there is one.
+
+    Raises:
+        ConfigError: a file is not what its name says, or the tokenizer is Python code of its own.
+    """
+    for names, check in (
+        (_JSON_FILES, read_json_object),
+        (_TEXT_FILES, read_text),
+        (_OTHER_FILES, check_is_content),
+    ):
+        for name in names:
+            if (path / name).is_file():
+                check(path / name)
+    config = read_json_object(path / CONFIG) if (path / CONFIG).is_file() else {}
+    auto_map = config.get("auto_map")
+    code = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    if code:
+        raise ConfigError(
+            f"{path / CONFIG}: the tokenizer is Python code that comes with the model (auto_map: "
+            f"{code}), and such code is never run here. If tokenizer.json there says all, take "
+            f"auto_map out of {CONFIG}; else write one with transformers "
+            f"(AutoTokenizer.from_pretrained(…, trust_remote_code=True).save_pretrained(…)), and "
+            f"set student.tokenizer and teacher.tokenizer to that directory."
+        )
+    return config
