@@ -85,7 +85,7 @@ def open_session(
     log: RunLog,
 ) -> Iterator[Session]:
     """On the student's ranks. `store`: the job's, where separate teachers are met."""
-    times = StageTimes(log, "start-up")
+    times, tokenizers = StageTimes(log, "start-up"), inputs.tokenizers
     with ExitStack() as stack:
         # First of all: vLLM loads in its own process while the models are built here.
         errors: list[Exception] = []
@@ -105,7 +105,14 @@ def open_session(
             log.line(f"resumed from {inputs.resume_from}")
         with times("teachers"):
             teachers = stack.enter_context(
-                open_teachers(config, roles, inputs.swaps, inputs.vocab_size, store, context)
+                open_teachers(
+                    config,
+                    roles,
+                    tokenizers.swaps,
+                    tokenizers.vocab_size,
+                    store,
+                    context,
+                )
             )
         with times("engine"):
             engine = _make_engine(process, config, inputs, student.chunks, context, log)
@@ -115,20 +122,20 @@ def open_session(
             config=config,
             context=context,
             log=log,
-            tokenizer=inputs.tokenizer,
+            tokenizer=tokenizers.student,
             prompts=inputs.prompts,
             held_out=inputs.held_out,
             recording=inputs.recording,
             student=student,
             teachers=teachers,
             token_loss=TokenLoss(
-                student.chunks[-1], teachers.heads, config, inputs.vocab_size, context
+                student.chunks[-1], teachers.heads, config, tokenizers.vocab_size, context
             ),
             engine=engine,
             sync_check=SyncCheck(config.weight_sync, config.coarsest_dtype),
             # To score a sequence vLLM also samples the token behind it.
             max_probe_tokens=inputs.max_sequence_length - 1,
-            vocab_size=inputs.vocab_size,
+            vocab_size=tokenizers.vocab_size,
             first_iteration=first_iteration,
             resumes_evaluated=is_evaluated,
         )
@@ -150,7 +157,7 @@ def _launch_vllm(config: Config, inputs: Inputs) -> EngineProcess:
         dtype=config.dtype_of(config.rollout),
         seed=config.seed,
         max_model_len=inputs.max_sequence_length,
-        vocab_size=inputs.vocab_size,
+        vocab_size=inputs.tokenizers.vocab_size,
         rollout=config.rollout,
         log_path=config.run_dir / "log" / "engine.txt",
     )
@@ -176,9 +183,9 @@ def _make_engine(
     """`process`: vLLM's, on rank 0 of a run that wants it."""
     rollout = config.rollout
     if not inputs.engine.is_vllm:
-        return MegatronEngine(chunks, inputs.vocab_size, rollout.max_num_seqs, context)
+        return MegatronEngine(chunks, inputs.tokenizers.vocab_size, rollout.max_num_seqs, context)
     # vLLM's model has the compared tokens and no padding, so it never samples any.
-    exporter = make_exporter(config, chunks, inputs.vocab_size, context)
+    exporter = make_exporter(config, chunks, inputs.tokenizers.vocab_size, context)
     return VllmEngine(
         process,
         max_model_len=inputs.max_sequence_length,

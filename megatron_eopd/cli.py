@@ -10,8 +10,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_eopd.config import Config, Option, describe_options, load_config
+from pydantic import ValidationError
+
+from megatron_eopd.config import (
+    Config,
+    DataConfig,
+    Option,
+    describe_options,
+    load_config,
+    parse_value,
+)
 from megatron_eopd.errors import ConfigError, ExpectedError
 
 
@@ -55,6 +65,42 @@ def finite(text: str) -> float:
     if not (math.isfinite(number) and number >= 0):
         raise argparse.ArgumentTypeError(f"{number} is not a finite number from 0 on")
     return number
+
+
+def add_prompt_options(group: argparse._ArgumentGroup) -> None:
+    """What a tool needs to write prompts as a run with the same data.* options does."""
+    group.add_argument("--apply-chat-template", action="store_true")
+    group.add_argument("--chat-template-kwargs", nargs="+", default=[], metavar="NAME=VALUE")
+    group.add_argument("--chat-template-name", metavar="NAME")
+    group.add_argument("--chat-template-file", type=Path, metavar="FILE")
+    group.add_argument("--system-prompt", metavar="TEXT")
+    group.add_argument("--prompt-suffix", default="", metavar="TEXT")
+
+
+def prompt_options(arguments: argparse.Namespace, **more: Any) -> DataConfig:
+    """The data section of that run; `more`: other options of it.
+
+    Raises:
+        ConfigError: naming the tool's option.
+    """
+    pairs = (text.partition("=")[::2] for text in arguments.chat_template_kwargs)
+    try:
+        return DataConfig(
+            apply_chat_template=arguments.apply_chat_template,
+            chat_template_kwargs={name: parse_value(value) for name, value in pairs},
+            chat_template_name=arguments.chat_template_name,
+            chat_template_file=arguments.chat_template_file,
+            system_prompt=arguments.system_prompt,
+            prompt_suffix=arguments.prompt_suffix,
+            **more,
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = f"--{problem['loc'][0].replace('_', '-')}"
+        message = problem["msg"].removeprefix("Value error, ")
+        if "data.apply_chat_template=false" in message:
+            raise ConfigError(f"{option} needs --apply-chat-template. Give both.") from None
+        raise ConfigError(f"{option}: {message}") from None
 
 
 def run_command(config_path: Path, overrides: Sequence[str], work: Callable[[Config], None]) -> int:

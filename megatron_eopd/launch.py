@@ -27,8 +27,8 @@ def dry_run(config: Config, world_size: int | None, show_config: bool) -> None:
     that the layouts allow)."""
     world_size = world_size or smallest_world(config)
     inputs = preflight.check(config, world_size)
-    for name, value in preflight.derived_numbers(config, inputs, world_size).items():
-        print(f"{name}: {value}")
+    for line in _plan(config, inputs, world_size):
+        print(line)
     print(rank_table(config, world_size))
     if show_config:
         print(config.model_dump_json(indent=2))
@@ -54,8 +54,8 @@ def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bo
                 teacher,
                 role,
                 config,
-                inputs.swaps[role.name],
-                inputs.vocab_size,
+                inputs.tokenizers.swaps[role.name],
+                inputs.tokenizers.vocab_size,
                 wire_store(store, role.name),
                 students,
                 context,
@@ -103,12 +103,21 @@ def _world(
         log.close()
 
 
+def _plan(config: Config, inputs: preflight.Inputs, world_size: int) -> Iterator[str]:
+    """What this run is."""
+    for name, value in preflight.derived_numbers(config, inputs, world_size).items():
+        yield f"{name}: {value}"
+    yield preflight.preview(inputs)
+    for warning in inputs.tokenizers.warnings:
+        yield f"warning: {warning}"
+
+
 def _tell_plan(
     config: Config, inputs: preflight.Inputs, world_size: int, store: dist.Store, log: RunLog
 ) -> None:
     """What this run is, and who sits where."""
-    for name, value in preflight.derived_numbers(config, inputs, world_size).items():
-        log.line(f"{name}: {value}")
+    for line in _plan(config, inputs, world_size):
+        log.line(line)
     hosts = [store.get(f"host/{rank}").decode() for rank in range(world_size)]
     table = rank_table(config, world_size, hosts)
     config.run_dir.mkdir(parents=True, exist_ok=True)

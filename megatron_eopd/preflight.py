@@ -4,18 +4,19 @@ In: a Config and a world size. Out: nothing, or an error that names the option; 
 numbers that --dry-run prints.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from megatron_eopd import checkpoint
-from megatron_eopd.config import Config, StudentConfig, TeacherConfig, TrainingConfig
+from megatron_eopd.config import Config, TeacherConfig, TrainingConfig
 from megatron_eopd.data.packing import Limits, check_budget
+from megatron_eopd.data.preview import render_preview
 from megatron_eopd.data.prompts import PromptSet, load_prompts
-from megatron_eopd.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_eopd.data.vocabulary import check_prompts, shared_vocab_size
+from megatron_eopd.data.run_tokenizers import RunTokenizers, load_run_tokenizers
+from megatron_eopd.data.vocabulary import check_shared
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.evaluate import held_out_prompts
 from megatron_eopd.models.fit import check_student, check_teacher
@@ -36,16 +37,11 @@ from megatron_eopd.rollout.recording import Recording
 class Inputs:
     """What the checks had to read anyway, and the run goes on with."""
 
-    tokenizer: Tokenizer
+    tokenizers: RunTokenizers
     prompts: PromptSet
     held_out: list[Prompt]
     max_sequence_length: int
     """Longest prompt, of both sets, and response together, in tokens."""
-    swaps: dict[str, list[tuple[int, int]]]
-    """A teacher's section → pairs of token ids that trade places in its distribution."""
-    vocab_size: int
-    """Tokens that student and teachers share, and the loss compares; a model's columns at or past
-    it are padding."""
     engine: EngineChoice
     recording: Recording | None
     """What a run with `rollout.replay` trains on."""
@@ -63,14 +59,11 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     uses_transformer_engine(config.model)
     check_student(config, read_hf_config(config.student.hf_path), layout)
     check_files(config.student.hf_path)
-    tokenizer = _load_tokenizer(config.student, config.rollout.stop_token_ids)
-    swaps, vocab_size = {}, tokenizer.num_ids
     for section, teacher in config.all_teachers.items():
         _check_layout(teacher, section, config, layout)
         check_files(teacher.hf_path)
-        swaps[section] = _swaps(teacher, section, tokenizer)
-        shared = _shared_vocab_size(teacher, section, config, tokenizer, swaps[section])
-        vocab_size = min(vocab_size, shared)
+    tokenizers = load_run_tokenizers(config)
+    tokenizer = tokenizers.student
     reads_references = config.rollout.uses_references and config.rollout.replay is None
     prompts = load_prompts(
         config.data,
@@ -80,20 +73,19 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         max_reference_length=config.rollout.max_response_length if reads_references else None,
     )
     held_out = held_out_prompts(config, tokenizer)
-    check_prompts([*prompts, *held_out], vocab_size, tokenizer)
+    sequences = chain(prompts.sequences(), ((p, p.prompt_ids) for p in held_out))
+    check_shared(sequences, tokenizers.vocab_size, tokenizer)
     longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
     _check_lengths(config, longest, layout)
     resume_from, first_iteration = _resume_from(config, prompts)
-    recording = _recording(config, vocab_size, layout) if trains else None
+    recording = _recording(config, tokenizers.vocab_size, layout) if trains else None
     if recording is not None:
         recording.check_files(range(first_iteration, config.training.train_iters))
     return Inputs(
-        tokenizer=tokenizer,
+        tokenizers=tokenizers,
         prompts=prompts,
         held_out=held_out,
         max_sequence_length=longest + config.rollout.max_response_length,
-        swaps=swaps,
-        vocab_size=vocab_size,
         engine=choose_engine(config),
         recording=recording,
         resume_from=resume_from,
@@ -124,56 +116,9 @@ def _recording(config: Config, vocab_size: int, layout: Layout) -> Recording | N
     )
 
 
-def _load_tokenizer(model: StudentConfig | TeacherConfig, stop_ids: Sequence[int]) -> Tokenizer:
-    return load_tokenizer(
-        model.tokenizer or model.hf_path,
-        model_path=model.hf_path,
-        vocab_size=read_hf_config(model.hf_path).vocab_size,
-        stop_ids=stop_ids,
-    )
-
-
 def _check_layout(teacher: TeacherConfig, section: str, config: Config, student: Layout) -> None:
     layout = teacher_layout(teacher, section, config, student)
     check_teacher(teacher, section, read_hf_config(teacher.hf_path), layout)
-
-
-def _swaps(teacher: TeacherConfig, section: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Pairs of ids that trade places, by `eos_token_map`."""
-    swaps = []
-    for pair in teacher.eos_token_map.items():
-        ids = [tokenizer.token_id(token) for token in pair]
-        if None in ids:
-            raise ConfigError(
-                f"{section}.eos_token_map: {pair[ids.index(None)]!r} is no token of "
-                f"{tokenizer.path}. Write tokens as the tokenizer spells them."
-            )
-        swaps.append(tuple(ids))
-    named = [token for pair in swaps for token in pair]
-    if len(set(named)) < len(named):
-        raise ConfigError(
-            f"{section}.eos_token_map={teacher.eos_token_map} names a token twice. Each can trade "
-            f"places with one other."
-        )
-    return swaps
-
-
-def _shared_vocab_size(
-    teacher: TeacherConfig,
-    section: str,
-    config: Config,
-    tokenizer: Tokenizer,
-    swaps: Sequence[tuple[int, int]],
-) -> int:
-    # Ids that were given are the student's: with a map the teacher ends as it says itself.
-    stop_ids = () if swaps else config.rollout.stop_token_ids
-    return shared_vocab_size(
-        tokenizer,
-        _load_tokenizer(teacher, stop_ids),
-        section,
-        swaps,
-        exclude_unshared=config.objective.exclude_unshared_tokens,
-    )
 
 
 def _check_lengths(config: Config, longest_prompt: int, layout: Layout) -> None:
@@ -225,6 +170,7 @@ def _resume_from(config: Config, prompts: PromptSet) -> tuple[Path | None, int]:
 def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str, str]:
     """What --dry-run prints beside the configuration."""
     rollout, training = config.rollout, config.training
+    tokenizer = inputs.tokenizers.student
     setup = Setup.of(
         config,
         Models.of(config),
@@ -240,15 +186,14 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
     who, stage, fullest = plan_memory(setup).worst
     return {
         "layout": setup.student.layout.describe(),
-        "vocabulary": f"{inputs.vocab_size:,} tokens are compared; the student has "
-        f"{inputs.tokenizer.vocab_size:,} columns, padded to {_padded(setup.student):,}; tokenizer "
-        f"{inputs.tokenizer.digest[:12]}; responses end with "
-        f"{', '.join(map(str, inputs.tokenizer.stop_ids))}",
+        "vocabulary": f"{inputs.tokenizers.vocab_size:,} tokens are compared; the student has "
+        f"{tokenizer.vocab_size:,} columns, padded to {_padded(setup.student):,}; tokenizer "
+        f"{tokenizer.digest[:12]}",
         **{
             section: _describe_teacher(section, placed, config, inputs)
             for section, placed in setup.teachers.items()
         },
-        "prompts": f"{len(inputs.prompts)}, the longest {inputs.prompts.longest} tokens",
+        "prompts": _describe_prompts(inputs.prompts),
         "prompts / iteration": f"{rollout.batch_size // rollout.samples_per_prompt} × "
         f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
         "rollouts": inputs.engine.why,
@@ -263,6 +208,19 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         f"fullest, as docs/planning.md counts: {describe(fullest.parts_of_peak)}",
         "starts": f"from {inputs.resume_from}" if inputs.resume_from else "at iteration 0",
     }
+
+
+def preview(inputs: Inputs) -> str:
+    """The first prompt as student and teachers read it: what a person would look at first."""
+    tokenizers, prompt_ids = inputs.tokenizers, inputs.prompts[0].prompt_ids
+    everybody = {"student": tokenizers.student, **tokenizers.teachers}
+    shown = [render_preview(tokenizer, prompt_ids, who) for who, tokenizer in everybody.items()]
+    return "\n".join(["the first prompt", *shown])
+
+
+def _describe_prompts(prompts: PromptSet) -> str:
+    cut = f"; {prompts.num_cut} chats went on behind the question, and were cut there"
+    return f"{len(prompts)}, the longest {prompts.longest} tokens{cut * (prompts.num_cut > 0)}"
 
 
 def _describe_references(config: Config) -> dict[str, str]:
@@ -284,7 +242,7 @@ def _describe_references(config: Config) -> dict[str, str]:
 def _describe_teacher(section: str, placed: Placed, config: Config, inputs: Inputs) -> str:
     """What it hands over, and from where; the tokenizer was compared with the student's."""
     options = config.all_teachers[section]
-    swaps = ", ".join(f"{a} ↔ {b}" for a, b in inputs.swaps[section])
+    swaps = ", ".join(f"{a} ↔ {b}" for a, b in inputs.tokenizers.swaps[section])
     return (
         f"{placed.layout.describe()}, {options.placement}; {options.payload}, hidden size "
         f"{placed.shape.hidden_size:,}, vocabulary padded to {_padded(placed):,}"

@@ -278,8 +278,8 @@ def test_the_commands_of_its_readme_work(dry_run, toml):
 def test_a_base_student_learns_to_end_with_its_own_token(dry_run, toml):
     """The map is what makes the two models agree; either token ends a response."""
     inputs = preflight.check(load_config(toml), world_size_of(toml))
-    assert inputs.swaps == {"teacher": [(END_OF_TEXT, IM_END)]}
-    assert set(inputs.tokenizer.stop_ids) == {END_OF_TEXT, IM_END}
+    assert inputs.tokenizers.swaps == {"teacher": [(END_OF_TEXT, IM_END)]}
+    assert set(inputs.tokenizers.student.stop_ids) == {END_OF_TEXT, IM_END}
     status, printed = dry_run(toml, world_size_of(toml), "rollout.stop_token_ids=[]")
     assert status == 0, printed
     unmapped = ("rollout.stop_token_ids=[]", "teacher.eos_token_map={}")
@@ -291,7 +291,7 @@ def test_a_base_student_learns_to_end_with_its_own_token(dry_run, toml):
 def test_prompts_ask_for_a_boxed_answer_without_thinking(in_work_dir, toml):
     inputs = preflight.check(load_config(toml), world_size_of(toml))
     (prompt,) = inputs.prompts.batch(0, 1)
-    assert inputs.tokenizer.decode(prompt.prompt_ids) == (
+    assert inputs.tokenizers.student.decode(prompt.prompt_ids) == (
         "user\nWhat is 2 + 3? Please reason step by step, and put your final answer within "
         "\\boxed{}.\nassistant\n<think>\n\n</think>\n\n"
     )

@@ -1,5 +1,6 @@
 """Data sets into prompt files: what is taken, what is left out, and that each row is counted."""
 
+import gzip
 import json
 import random
 import re
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_eopd.config import DataConfig
+from megatron_eopd.data.chats import Chat, Message
 from megatron_eopd.data.prepare import (
     COLUMN_CHECK_ROWS,
+    CUT,
     DAPO_AFTER,
     DAPO_BEFORE,
     PRESETS,
@@ -25,8 +28,10 @@ from megatron_eopd.data.prepare import (
     last_boxed,
     overlap_key,
 )
-from megatron_eopd.data.prompts import load_prompts, prompt_encoder
+from megatron_eopd.data.preview import render_preview
+from megatron_eopd.data.prompts import load_prompts
 from megatron_eopd.data.tokenizer import load_tokenizer
+from megatron_eopd.errors import ConfigError
 from tests.real_data import real_data
 from tests.test_preflight import MODELS
 from tools import prepare_data
@@ -86,21 +91,82 @@ def test_columns_are_mapped_and_the_order_is_kept(run, tmp_path, kind):
     assert counts["rows read"] == counts["kept"] == 3
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_chat_gives_its_user_turn(run, tmp_path, kind):
-    def chat(*roles: str) -> list[dict]:
-        return [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+def chat(*roles: str) -> list[dict]:
+    return [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
 
-    rows = [
-        {"messages": chat("user")},
-        {"messages": chat("system", "user", "assistant")},
-        {"messages": chat("user", "assistant", "user")},
-        {"messages": chat("system")},
-    ]
-    source = WRITERS[kind](tmp_path / f"in.{kind}", rows)
+
+CHATS = [
+    {"messages": chat("user")},
+    {"messages": chat("user", "assistant", "assistant")},
+    {"messages": chat("system", "user", "assistant")},
+    {"messages": chat("user", "assistant", "user")},
+    {"messages": chat("assistant", "user")},
+    {"messages": chat("system")},
+]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_chat_is_kept_up_to_its_last_question(run, tmp_path, kind):
+    source = WRITERS[kind](tmp_path / f"in.{kind}", CHATS)
     written, counts = run(source, "--prompt-column", "messages", "--prompts-only")
-    assert written == [{"prompt": "user 0"}, {"prompt": "user 1"}]
-    assert counts[Fate.NOT_ONE_TURN] == 2
+    whole = [chat("system", "user"), chat("user", "assistant", "user"), chat("assistant", "user")]
+    assert [row["prompt"] for row in written] == ["user 0", *whole]
+    # The second row asks what the first does: its answers are no part of the prompt.
+    assert (counts[Fate.NO_QUESTION], counts[Fate.DUPLICATE]) == (1, 1)
+
+
+def test_chats_are_cut_down_to_a_question_on_request(run, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", CHATS)
+    options = ["--prompt-column", "messages", "--prompts-only", "--overwrite"]
+    written, counts = run(source, *options, "--single-turn")
+    assert [row["prompt"] for row in written] == ["user 0", chat("system", "user"), "user 1"]
+    assert counts[Fate.SEVERAL_TURNS] == 1
+    written, counts = run(source, *options, "--drop-system-turns")
+    whole = [chat("user", "assistant", "user"), chat("assistant", "user")]
+    assert [row["prompt"] for row in written] == ["user 0", "user 1", *whole]
+    written, counts = run(source, *options, "--drop-system-turns", "--single-turn")
+    assert [row["prompt"] for row in written] == ["user 0", "user 1"]
+    assert (counts[Fate.SEVERAL_TURNS], counts[Fate.DUPLICATE]) == (1, 2)
+
+
+def test_what_was_left_off_is_counted(run, tmp_path):
+    options = ["--prompts-only", "--overwrite"]
+    source = write_jsonl(tmp_path / "in.jsonl", CHATS)
+    written, counts = run(source, "--prompt-column", "messages", *options)
+    assert counts[CUT] == 1
+    assert run(write_jsonl(tmp_path / "again.jsonl", written), *options)[1][CUT] == 0
+
+
+def test_every_form_of_a_prompt_is_written_in_one(run, tmp_path):
+    """And written again it stays what it is."""
+    user = {"role": "user", "content": "a"}
+    forms = [
+        [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}],
+        json.dumps(
+            [{"role": "system", "content": "s"}, user, {"role": "assistant", "content": ""}]
+        ),
+        {"role": ["system", "user"], "content": ["s", "a"]},
+        [{"role": "system", "content": [{"type": "text", "text": "s"}]}, user],
+    ]
+    rows = [{"prompt": form, "answer": str(n)} for n, form in enumerate(forms)]
+    written, counts = run(write_jsonl(tmp_path / "in.jsonl", rows))
+    assert written == [{"prompt": [{"role": "system", "content": "s"}, user], "answer": "0"}]
+    assert counts[Fate.OTHER_ANSWER] == 3
+    again = write_jsonl(tmp_path / "again.jsonl", written)
+    assert run(again, "--overwrite")[0] == written
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json", ".json.gz"])
+def test_files_of_other_forms(run, tmp_path, suffix):
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
+    content = (
+        json.dumps(rows)
+        if ".json." in f"{suffix}."
+        else write_jsonl(tmp_path / "x", rows).read_text()
+    )
+    path = tmp_path / f"in{suffix}"
+    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
+    assert run(path)[0] == rows
 
 
 def test_rows_without_prompt_or_answer_are_counted_and_left_out(run, tmp_path):
@@ -109,10 +175,24 @@ def test_rows_without_prompt_or_answer_are_counted_and_left_out(run, tmp_path):
         *({"prompt": "a"}, {"prompt": "b", "answer": None}, {"prompt": "c", "answer": " "}),
         {"prompt": "d", "answer": float("nan")},
         *({"prompt": "\ud800", "answer": "1"}, {"prompt": "e", "answer": 0}),
+        *({"prompt": "\u200b \ufeff", "answer": "1"}, {"prompt": float("nan"), "answer": "1"}),
+        {"prompt": [{"role": "user", "content": " "}], "answer": "1"},
+        {"prompt": [*chat("user"), {"role": "assistant"}, *chat("user")], "answer": "1"},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"},
+        *({"prompt": "f", "answer": "\udfff"}, {"prompt": "g", "answer": "1", "more": "\ud800"}),
+        {"prompt": [{"role": "system", "content": "\ud800"}, *chat("user")], "answer": "1"},
     ]
-    written, counts = run(write_jsonl(tmp_path / "in.jsonl", rows))
+    written, counts = run(write_jsonl(tmp_path / "in.jsonl", rows), "--keep", "more")
     assert written == [{"prompt": "e", "answer": "0"}]
-    assert (counts[Fate.NO_PROMPT], counts[Fate.NO_ANSWER], counts[Fate.NOT_UNICODE]) == (4, 4, 1)
+    assert (counts[Fate.NO_PROMPT], counts[Fate.NO_ANSWER], counts[Fate.NOT_UNICODE]) == (8, 4, 4)
+    assert counts[Fate.NOT_TEXT] == 1
+
+
+def test_a_prompt_that_is_all_instruction_is_empty(run, tmp_path):
+    rows = [{"prompt": DAPO_BEFORE + " " + DAPO_AFTER}, {"prompt": DAPO_BEFORE + "a"}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    written, counts = run(source, "--preset", "dapo_math", "--prompts-only")
+    assert written == [{"prompt": "a"}] and counts[Fate.NO_PROMPT] == 1
 
 
 # --- presets ------------------------------------------------------------------------------------
@@ -219,6 +299,26 @@ def test_prompts_that_begin_like_an_evaluation_prompt_are_left_out(run, tmp_path
     assert written == [rows[2], rows[4], rows[5]] and counts[Fate.HELD_OUT] == 3
 
 
+def test_any_question_of_a_chat_counts_as_an_evaluation_prompt(run, tmp_path):
+    """On both sides; what others say does not."""
+    rows = [
+        {"prompt": chat("user", "assistant", "user")},
+        {"prompt": [*chat("user", "assistant"), {"role": "user", "content": "other"}]},
+        {"prompt": [{"role": "user", "content": "other"}]},
+        {"prompt": [{"role": "user", "content": "another"}]},
+    ]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    test = write_jsonl(
+        tmp_path / "test.jsonl",
+        [
+            {"m": [{"role": "system", "content": "another"}, *chat("user")]},
+            {"m": [{"role": "user", "content": "x"}, {"role": "user", "content": "other"}]},
+        ],
+    )
+    written, counts = run(source, "--prompts-only", "-x", f"m={test}")
+    assert written == [{"prompt": "another"}] and counts[Fate.HELD_OUT] == 3
+
+
 @given(st.text(), st.text(), st.integers(1, 20))
 def test_overlap_is_blind_to_case_and_space_and_never_to_the_first_letters(a, b, length):
     assert overlap_key(a, length) == overlap_key(f" {a}\n", length)
@@ -231,9 +331,16 @@ def test_overlap_is_blind_to_case_and_space_and_never_to_the_first_letters(a, b,
 
 
 answers = st.none() | st.text(alphabet="12 ", max_size=2)
+texts = st.text(alphabet="aAé. \ud800", min_size=1, max_size=4)
+chats = st.builds(
+    Chat,
+    texts.map(str.strip).filter(bool),
+    st.just(()) | st.tuples(st.builds(Message, st.just("system"), texts)),
+)
 examples = st.builds(
     Example,
-    prompt=st.none() | st.text(alphabet="aAé. \ud800", max_size=4).map(str.strip),
+    where=st.just("here"),
+    chat=chats | st.just(Fate.NO_PROMPT),
     answer=answers.map(lambda answer: (answer or "").strip()),
     kept=st.just({}),
 )
@@ -243,16 +350,18 @@ examples = st.builds(
 @given(st.lists(examples, max_size=30))
 def test_what_is_kept_is_the_first_of_each_distinct_prompt(rows):
     """Against the obvious quadratic way; and a second pass finds nothing more to leave out."""
-    selection = Selection(held_out={overlap_key("aa", 3)}, prefix_length=3, count_tokens=len)
+    selection = Selection(held_out={overlap_key("aa", 3)}, prefix_length=3)
+    selection.count_tokens = lambda example: len(example.chat.text)
     selection.max_prompt_length = 3
     fates = [selection.fate(row) for row in rows]
     kept = [row for row, fate in zip(rows, fates, strict=True) if fate is Fate.KEPT]
     for n, (row, fate) in enumerate(zip(rows, fates, strict=True)):
         if fate in (Fate.DUPLICATE, Fate.OTHER_ANSWER):
-            firsts = (r for r in rows[:n] if r.prompt and r.answer and "\ud800" not in r.prompt)
-            same = [r for r in firsts if duplicate_key(r.prompt) == duplicate_key(row.prompt)]
+            firsts = (r for r in rows[:n] if isinstance(r.chat, Chat) and r.answer)
+            sound = (r for r in firsts if "\ud800" not in str(r.line()))
+            same = [r for r in sound if duplicate_key(r.chat) == duplicate_key(row.chat)]
             assert (same[0].answer == row.answer) == (fate is Fate.DUPLICATE)
-    assert len({duplicate_key(row.prompt) for row in kept}) == len(kept)
+    assert len({duplicate_key(row.chat) for row in kept}) == len(kept)
     again = Selection(held_out=selection.held_out, prefix_length=3)
     assert all(again.fate(row) is Fate.KEPT for row in kept)
 
@@ -277,9 +386,50 @@ def test_the_trainer_reads_what_was_written_and_counts_as_it_was_counted(run, tm
     )
     prompts = load_prompts(data, load_tokenizer(tokenizer), seed=1)
     assert len(prompts) == len(written) == counts["kept"] > 0 and prompts.longest == 30
-    encode = prompt_encoder(data, load_tokenizer(tokenizer))
-    too_long = [row for row in rows if len(encode(row["prompt"] + " Think.")) > 30]
-    assert len(too_long) == counts[Fate.TOO_LONG] == len(rows) - len(written)
+    assert counts[Fate.TOO_LONG] == len(rows) - len(written)
+    source.write_text(json.dumps(rows[len(written)]))
+    with pytest.raises(ConfigError, match="31 tokens"):
+        load_prompts(data.model_copy(update={"prompts": str(source)}), load_tokenizer(tokenizer), 1)
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[answer]"
+
+
+def test_a_preview_shows_what_a_run_shows_its_model(tmp_path, capsys):
+    """System prompt, template, suffix and chat, to the last token."""
+    tokenizer = real_data("tokenizer_qwen3")
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    rows = [{"prompt": ""}, {"prompt": chat("user", "assistant", "user")}, {"prompt": "Last"}]
+    source = write_jsonl(tmp_path / "in.jsonl", [*rows, {"prompt": "not shown"}])
+    output = tmp_path / "out.jsonl"
+    options = ["--tokenizer", tokenizer, "--apply-chat-template", "--preview", 2, "-o", output]
+    options += ["--chat-template-file", tmp_path / "t.jinja", "--system-prompt", "Be brief."]
+    options += ["--prompt-suffix", " Think.", "--prompts-only"]
+    assert prepare_data.main([str(source), *map(str, options)]) == 0
+    text = capsys.readouterr().out
+    whole = "[system]Be brief.[user]user 0[assistant]assistant 1[user]user 2 Think.[answer]"
+    assert whole in text and "[user]Last Think.[answer]" in text and "not shown" not in text
+    data = DataConfig(
+        prompts=str(output),
+        apply_chat_template=True,
+        chat_template_file=tmp_path / "t.jinja",
+        system_prompt="Be brief.",
+        prompt_suffix=" Think.",
+        shuffle=False,
+    )
+    loaded = load_tokenizer(tokenizer)
+    for prompt in load_prompts(data, loaded, seed=1).batch(0, 2):
+        assert render_preview(loaded, prompt.prompt_ids, "model") in text
+
+
+def test_a_preview_without_a_tokenizer_shows_the_text(tmp_path, capsys):
+    rows = [{"prompt": chat("system", "user")}, {"prompt": "one\ntwo"}, {"prompt": "not shown"}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    options = ["-o", str(tmp_path / "out.jsonl"), "--prompts-only", "--preview", "2"]
+    assert prepare_data.main([str(source), *options]) == 0
+    text = capsys.readouterr().out
+    assert "system:\n  | system 0\n  user:\n  | user 1\n" in text and "  | one\n  | two\n" in text
+    assert "not shown" not in text
 
 
 def test_the_same_command_writes_the_same_bytes(run, tmp_path):
@@ -324,7 +474,8 @@ def test_inputs_that_cannot_be_read(run, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     assert "empty.jsonl: no rows" in run(tmp_path / "empty.jsonl", fails=True)
     (tmp_path / "table.csv").write_text("prompt,answer\n")
-    assert "table.csv: not a .jsonl or .parquet" in run(tmp_path / "table.csv", fails=True)
+    assert "table.csv: neither JSON" in run(tmp_path / "table.csv", fails=True)
+    assert "absent.csv: no such file" in run(tmp_path / "absent.csv", fails=True)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     assert "broken.parquet: cannot be read" in run(tmp_path / "broken.parquet", fails=True)
 
@@ -376,8 +527,19 @@ def test_an_existing_output_is_kept_and_survives_a_failure(run, tmp_path):
 @pytest.mark.parametrize(
     "options,message",
     [
-        (["--max-prompt-length", 5], "--tokenizer and --max-prompt-length need each other"),
-        (["--tokenizer", MODELS / "student"], "--tokenizer and --max-prompt-length need each"),
+        (["--max-prompt-length", 5], "Give --tokenizer as well"),
+        (["--tokenizer", MODELS / "student"], "Give --max-prompt-length or --preview as well"),
+        (["--chat-template-name", "a"], "--chat-template-name needs --apply-chat-template"),
+        (["--chat-template-file", "a"], "--chat-template-file needs --apply-chat-template"),
+        (["--system-prompt", "a"], "--system-prompt needs --apply-chat-template"),
+        (["--prompt-suffix", "\t"], "--prompt-suffix: holds the control character"),
+        (
+            [
+                *("--apply-chat-template", "--chat-template-name", "a"),
+                *("--chat-template-file", "b"),
+            ],
+            "--chat-template-file: one template",
+        ),
         (["--tokenizer", "/nowhere", "--max-prompt-length", 5], "/nowhere: no such file"),
         (["--chat-template-kwargs", "a=1"], "needs --apply-chat-template"),
         (

@@ -63,9 +63,9 @@ def test_a_reference_is_the_text_and_the_end_of_sequence(load):
 
 def test_lines_without_a_reference_are_all_named(load):
     with pytest.raises(
-        ConfigError, match=r"5 of 8 prompts .*prompts.jsonl lines 2-4, 6, 8\. Write"
+        ConfigError, match=r"7 of 10 prompts .*prompts.jsonl lines 2-4, 6, 8-10\. Write"
     ):
-        load("1", None, "", "  ", "1", ["1", None], "1", [])
+        load("1", None, "", "  ", "1", ["1", None], "1", [], "\u200b", ["1", "\ud800"])
 
 
 def test_references_over_the_limit_are_all_named(load):

@@ -69,10 +69,12 @@ def test_a_tokenizer_that_extends_the_other_needs_an_option(check, extended):
     ):
         check(f"teacher.hf_path={extended}")
     exclude = "objective.exclude_unshared_tokens=true"
-    assert check(f"teacher.hf_path={extended}", exclude).vocab_size == 112
+    assert check(f"teacher.hf_path={extended}", exclude).tokenizers.vocab_size == 112
     # The other way round: the student's own tokens are left out.
     teacher = MODELS / "teacher"
-    assert check(f"student.hf_path={extended}", f"teacher.hf_path={teacher}", exclude).vocab_size
+    assert check(
+        f"student.hf_path={extended}", f"teacher.hf_path={teacher}", exclude
+    ).tokenizers.vocab_size
 
 
 def test_a_prompt_with_a_token_that_only_the_student_has(check, extended, tmp_path):
@@ -83,6 +85,15 @@ def test_a_prompt_with_a_token_that_only_the_student_has(check, extended, tmp_pa
         ConfigError, match=r"prompt 1, '3 <think> 4': '<think>' \(id 114\) is none of the 112"
     ):
         check(*options, "objective.exclude_unshared_tokens=true")
+
+
+def test_a_reference_answer_with_a_token_that_only_the_student_has(check, extended, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1 2", "response": ["3 4", "3 <think> 4"]}\n')
+    options = (f"student.hf_path={extended}", f"data.prompts={prompts}", "evaluation.task=none")
+    references = ("data.response_key=response", "rollout.reference_fraction=1")
+    with pytest.raises(ConfigError, match=r"prompt 0, '1 2': '<think>' \(id 114\) is none of the"):
+        check(*options, *references, "objective.exclude_unshared_tokens=true")
 
 
 def test_an_end_that_only_the_student_has(check, extended):
@@ -130,7 +141,9 @@ def test_tokenizers_may_stand_apart_from_the_models(check, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODELS / "student" / name, tmp_path)
     inputs = check(f"student.tokenizer={tmp_path}", f"teacher.tokenizer={tmp_path}")
-    assert inputs.tokenizer.path == tmp_path and inputs.tokenizer.stop_ids == (109,)
+    assert inputs.tokenizers.student.path == tmp_path and inputs.tokenizers.student.stop_ids == (
+        109,
+    )
 
 
 def test_stop_ids_of_the_run_settle_a_disagreement(check, tmp_path):
@@ -140,6 +153,6 @@ def test_stop_ids_of_the_run_settle_a_disagreement(check, tmp_path):
     with pytest.raises(ConfigError, match=r"\(109,\), the teacher with \(107,\).*stop_token_ids"):
         check(f"teacher.hf_path={teacher}")
     inputs = check(f"teacher.hf_path={teacher}", "rollout.stop_token_ids=[109, 107]")
-    assert inputs.tokenizer.stop_ids == (109, 107)
+    assert inputs.tokenizers.student.stop_ids == (109, 107)
     with pytest.raises(ConfigError, match=r"end with id 112, but the ids .* are 0 to 111"):
         check("rollout.stop_token_ids=[112]")

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from megatron_eopd.cli import finite, positive
-from megatron_eopd.config import DataConfig, RolloutConfig, parse_value
-from megatron_eopd.data.jsonl import read_jsonl
+from megatron_eopd.cli import add_prompt_options, finite, positive, prompt_options
+from megatron_eopd.config import RolloutConfig
+from megatron_eopd.data.sources import RowFile
 from megatron_eopd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,9 +59,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--key", default="response", help="of the answer (default: response)")
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N lines only")
     asking = parser.add_argument_group("prompts, with the meaning of a run's data.* options")
-    asking.add_argument("--apply-chat-template", action="store_true")
-    asking.add_argument("--chat-template-kwargs", nargs="+", default=[], metavar="NAME=VALUE")
-    asking.add_argument("--prompt-suffix", default="", metavar="TEXT")
+    add_prompt_options(asking)
+    asking.add_argument("--prompt-key", metavar="NAME")
     asking.add_argument("--max-prompt-length", type=positive, default=1024, metavar="N")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--samples-per-prompt", type=positive, default=1, metavar="N")
@@ -100,13 +99,8 @@ def temperature(text: str) -> float:
 
 def read_rows(arguments: argparse.Namespace) -> Rows:
     """Lines of the prompt file, each with its prompt and without a response, by where they are."""
-    rows = dict(islice(read_jsonl(arguments.prompts), arguments.limit))
+    rows = dict(islice(RowFile(arguments.prompts), arguments.limit))
     for where, row in rows.items():
-        if not isinstance(row.get("prompt"), str):
-            raise ConfigError(
-                f'{where}: expected {{"prompt": "…"}}, got {str(row)[:80]}. '
-                f"tools/prepare_data.py makes such files from others."
-            )
         if arguments.key in row:
             raise ConfigError(f"{where} has a {arguments.key!r} already. Set another --key.")
     if not rows:
@@ -131,21 +125,17 @@ class Questions:
 
 
 def encode(arguments: argparse.Namespace, rows: Rows) -> Questions:
-    from megatron_eopd.data import prompts
+    from megatron_eopd.data.probe import check_tokenizer
+    from megatron_eopd.data.prompt_files import Row, find_key, read_prompt
+    from megatron_eopd.data.prompts import encode_prompts
     from megatron_eopd.data.tokenizer import load_tokenizer
 
-    if arguments.chat_template_kwargs and not arguments.apply_chat_template:
-        raise ConfigError("--chat-template-kwargs needs --apply-chat-template. Give both.")
-    pairs = (text.partition("=")[::2] for text in arguments.chat_template_kwargs)
-    data = DataConfig(
-        apply_chat_template=arguments.apply_chat_template,
-        chat_template_kwargs={name: parse_value(value) for name, value in pairs},
-        prompt_suffix=arguments.prompt_suffix,
-        max_prompt_length=arguments.max_prompt_length,
-    )
-    texts = (prompts.Row(where, row["prompt"], "") for where, row in rows.items())
+    data = prompt_options(arguments, max_prompt_length=arguments.max_prompt_length)
+    key = arguments.prompt_key or find_key(next(iter(rows.values())))
+    texts = (Row.of_chat(where, read_prompt(where, row, key)) for where, row in rows.items())
     tokenizer = load_tokenizer(arguments.model_dir)
-    encoded = list(prompts.encode_prompts(texts, data, tokenizer))
+    check_tokenizer(tokenizer, "teacher")
+    encoded = list(encode_prompts(texts, data, tokenizer))
     return Questions(list(rows.values()), encoded, tokenizer)
 
 
@@ -274,7 +264,9 @@ def options_of(arguments: argparse.Namespace, rows: list[Row], dtype: str) -> Ro
     from megatron_eopd.models.hf_files import fingerprint
 
     files = [p for p in arguments.model_dir.iterdir() if p.is_file() and not p.name.startswith(".")]
+    template = arguments.chat_template_file
     shaping = (
+        *("prompt_key", "chat_template_name", "system_prompt"),
         *("key", "limit", "apply_chat_template", "chat_template_kwargs", "prompt_suffix"),
         *("samples_per_prompt", "temperature", "max_response_length", "seed", "keep_truncated"),
     )
@@ -283,6 +275,7 @@ def options_of(arguments: argparse.Namespace, rows: list[Row], dtype: str) -> Ro
         "files of MODEL_DIR": digest(fingerprint(files)),
         **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in shaping},
         "--dtype": dtype,
+        "--chat-template-file": template.read_text() if template else None,
         "lines of PROMPTS": digest(rows),
     }
 

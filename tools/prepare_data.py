@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Turn a data set into a prompt file for data.prompts.
 
-In: jsonl or parquet files, or data sets of the Hugging Face hub. Out: a jsonl file with
-{"prompt": ..., "answer": ...} a line, in the order of the input, without duplicates, and
-OUTPUT.stats.json with the options and the counts. docs/data.md explains every rule.
+In: files (JSON Lines, a JSON array, both also compressed, or parquet), or data sets of the Hugging
+Face hub. Out: a jsonl file with {"prompt": ..., "answer": ...} a line, in the order of the input,
+without duplicates, and OUTPUT.stats.json with the options and the counts. A prompt is text, or a
+chat up to its last user turn. docs/data.md explains every rule.
 """
 
 import argparse
@@ -12,21 +13,30 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_eopd.cli import positive
-from megatron_eopd.config import DataConfig, parse_value
+from megatron_eopd.cli import add_prompt_options, positive, prompt_options
+from megatron_eopd.config import DataConfig
+from megatron_eopd.data.chats import read_chat
 from megatron_eopd.data.prepare import (
+    CUT,
     PRESETS,
     Columns,
+    Example,
     Fate,
     Selection,
     appears_whole,
     counts_table,
-    overlap_keys,
+    held_out_keys,
     prepare,
 )
+from megatron_eopd.data.sources import RowFile
 from megatron_eopd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_eopd.data.prompts import PromptEncoder
 
 EXAMPLES = """examples:
   python tools/prepare_data.py train.jsonl -o prompts.jsonl --preset gsm8k --exclude test.jsonl
@@ -37,8 +47,11 @@ EXAMPLES = """examples:
       DAPO-Math, without MATH-500 and AIME, without prompts over 1,024 tokens
   python tools/prepare_data.py openai/gsm8k:main -o prompts.jsonl --preset gsm8k
       from the hub, NAME[:CONFIG[:SPLIT]]; a directory with such a data set is read alike
-  python tools/prepare_data.py mine.jsonl -o prompts.jsonl --prompt-column messages --prompts-only
-      chats without answers: enough to train on, not to be graded
+  python tools/prepare_data.py chats.json.gz -o prompts.jsonl --prompt-column conversations \\
+      --prompts-only --tokenizer models/Qwen3-8B --apply-chat-template \\
+      --system-prompt 'Think step by step.' --preview 2
+      chats without answers: enough to train on, not to be graded. Shows two of them as a run will
+      write them for the model, with their special tokens and ids
 """
 
 
@@ -56,6 +69,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     columns.add_argument("--prompt-column", metavar="NAME", help="in place of the preset's")
     columns.add_argument("--answer-column", metavar="NAME", help="in place of the preset's")
     columns.add_argument("--prompts-only", action="store_true", help="take no answers")
+    columns.add_argument(
+        "--single-turn", action="store_true", help="leave out chats with several user turns"
+    )
+    columns.add_argument(
+        "--drop-system-turns", action="store_true", help="take chats without their system turns"
+    )
     columns.add_argument("--keep", nargs="+", default=[], metavar="NAME", help="copy these as well")
     exclude = parser.add_argument_group("evaluation sets")
     exclude.add_argument(
@@ -72,17 +91,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="compare so many letters and digits (default %(default)s)",
     )
-    length = parser.add_argument_group("length, counted as a run with these options would")
+    length = parser.add_argument_group(
+        "length and looks, with the meaning of a run's data.* options"
+    )
     length.add_argument("--tokenizer", type=Path, help="directory, or SentencePiece model file")
     length.add_argument("--max-prompt-length", type=positive, metavar="N", help="in tokens")
-    length.add_argument("--apply-chat-template", action="store_true")
-    length.add_argument("--chat-template-kwargs", nargs="+", default=[], metavar="NAME=VALUE")
-    length.add_argument("--prompt-suffix", default="", metavar="TEXT")
+    add_prompt_options(length)
+    length.add_argument(
+        *("--preview", "-p"),
+        type=positive,
+        metavar="N",
+        help="print the first N prompts that are kept, with --tokenizer as the model will see them",
+    )
     return parser.parse_intermixed_args(argv)
 
 
 def columns_of(arguments: argparse.Namespace) -> Columns:
-    columns = replace(PRESETS[arguments.preset], keep=tuple(arguments.keep))
+    columns = replace(
+        PRESETS[arguments.preset],
+        keep=tuple(arguments.keep),
+        single_turn=arguments.single_turn,
+        drop_system_turns=arguments.drop_system_turns,
+    )
     if arguments.prompt_column:
         columns = replace(columns, prompt=arguments.prompt_column)
     if arguments.answer_column:
@@ -100,35 +130,56 @@ def excluded_set(text: str, columns: Columns) -> tuple[str, Columns]:
     return source, PRESETS.get(name) or replace(columns, prompt=name)
 
 
-def token_counter(arguments: argparse.Namespace) -> Callable[[str], int] | None:
-    data = data_config(arguments)
+def prompt_encoder(arguments: argparse.Namespace, data: DataConfig) -> "PromptEncoder | None":
     if arguments.tokenizer is None:
         return None
     # Here, not above: transformers takes seconds to import.
-    from megatron_eopd.data.prompts import prompt_encoder
+    from megatron_eopd.data.probe import check_tokenizer
+    from megatron_eopd.data.prompts import PromptEncoder
     from megatron_eopd.data.tokenizer import load_tokenizer
 
-    encode = prompt_encoder(data, load_tokenizer(arguments.tokenizer))
-    return lambda prompt: len(encode(prompt + data.prompt_suffix))
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    check_tokenizer(tokenizer, "student")
+    return PromptEncoder(data, tokenizer)
+
+
+def token_counter(encoder: "PromptEncoder") -> Callable[[Example], int]:
+    from megatron_eopd.data.prompt_files import Row
+
+    return lambda example: len(encoder.ids(Row.of_chat(example.where, example.chat)))
+
+
+def print_preview(arguments: argparse.Namespace, encoder: "PromptEncoder | None") -> None:
+    """The first prompts of the file that was written."""
+    for where, row in islice(RowFile(arguments.output), arguments.preview):
+        chat = read_chat(where, row["prompt"])
+        print(where)
+        if encoder is None:
+            for message in chat.turns:
+                print(f"  {message.role}:", *message.content.split("\n"), sep="\n  | ")
+        else:
+            from megatron_eopd.data.preview import render_preview
+            from megatron_eopd.data.prompt_files import Row
+
+            ids = encoder.ids(Row.of_chat(where, chat))
+            print(render_preview(encoder.tokenizer, ids, "model"))
+        print()
 
 
 def data_config(arguments: argparse.Namespace) -> DataConfig:
     """The data section of a run that has the same options."""
-    if (arguments.tokenizer is None) != (arguments.max_prompt_length is None):
-        raise ConfigError("--tokenizer and --max-prompt-length need each other. Give both.")
-    if arguments.chat_template_kwargs and not arguments.apply_chat_template:
-        raise ConfigError("--chat-template-kwargs needs --apply-chat-template. Give both.")
-    pairs = (text.partition("=")[::2] for text in arguments.chat_template_kwargs)
-    return DataConfig(
-        apply_chat_template=arguments.apply_chat_template,
-        chat_template_kwargs={name: parse_value(value) for name, value in pairs},
-        prompt_suffix=arguments.prompt_suffix,
-    )
+    if arguments.max_prompt_length is not None and arguments.tokenizer is None:
+        raise ConfigError("--max-prompt-length counts tokens. Give --tokenizer as well.")
+    if arguments.tokenizer is not None and not (arguments.max_prompt_length or arguments.preview):
+        raise ConfigError(
+            "--tokenizer would be ignored. Give --max-prompt-length or --preview as well."
+        )
+    return prompt_options(arguments)
 
 
-def write_stats(arguments: argparse.Namespace, counts: Counter[Fate]) -> Path:
+def write_stats(arguments: argparse.Namespace, counts: Counter[Fate], num_cut: int) -> Path:
     path = Path(f"{arguments.output}.stats.json")
-    stats = {"rows read": counts.total()} | {fate: counts[fate] for fate in Fate}
+    stats = {"rows read": counts.total()} | {fate: counts[fate] for fate in Fate} | {CUT: num_cut}
     with appears_whole(path) as file:
         json.dump({"options": vars(arguments), "counts": stats}, file, indent=2, default=str)
         file.write("\n")
@@ -140,17 +191,22 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{arguments.output} exists. Pass --overwrite to replace it.")
     columns = columns_of(arguments)
     length = arguments.exclude_prefix
-    count_tokens = token_counter(arguments)
+    data = data_config(arguments)
+    encoder = prompt_encoder(arguments, data)
     held_out = [excluded_set(text, columns) for text in arguments.exclude]
     selection = Selection(
-        held_out=set().union(*(overlap_keys(*excluded, length) for excluded in held_out)),
+        held_out=set().union(*(held_out_keys(*excluded, length) for excluded in held_out)),
         prefix_length=length,
-        count_tokens=count_tokens,
-        max_prompt_length=arguments.max_prompt_length or 0,
     )
+    if arguments.max_prompt_length is not None:
+        selection.max_prompt_length = arguments.max_prompt_length
+        selection.count_tokens = token_counter(encoder)
     counts = prepare(arguments.inputs, arguments.output, columns, selection)
-    print(counts_table(counts))
-    print(f"written to {arguments.output}, counts to {write_stats(arguments, counts)}")
+    path = write_stats(arguments, counts, selection.num_cut)
+    if arguments.preview is not None:
+        print_preview(arguments, encoder)
+    print(counts_table(counts, selection.num_cut))
+    print(f"written to {arguments.output}, counts to {path}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Options of the prompts."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -11,16 +12,29 @@ BUILT_IN_TASKS = ("countdown",)
 
 class DataConfig(Section):
     prompts: str = "countdown"
-    """A jsonl file with `{"prompt": …, "answer": …}` a line, or a built-in task: `countdown`."""
+    """A file with `{"prompt": …, "answer": …}` a line, or a built-in task: `countdown`. JSON Lines,
+    a JSON array, both also compressed, or parquet. A prompt is text or a chat of messages, whose
+    last user turn is answered; what stands behind that is left off."""
+    prompt_key: str | None = None
+    """Key under which a line of `prompts` holds its prompt. Default: the first of `prompt`,
+    `messages`, `conversations` that the first line has."""
     apply_chat_template: bool = False
-    """Wrap each prompt as a user turn of the student tokenizer's chat template."""
+    """Write each prompt with the student tokenizer's chat template, as a user turn or the chat that
+    it is. Without it no prompt may have more than one turn."""
     chat_template_kwargs: dict[str, Any] = Field({})
     """Variables of the chat template, as a table or one by one, for Qwen3
     `data.chat_template_kwargs.enable_thinking=false`. A name that the template does not read is an
     error."""
+    chat_template_name: str | None = None
+    """Which of the tokenizer's chat templates, where it has several."""
+    chat_template_file: Path | None = None
+    """A file whose chat template (Jinja) takes the place of the tokenizer's."""
+    system_prompt: str | None = None
+    """A system turn before every prompt; `""` is an empty one, which is not the same as none. A
+    chat that has one of its own is an error that names its line."""
     prompt_suffix: str = ""
-    """Appended to every prompt, before the chat template. In double quotes TOML wants `\\\\boxed`;
-    in single quotes it takes `\\boxed`, and no `\\n`."""
+    """Appended to every prompt, before the chat template; in a chat to its last turn. In double
+    quotes TOML wants `\\\\boxed`; in single quotes it takes `\\boxed`, and no `\\n`."""
     max_prompt_length: int = Field(1024, gt=0)
     """In tokens; a longer prompt is an error that names its line."""
     shuffle: bool = True
@@ -32,20 +46,32 @@ class DataConfig(Section):
     """Key under which a line of `prompts` names its teacher, one of `[teachers.NAME]`. A line
     without it has the one of `[teacher]`."""
 
-    @field_validator("chat_template_kwargs")
+    @field_validator(
+        "chat_template_kwargs", "chat_template_name", "chat_template_file", "system_prompt"
+    )
     @classmethod
-    def _has_a_template(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if value and not info.data.get("apply_chat_template"):
+    def _has_a_template(cls, value: Any, info: ValidationInfo) -> Any:
+        if value not in (None, {}) and not info.data.get("apply_chat_template"):
             raise ValueError(
                 "would be ignored with data.apply_chat_template=false. Set it to true."
             )
         return value
 
-    @field_validator("prompt_suffix")
+    @field_validator("chat_template_file")
     @classmethod
-    def _is_what_was_meant(cls, value: str) -> str:
+    def _is_the_only_template(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        name = info.data.get("chat_template_name")
+        if value is not None and name is not None:
+            raise ValueError(
+                f"one template, and data.chat_template_name={name} is another. Set one."
+            )
+        return value
+
+    @field_validator("prompt_suffix", "system_prompt")
+    @classmethod
+    def _is_what_was_meant(cls, value: str | None) -> str | None:
         # In double quotes "\boxed" is a backspace and "oxed" to TOML, "\text" a tab and "ext".
-        control = [c for c in value if ord(c) < 32 and c != "\n"]
+        control = [c for c in value or "" if ord(c) < 32 and c != "\n"]
         if control:
             raise ValueError(
                 f"holds the control character {control[0]!r}. Write each backslash twice, or put "

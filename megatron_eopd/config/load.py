@@ -82,7 +82,8 @@ def _input_paths(tree: dict[str, Any]) -> list[str]:
     teachers = tree.get("teachers")
     names = list(teachers) if isinstance(teachers, dict) else []
     models = ["student", "teacher", *(f"teachers.{name}" for name in names)]
-    files = ["data.prompts", "evaluation.prompts", "rollout.replay", "checkpoint.load"]
+    files = ["data.prompts", "data.chat_template_file", "evaluation.prompts", "rollout.replay"]
+    files.append("checkpoint.load")
     return [f"{model}.{key}" for model in models for key in ("hf_path", "tokenizer")] + files
 
 

@@ -82,7 +82,7 @@ class EvaluationConfig(Section):
     """Held-out problems of a built-in task and their grader. With neither this nor `prompts`
     nothing is evaluated."""
     prompts: Path | None = None
-    """Held-out problems of your own, a jsonl file like `data.prompts`: a response is right when its
+    """Held-out problems of your own, a file like `data.prompts`: a response is right when its
     last number is that of `answer`. Figures are named after the file, eval/<file>/…."""
     num_problems: int = Field(200, gt=0)
     """Problems taken from the start of the held-out set."""

@@ -1,4 +1,4 @@
-"""Data sets into prompt files. In: rows of jsonl, parquet or hub data sets. Out: one jsonl file,
+"""Data sets into prompt files. In: rows of files or hub data sets. Out: one jsonl file,
 `{"prompt": …, "answer": …}` a line, and a count of what was left out and why.
 
 Rows stream through in their order; in memory stay a digest and the answer of each distinct prompt.
@@ -21,25 +21,26 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from megatron_eopd.data.jsonl import read_jsonl
+from megatron_eopd.data.chats import Chat, NotText, NoUserTurn, is_unicode, read_chat
+from megatron_eopd.data.sources import BATCH_ROWS, RowFile, Rows, with_progress
 from megatron_eopd.errors import ConfigError
-
-Rows = Iterator[tuple[str, dict[str, Any]]]
-"""(where it stands, columns) of each row."""
 
 COLUMN_CHECK_ROWS = 1000
 """A column counts as missing when none of a source's first rows has it. Rows of a jsonl file may
 differ, and a mistyped name should not cost a pass over millions of them."""
 
-BATCH_ROWS = 1000
-"""Read at once from parquet; whole row groups of a large file would take gigabytes."""
-
 ABSENT = object()
 """What `look_up` finds where there is no such column; None is a column without a value."""
 
 
+CUT = "- of these cut behind the question"
+"""Chats that went on behind their last user turn."""
+
+
 class Fate(StrEnum):
-    NOT_ONE_TURN = "chat without exactly one user turn"
+    NO_QUESTION = "chat without a user turn"
+    NOT_TEXT = "chat with images, sound or tools"
+    SEVERAL_TURNS = "chat with several user turns"
     NO_PROMPT = "empty prompt"
     NO_ANSWER = "no answer"
     NOT_UNICODE = "not valid Unicode"
@@ -58,7 +59,7 @@ class Columns:
     """Where prompt and answer stand. Names may be dotted: reward_model.ground_truth."""
 
     prompt: str
-    """Text, or a list of chat messages, whose user message is taken."""
+    """Text, or a chat in any of the forms of data.chats."""
     answers: tuple[tuple[str, Callable[[str], str]], ...]
     """(column, what gets the answer out of it): the first that gives any wins. Empty: prompts
     only."""
@@ -66,34 +67,59 @@ class Columns:
     """Takes a data set's own instructions off the prompt."""
     keep: tuple[str, ...] = ()
     """Columns that are copied as they are."""
+    single_turn: bool = False
+    """Take no chats that have more than one turn of the user, and of the others that turn."""
+    drop_system_turns: bool = False
 
     def read(self, where: str, row: dict[str, Any]) -> "Example":
-        prompt = _prompt_text(f"{where}, column {self.prompt}", look_up(row, self.prompt))
         answer = ""
         for name, extract in self.answers:
             answer = answer or extract(_answer_text(f"{where}, column {name}", look_up(row, name)))
         kept = {name: look_up(row, name) for name in self.keep}
         return Example(
-            prompt=None if prompt is None else self.clean(prompt).strip(),
+            where,
+            self._chat(f"{where}, column {self.prompt}", look_up(row, self.prompt)),
             answer=answer.strip() if self.answers else None,
             kept={name: value for name, value in kept.items() if value is not ABSENT},
         )
 
+    def _chat(self, where: str, value: Any) -> "Chat | Fate":
+        if (
+            value is None or value is ABSENT or value != value
+        ):  # NaN: as pandas writes a missing one
+            return Fate.NO_PROMPT
+        try:
+            chat = read_chat(where, value)
+        except NoUserTurn:
+            return Fate.NO_QUESTION
+        except NotText:
+            return Fate.NOT_TEXT
+        context = [t for t in chat.context if not (self.drop_system_turns and t.role == "system")]
+        if self.single_turn:
+            if any(turn.role == "user" for turn in context):
+                return Fate.SEVERAL_TURNS
+            context = [turn for turn in context if turn.role == "system"]
+        chat = Chat(self.clean(chat.text).strip(), tuple(context), chat.is_cut)
+        return Fate.NO_PROMPT if chat.empty_turn else chat
+
 
 @dataclass(frozen=True)
 class Example:
-    prompt: str | None
-    """None: a chat that has no user turn, or several."""
+    where: str
+    """What it stands in, for messages."""
+    chat: Chat | Fate
+    """Or why there is none."""
     answer: str | None
     """Empty where there is none; None where none is wanted."""
     kept: dict[str, Any]
 
     def line(self) -> str:
+        """Of the prompt file. A lone question is text there, as it is without a template."""
+        turns = [turn._asdict() for turn in self.chat.turns]
+        prompt = turns if len(turns) > 1 else self.chat.text
         answer = {} if self.answer is None else {"answer": self.answer}
         # default=str: parquet has dates and decimals, which JSON has not.
-        return json.dumps(
-            self.kept | {"prompt": self.prompt} | answer, ensure_ascii=False, default=str
-        )
+        return json.dumps(self.kept | {"prompt": prompt} | answer, ensure_ascii=False, default=str)
 
 
 def look_up(row: Any, name: str) -> Any:
@@ -111,24 +137,12 @@ def look_up(row: Any, name: str) -> Any:
     return value
 
 
-def _prompt_text(where: str, value: Any) -> str | None:
-    if value is None or value is ABSENT:
-        return ""
-    if isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value):
-        turns = [message.get("content") for message in value if message["role"] == "user"]
-        if len(turns) != 1:
-            return None
-        value = turns[0]
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"{where}: neither text nor chat messages (role, content), but {str(value)[:80]}. Name "
-            f"another column with --prompt-column."
-        )
-    return value
+def _is_missing(value: Any) -> bool:
+    return value is None or value is ABSENT or value != value  # NaN: how pandas writes it
 
 
 def _answer_text(where: str, value: Any) -> str:
-    if value is None or value is ABSENT or value != value:  # NaN: how pandas writes a missing one
+    if _is_missing(value):
         return ""
     if not isinstance(value, str | int | float):
         raise ConfigError(
@@ -201,37 +215,40 @@ PRESETS = {
 # --- rows of a source ---------------------------------------------------------------------------
 
 
-def open_rows(source: str, columns: Columns) -> Rows:
-    """Rows of a file, or of a data set of the hub or a directory, NAME[:CONFIG[:SPLIT]].
+class Source:
+    """A file, or a data set of the hub or a directory, NAME[:CONFIG[:SPLIT]].
 
     Raises:
         ConfigError: it cannot be read, or has no such columns.
     """
-    path = Path(source)
-    kind = path.suffix.lower()
-    if kind == ".parquet" and path.is_file():
-        rows = _data_set_rows(
-            source, "parquet", data_files=str(path), split="train", batch_size=BATCH_ROWS
-        )
-    elif kind in (".jsonl", ".json") and path.is_file():
-        rows = read_jsonl(path)
-    elif path.is_file() or kind in (".jsonl", ".json", ".parquet") or not source:
-        raise ConfigError(
-            f"{source or 'empty name'}: {'not' if path.is_file() else 'no such file, and not'} a "
-            f".jsonl or .parquet file or the name of a data set."
-        )
-    else:
-        name, config, split = ([*source.split(":"), "", ""])[:3]
-        rows = _data_set_rows(source, name, config or None, split=split or "train")
-    return _with_columns(source, rows, columns)
+
+    def __init__(self, name: str, columns: Columns) -> None:
+        self.file = RowFile(Path(name)) if _is_file(name) else None
+        rows = _data_set_rows(name) if self.file is None else iter(self.file)
+        self.rows = _with_columns(name, rows, columns)
 
 
-def _data_set_rows(source: str, *arguments: Any, **options: Any) -> Rows:
-    # Here, not above: it takes a second, and jsonl files do without.
+def _is_file(name: str) -> bool:
+    path = Path(name)
+    if path.is_file():
+        return True
+    if _FILE_NAME.search(name) or not name:
+        raise ConfigError(f"{name or 'empty name'}: no such file, and no name of a data set.")
+    return False
+
+
+_FILE_NAME = re.compile(r"\.(jsonl?|ndjson|parquet|csv|tsv|txt)(\.\w+)?$", re.IGNORECASE)
+
+
+def _data_set_rows(source: str) -> Rows:
+    # Here, not above: it takes a second, and files do without.
     import datasets
 
+    name, config, split = ([*source.split(":"), "", ""])[:3]
     try:
-        data_set = datasets.load_dataset(*arguments, **options, streaming=True)
+        data_set = datasets.load_dataset(
+            name, config or None, split=split or "train", streaming=True
+        )
         # In Arrow batches: one row after the other takes ten times as long.
         batches = data_set.with_format("arrow").iter(BATCH_ROWS)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
@@ -270,10 +287,11 @@ def _names(row: dict[str, Any]) -> Iterator[str]:
 # --- which rows are kept ------------------------------------------------------------------------
 
 
-def duplicate_key(prompt: str) -> bytes:
+def duplicate_key(chat: Chat) -> bytes:
     """Equal for prompts that differ in white space or in the composition of accents only. Case and
     punctuation count: in mathematics they make another problem."""
-    text = " ".join(unicodedata.normalize("NFC", prompt).split())
+    turns = [f"{turn.role} {turn.content}" for turn in chat.context] + [chat.text]
+    text = "\0".join(" ".join(unicodedata.normalize("NFC", turn).split()) for turn in turns)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -288,11 +306,18 @@ def overlap_key(prompt: str, length: int) -> str:
     return letters[:length] if len(letters) >= length else "".join(text.split())
 
 
-def overlap_keys(source: str, columns: Columns, length: int) -> set[str]:
+def overlap_keys(chat: Chat, length: int) -> set[str]:
+    """Of every turn of the user."""
+    return {overlap_key(turn.content, length) for turn in chat.turns if turn.role == "user"}
+
+
+def held_out_keys(source: str, columns: Columns, length: int) -> set[str]:
     """Of every prompt of an evaluation set."""
-    columns = replace(columns, answers=(), keep=())
-    examples = (columns.read(*row) for row in open_rows(source, columns))
-    keys = {overlap_key(example.prompt, length) for example in examples if example.prompt}
+    columns = replace(columns, answers=(), keep=(), single_turn=False)
+    keys: set[str] = set()
+    for where, row in Source(source, columns).rows:
+        chat = columns.read(where, row).chat
+        keys |= overlap_keys(chat, length) if isinstance(chat, Chat) else set()
     if not keys:
         raise ConfigError(f"{source}: no prompts in column {columns.prompt}, nothing to exclude.")
     return keys
@@ -305,36 +330,32 @@ class Selection:
     held_out: set[str] = field(default_factory=set)
     """Overlap keys of the evaluation sets, made with `prefix_length`."""
     prefix_length: int = 100
-    count_tokens: Callable[[str], int] | None = None
+    count_tokens: Callable[[Example], int] | None = None
     """None: any length is right."""
     max_prompt_length: int = 0
     """In tokens."""
+    num_cut: int = field(default=0, init=False)
+    """Chats that were kept, without what came behind their last user turn."""
     _answer_of: dict[bytes, str | None] = field(default_factory=dict, init=False)
 
     def fate(self, example: Example) -> Fate:
-        prompt, answer = example.prompt, example.answer
-        if prompt is None:
-            return Fate.NOT_ONE_TURN
-        if not prompt:
-            return Fate.NO_PROMPT
+        chat, answer = example.chat, example.answer
+        if isinstance(chat, Fate):
+            return chat
         if answer == "":
             return Fate.NO_ANSWER
-        if not _is_unicode(f"{prompt}{answer}"):
+        if not is_unicode(example.line()):
             return Fate.NOT_UNICODE
-        key = duplicate_key(prompt)
+        key = duplicate_key(chat)
         if key in self._answer_of:
             return Fate.DUPLICATE if self._answer_of[key] == answer else Fate.OTHER_ANSWER
         self._answer_of[key] = answer
-        if self.held_out and overlap_key(prompt, self.prefix_length) in self.held_out:
+        if self.held_out and overlap_keys(chat, self.prefix_length) & self.held_out:
             return Fate.HELD_OUT
-        if self.count_tokens and self.count_tokens(prompt) > self.max_prompt_length:
+        if self.count_tokens and self.count_tokens(example) > self.max_prompt_length:
             return Fate.TOO_LONG
+        self.num_cut += chat.is_cut
         return Fate.KEPT
-
-
-def _is_unicode(text: str) -> bool:
-    """Half a surrogate pair, which JSON can escape, is no text for a file or a tokenizer."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 # --- the whole of it ----------------------------------------------------------------------------
@@ -348,9 +369,15 @@ def prepare(
     Raises:
         ConfigError: a source cannot be read, or none of its rows is kept.
     """
-    opened = [open_rows(source, columns) for source in sources]  # all, before any is read through
+    opened = [Source(source, columns) for source in sources]  # all, before any is read through
     counts: Counter[Fate] = Counter()
-    rows = tqdm(chain.from_iterable(opened), unit=" rows", disable=None)
+    rows: Rows = chain.from_iterable(source.rows for source in opened)
+    files = [source.file for source in opened if source.file is not None]
+    rows = (
+        with_progress(rows, files)
+        if len(files) == len(opened)
+        else tqdm(rows, unit=" rows", disable=None)
+    )
     with appears_whole(output) as file:
         for example in (columns.read(where, row) for where, row in rows):
             fate = selection.fate(example)
@@ -375,10 +402,11 @@ def appears_whole(path: Path) -> Iterator[TextIO]:
         unfinished.unlink(missing_ok=True)
 
 
-def counts_table(counts: Counter[Fate]) -> str:
+def counts_table(counts: Counter[Fate], num_cut: int = 0) -> str:
     rows: Iterable[tuple[str, int]] = [
         ("rows read", counts.total()),
         *((f"- {fate}", counts[fate]) for fate in Fate if fate is not Fate.KEPT),
         ("kept", counts[Fate.KEPT]),
+        (CUT, num_cut),
     ]
     return "\n".join(f"{name:<36} {count:>12,}" for name, count in rows)

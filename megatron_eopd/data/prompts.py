@@ -1,4 +1,4 @@
-"""The prompt set and its order. In: a jsonl file or a built-in task. Out: prompts of iteration i.
+"""The prompt set and its order. In: a file or a built-in task. Out: prompts of iteration i.
 
 The order is a function of the seed and the iteration alone, so a resumed run goes on where it was
 without having stored anything.
@@ -6,16 +6,15 @@ without having stored anything.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from megatron_eopd.config import DataConfig
-from megatron_eopd.data import countdown
-from megatron_eopd.data.jsonl import read_jsonl
+from megatron_eopd.data.prompt_files import Row, countdown_rows, places, prompt_rows
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Turn
@@ -30,9 +29,15 @@ class PromptSet:
         seed: int,
         shuffle: bool,
         references: Sequence[tuple[TokenIds, ...]] = (),
+        contexts: Sequence[tuple[Turn, ...]] = (),
+        num_cut: int = 0,
     ) -> None:
-        """`references`: the reference answers of each prompt, if there are any."""
+        """`references`: the reference answers of each prompt, if there are any; `contexts`: the
+        turns before each, if any has some; `num_cut`: see below."""
         self._prompts = prompts
+        self._contexts = contexts
+        self.num_cut = num_cut
+        """Chats that went on behind their last user turn, and were cut there."""
         self._references = references
         self._seed = seed
         self._shuffle = shuffle
@@ -50,6 +55,13 @@ class PromptSet:
         answers = self._references[prompt.index]
         return answers[sample_index % len(answers)]
 
+    def sequences(self) -> Iterator[tuple[Prompt, TokenIds]]:
+        """Every prompt with its ids, and with those of each reference answer to it."""
+        for prompt in self._prompts:
+            yield prompt, prompt.prompt_ids
+        for prompt, answers in zip(self._prompts, self._references, strict=False):
+            yield from ((prompt, answer) for answer in answers)
+
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
@@ -57,22 +69,19 @@ class PromptSet:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with any prompt and with their number."""
-        # The default teacher says nothing, as in sets from before there was a choice.
-        texts = json.dumps(
-            [
-                (p.text, p.answer, p.teacher)[: 3 if p.teacher != DEFAULT_TEACHER else 2]
-                for p in self._prompts
-            ]
-        )
-        return hashlib.sha256(texts.encode()).hexdigest()
+        """Changes with any turn of a prompt and with the number of prompts."""
+        return _digest(self._identity(prompt) for prompt in self._prompts)
+
+    def _identity(self, prompt: Prompt) -> tuple[Any, ...]:
+        context = self._contexts[prompt.index] if self._contexts else ()
+        # What is as in sets from before there was a choice says nothing, so that runs go on.
+        length = 4 if context else 3 if prompt.teacher != DEFAULT_TEACHER else 2
+        return (prompt.text, prompt.answer, prompt.teacher, context)[:length]
 
     @cached_property
     def references_digest(self) -> str:
         """Changes with any reference answer; empty where there are none."""
-        if not self._references:
-            return ""
-        return hashlib.sha256(json.dumps(self._references).encode()).hexdigest()
+        return _digest(self._references) if self._references else ""
 
     def batch(self, iteration: int, size: int) -> list[Prompt]:
         """The `size` prompts of an iteration; epochs follow each other without a gap."""
@@ -93,6 +102,15 @@ class PromptSet:
         return self._order_of[1]
 
 
+def _digest(items: Iterable[Any]) -> str:
+    """Of the JSON of their list, which is never whole in memory."""
+    sha = hashlib.sha256(b"[")
+    for number, item in enumerate(items):
+        sha.update((", " * (number > 0) + json.dumps(item)).encode())
+    sha.update(b"]")
+    return sha.hexdigest()
+
+
 def load_prompts(
     data: DataConfig,
     tokenizer: Tokenizer,
@@ -110,125 +128,157 @@ def load_prompts(
     if data.prompts == "countdown":
         rows = countdown_rows("train")
     else:
-        rows = jsonl_rows(Path(data.prompts), data, teachers, "data.prompts")
-    rows = list(rows)
-    prompts = list(encode_prompts(iter(rows), data, tokenizer))
+        rows = prompt_rows(Path(data.prompts), data, teachers, "data.prompts")
+    encoder = PromptEncoder(data, tokenizer)
+    references = None
+    if max_reference_length is not None:
+        references = _References(data, tokenizer, max_reference_length)
+    prompts: list[Prompt] = []
+    contexts: list[tuple[Turn, ...]] = []
+    num_cut = 0
+    for row in rows:
+        prompts.append(encoder.prompt(len(prompts), row))
+        contexts.append(encoder.turns(row)[:-1])
+        num_cut += row.is_cut
+        if references is not None:
+            references.add(row)
     if not prompts:
         raise ConfigError(f"data.prompts={data.prompts}: no prompts in it.")
-    references: list[tuple[TokenIds, ...]] = []
-    if max_reference_length is not None:
-        references = _encode_references(rows, data, tokenizer, max_reference_length)
-    return PromptSet(prompts, seed, data.shuffle, references)
+    return PromptSet(
+        prompts,
+        seed,
+        data.shuffle,
+        references.checked() if references is not None else (),
+        contexts if any(contexts) else (),
+        num_cut,
+    )
 
 
-class Row(NamedTuple):
-    """A prompt before it is tokenized."""
+class PromptEncoder:
+    """What makes prompts of rows: one path for training, evaluation and tools."""
 
-    where: str
-    """What it stands in, for messages."""
-    text: str
-    answer: str
-    teacher: str = DEFAULT_TEACHER
-    responses: tuple[str, ...] = ()
-    """Reference answers."""
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
+        """
+        Raises:
+            ConfigError: there is no such chat template.
+        """
+        self._data = data
+        self.tokenizer = tokenizer
+        """With the chat template that was chosen."""
+        if data.apply_chat_template:
+            self.tokenizer = tokenizer.with_template(
+                data.chat_template_name, data.chat_template_file
+            )
+        self._share = _shared_ids(tokenizer)
+
+    def turns(self, row: Row) -> tuple[Turn, ...]:
+        """The whole chat as the model is shown it, the user's question with its suffix last.
+
+        Raises:
+            ConfigError: two system turns, or a chat and no template to write it with.
+        """
+        turns = (*row.context, Turn("user", row.text + self._data.prompt_suffix))
+        if self._data.system_prompt is not None:
+            if any(turn.role == "system" for turn in row.context):
+                raise ConfigError(
+                    f"{row.where}: has a system turn, and data.system_prompt is another. Leave the "
+                    f"option out, or take such turns out with tools/prepare_data.py "
+                    f"--drop-system-turns."
+                )
+            turns = (Turn("system", self._data.system_prompt), *turns)
+        if len(turns) > 1 and not self._data.apply_chat_template:
+            raise ConfigError(
+                f"{row.where}: a chat ({', '.join(turn.role for turn in turns)}), which only a "
+                f"chat template can write. Set data.apply_chat_template=true, or leave out what is "
+                f"more than a question: tools/prepare_data.py --single-turn --drop-system-turns."
+            )
+        return turns
+
+    def ids(self, row: Row) -> TokenIds:
+        """
+        Raises:
+            ConfigError: as `turns`; or the template refuses the chat.
+        """
+        turns = self.turns(row)
+        if not self._data.apply_chat_template:
+            return self.tokenizer.encode(turns[-1].content)
+        try:
+            return self.tokenizer.encode_chat(turns, **self._data.chat_template_kwargs)
+        except ConfigError as error:
+            raise ConfigError(f"{row.where}: {error}") from None
+
+    def prompt(self, index: int, row: Row) -> Prompt:
+        """`text` is the last user turn, with the suffix and without the template.
+
+        Raises:
+            ConfigError: as `ids`; or nothing is left of the row, or too much.
+        """
+        prompt_ids = self._share(self.ids(row))
+        if not 0 < len(prompt_ids) <= self._data.max_prompt_length:
+            raise ConfigError(
+                f"{row.where}: {len(prompt_ids)} tokens, allowed are 1 to data.max_prompt_length="
+                f"{self._data.max_prompt_length}. Shorten the prompt or raise the option."
+            )
+        text = row.text + self._data.prompt_suffix
+        return Prompt(index, text, row.answer, prompt_ids, row.teacher)
 
 
-def countdown_rows(split: str) -> Iterator[Row]:
-    """Every problem of the split."""
-    for number, problem in enumerate(countdown.split(split)):
-        where = f"countdown problem {number}"
-        yield Row(where, problem.prompt_text(), problem.answer_text())
-
-
-def prompt_encoder(data: DataConfig, tokenizer: Tokenizer) -> Callable[[str], tuple[int, ...]]:
-    """What turns the text of a prompt into ids: one path for training, evaluation and tools."""
-    if not data.apply_chat_template:
-        return tokenizer.encode
-    encode = partial(tokenizer.encode_chat, **data.chat_template_kwargs)
-    return lambda text: encode([Turn("user", text)])
+def _shared_ids(tokenizer: Tokenizer) -> Callable[[TokenIds], TokenIds]:
+    """The same ids, with one object for each however often it comes: a fresh one takes 28 bytes
+    beside the 8 of its place, and a million prompts have a hundred million."""
+    objects = list(range(tokenizer.num_ids))
+    return lambda ids: tuple(map(objects.__getitem__, ids))
 
 
 def encode_prompts(rows: Iterator[Row], data: DataConfig, tokenizer: Tokenizer) -> Iterator[Prompt]:
-    """Prompts as the model sees them; `text` is with the suffix and without the template."""
-    encode = prompt_encoder(data, tokenizer)
+    """Prompts as the model sees them."""
+    encoder = PromptEncoder(data, tokenizer)
     for index, row in enumerate(rows):
-        text = row.text + data.prompt_suffix
-        prompt_ids = encode(text)
-        if not 0 < len(prompt_ids) <= data.max_prompt_length:
+        yield encoder.prompt(index, row)
+
+
+class _References:
+    """Reference answers in tokens, taken row by row."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, max_length: int) -> None:
+        self._key = data.response_key
+        self._tokenizer = tokenizer
+        self._share = _shared_ids(tokenizer)
+        self._max_length = max_length
+        self._encoded: list[tuple[TokenIds, ...]] = []
+        self._missing: list[str] = []
+        self._too_long: list[str] = []
+        self._longest = 0
+
+    def add(self, row: Row) -> None:
+        end = (self._tokenizer.end_id,)
+        encode = self._tokenizer.encode_response
+        answers = tuple(self._share(encode(text) + end) for text in row.responses)
+        longest = max(map(len, answers), default=0)
+        self._encoded.append(answers)
+        self._longest = max(longest, self._longest)
+        if not answers:
+            self._missing.append(row.where)
+        if longest > self._max_length:
+            self._too_long.append(row.where)
+
+    def checked(self) -> list[tuple[TokenIds, ...]]:
+        """
+        Raises:
+            ConfigError: rows without a reference answer, or with one that is too long; all of them.
+        """
+        if self._missing:
             raise ConfigError(
-                f"{row.where}: {len(prompt_ids)} tokens, allowed are 1 to data.max_prompt_length="
-                f"{data.max_prompt_length}. Shorten the prompt or raise the option."
+                f"data.response_key={self._key}: {len(self._missing)} of {len(self._encoded)} "
+                f"prompts have no text there, and rollout.reference_fraction needs one: "
+                f"{places(self._missing)}. Write them with tools/generate.py, or take these lines "
+                f"out."
             )
-        yield Prompt(index, text, row.answer, prompt_ids, row.teacher)
-
-
-def jsonl_rows(
-    path: Path, data: DataConfig, teachers: Collection[str], option: str
-) -> Iterator[Row]:
-    """Lines of a prompt file; `option` is the one that named it."""
-    if not path.is_file():
-        builtin = ", and no built-in task of that name (countdown)" * (option == "data.prompts")
-        raise ConfigError(f"{option}={path}: no such file{builtin}.")
-    for where, row in read_jsonl(path):
-        prompt, answer = row.get("prompt"), row.get("answer")
-        if not isinstance(prompt, str):
+        if self._too_long:
             raise ConfigError(
-                f'{where}: expected {{"prompt": "…", "answer": "…"}}, got {str(row)[:80]}. '
-                f"tools/prepare_data.py makes such files from others."
+                f"data.response_key={self._key}: {len(self._too_long)} prompts have reference "
+                f"answers longer than rollout.max_response_length={self._max_length} tokens, the "
+                f"longest {self._longest}: {places(self._too_long)}. Raise the option, or take "
+                f"these lines out."
             )
-        teacher = row.get(data.teacher_key, DEFAULT_TEACHER)
-        if teacher not in teachers:
-            raise ConfigError(
-                f"{where}: {data.teacher_key}={teacher!r} is no teacher of this run. Known are "
-                f"{', '.join(teachers)}; set data.teacher_key if the key means something else."
-            )
-        responses = _responses(row.get(data.response_key)) if data.response_key else ()
-        yield Row(where, prompt, "" if answer is None else str(answer), teacher, responses)
-
-
-def _responses(value: Any) -> tuple[str, ...]:
-    """None where there is no text, or anything but text."""
-    texts = value if isinstance(value, list) else [value]
-    is_text = all(isinstance(text, str) and text.strip() for text in texts)
-    return tuple(texts) if is_text else ()
-
-
-def _encode_references(
-    rows: Sequence[Row], data: DataConfig, tokenizer: Tokenizer, max_length: int
-) -> list[tuple[TokenIds, ...]]:
-    """
-    Raises:
-        ConfigError: lines without a reference answer, or with one that is too long; all of them.
-    """
-    missing = [row.where for row in rows if not row.responses]
-    if missing:
-        raise ConfigError(
-            f"data.response_key={data.response_key}: {len(missing)} of {len(rows)} prompts have no "
-            f"text there, and rollout.reference_fraction needs one: {places(missing)}. Write them "
-            f"with tools/generate.py, or take these lines out."
-        )
-    end = (tokenizer.end_id,)
-    references = [tuple(tokenizer.encode_response(t) + end for t in r.responses) for r in rows]
-    longest = [max(map(len, answers)) for answers in references]
-    too_long = [r.where for r, length in zip(rows, longest, strict=True) if length > max_length]
-    if too_long:
-        raise ConfigError(
-            f"data.response_key={data.response_key}: {len(too_long)} prompts have reference "
-            f"answers longer than rollout.max_response_length={max_length} tokens, the longest "
-            f"{max(longest)}: {places(too_long)}. Raise the option, or take these lines out."
-        )
-    return references
-
-
-def places(wheres: Sequence[str]) -> str:
-    """`FILE lines 3, 7-12` of `FILE line 3`, `FILE line 7`, …"""
-    path = wheres[0].rpartition(" line ")[0]
-    numbers = [int(where.rpartition(" line ")[2]) for where in wheres]
-    runs = [[numbers[0], numbers[0]]]
-    for number in numbers[1:]:
-        if number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    shown = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
-    return f"{path} line{'s' * (len(numbers) > 1)} {shown}"
+        return self._encoded

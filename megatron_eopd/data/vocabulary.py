@@ -28,8 +28,6 @@ def shared_vocab_size(
         ConfigError: an id means different tokens, or tokens that a model needs are not shared. The
             loss would still give numbers, and they would mean nothing.
     """
-    for model, tokenizer in (("student", student), (who, teacher)):
-        _check_fits(model, tokenizer)
     size = min(student.num_ids, teacher.num_ids)
     if student.digest != teacher.digest:
         _check_extends(student, teacher, who, size, exclude_unshared)
@@ -37,8 +35,9 @@ def shared_vocab_size(
     return size
 
 
-def _check_fits(who: str, tokenizer: Tokenizer) -> None:
-    """A prompt or a stop id that the model has no column for must not reach it."""
+def check_fits(tokenizer: Tokenizer, who: str) -> None:
+    """Raise ConfigError where its model has no column for an id, or none ends a response: a prompt
+    or a stop id without a column must not reach it."""
     if tokenizer.num_ids > tokenizer.vocab_size:
         raise ConfigError(
             f"the ids of the {who}'s tokenizer {tokenizer.path} go up to {tokenizer.num_ids - 1}, "
@@ -109,16 +108,19 @@ def tokens_by_id(tokenizer: Tokenizer) -> dict[int, str]:
     return {i: token for token, i in tokenizer._id_of_token().items()}
 
 
-def check_prompts(prompts: Iterable[Prompt], vocab_size: int, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError for a prompt with a token that the models do not share."""
+def check_shared(
+    sequences: Iterable[tuple[Prompt, Sequence[int]]], vocab_size: int, tokenizer: Tokenizer
+) -> None:
+    """Raise ConfigError for a token that the models do not share, in the ids of a prompt or of a
+    reference answer to it."""
     if vocab_size == tokenizer.num_ids:
         return
-    for prompt in prompts:
-        unshared = [i for i in prompt.prompt_ids if i >= vocab_size]
+    for prompt, ids in sequences:
+        unshared = [i for i in ids if i >= vocab_size]
         if unshared:
             raise ConfigError(
                 f"prompt {prompt.index}, {prompt.text[:60]!r}: "
                 f"{tokens_by_id(tokenizer)[unshared[0]]!r} (id {unshared[0]}) is none of the "
-                f"{vocab_size} tokens that student and teachers share. Take it out of the prompt "
-                f"or of the chat template."
+                f"{vocab_size} tokens that student and teachers share. Take it out of the prompt, "
+                f"of its reference answers, or of the chat template."
             )

@@ -9,7 +9,8 @@ from itertools import chain, islice
 
 from megatron_eopd.config import Config
 from megatron_eopd.data.packing import Limits, exchange_size, pack, rounds_of
-from megatron_eopd.data.prompts import countdown_rows, encode_prompts, jsonl_rows, places
+from megatron_eopd.data.prompt_files import countdown_rows, places, prompt_rows
+from megatron_eopd.data.prompts import encode_prompts
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.grading import (
@@ -55,7 +56,7 @@ def held_out_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
         rows = countdown_rows("test")
     else:
         names = [DEFAULT_TEACHER, *config.teachers]
-        rows = jsonl_rows(options.prompts, config.data, names, "evaluation.prompts")
+        rows = prompt_rows(options.prompts, config.data, names, "evaluation.prompts")
     rows = list(islice(rows, options.num_problems))
     ungraded = [row.where for row in rows if options.prompts and gold_number(row.answer) is None]
     if ungraded:
