@@ -108,7 +108,7 @@ def _plan(config: Config, inputs: preflight.Inputs, world_size: int) -> Iterator
     for name, value in preflight.derived_numbers(config, inputs, world_size).items():
         yield f"{name}: {value}"
     yield preflight.preview(inputs)
-    for warning in inputs.tokenizers.warnings:
+    for warning in inputs.warnings:
         yield f"warning: {warning}"
 
 

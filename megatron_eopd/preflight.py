@@ -19,8 +19,8 @@ from megatron_eopd.data.run_tokenizers import RunTokenizers, load_run_tokenizers
 from megatron_eopd.data.vocabulary import check_shared
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.evaluate import held_out_prompts
-from megatron_eopd.models.fit import check_student, check_teacher
-from megatron_eopd.models.hf_config import read_hf_config
+from megatron_eopd.models.fit import check_student, check_teacher, check_vllm
+from megatron_eopd.models.hf_config import read_hf_config, unknown_keys
 from megatron_eopd.models.load import check_files
 from megatron_eopd.models.megatron_config import uses_transformer_engine
 from megatron_eopd.parallel.layout import Layout
@@ -46,6 +46,8 @@ class Inputs:
     recording: Recording | None
     """What a run with `rollout.replay` trains on."""
     resume_from: Path | None
+    warnings: list[str]
+    """What nobody can tell to be wrong, and a person should look at."""
 
 
 def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
@@ -57,7 +59,8 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     config.check_inputs_exist()
     layout = student_layout(config, world_size)
     uses_transformer_engine(config.model)
-    check_student(config, read_hf_config(config.student.hf_path), layout)
+    student = read_hf_config(config.student.hf_path)
+    check_student(config, student, layout)
     check_files(config.student.hf_path)
     for section, teacher in config.all_teachers.items():
         _check_layout(teacher, section, config, layout)
@@ -75,6 +78,9 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     held_out = held_out_prompts(config, tokenizer)
     sequences = chain(prompts.sequences(), ((p, p.prompt_ids) for p in held_out))
     check_shared(sequences, tokenizers.vocab_size, tokenizer)
+    engine = choose_engine(config)
+    if engine.is_vllm:
+        check_vllm(student)
     longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
     _check_lengths(config, longest, layout)
     resume_from, first_iteration = _resume_from(config, prompts)
@@ -86,10 +92,16 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         prompts=prompts,
         held_out=held_out,
         max_sequence_length=longest + config.rollout.max_response_length,
-        engine=choose_engine(config),
+        engine=engine,
         recording=recording,
         resume_from=resume_from,
+        warnings=[*_unknown_keys(config), *tokenizers.warnings],
     )
+
+
+def _unknown_keys(config: Config) -> list[str]:
+    paths = dict.fromkeys(m.hf_path for m in (config.student, *config.all_teachers.values()))
+    return [warning for path in paths if (warning := unknown_keys(path)) is not None]
 
 
 def _recording(config: Config, vocab_size: int, layout: Layout) -> Recording | None:

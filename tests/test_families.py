@@ -80,26 +80,6 @@ def test_queries_and_keys_lie_group_by_group():
 
 
 @pytest.mark.parametrize(
-    "model_type,options,message",
-    [
-        ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ("llama", {"attention_bias": True}, "has both or neither"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu', only 'silu' is known"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type one of default, linear, llama3, yarn",
-        ),
-    ],
-)
-def test_what_a_config_may_not_ask_for(model_type, options, message):
-    config = AutoConfig.for_model(model_type, **options)
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        megatron_config.transformer_config(config, ModelConfig(), Layout(tp=1, pp=1, dp=1, rank=0))
-
-
-@pytest.mark.parametrize(
     "sizes,message",
     [
         (
@@ -123,6 +103,18 @@ def test_expert_sizes_without_experts():
     layout = Layout(tp=1, pp=1, dp=2, rank=0, ep=2)
     with pytest.raises(ConfigError, match=r"has no experts\. Set both to 1"):
         fit.check_divides(AutoConfig.for_model("qwen3"), layout, "teacher")
+
+
+def test_a_head_size_that_vllm_does_not_read():
+    config = AutoConfig.for_model("qwen2", hidden_size=64, num_attention_heads=4, head_dim=32)
+    with pytest.raises(ConfigError, match=r"head_dim=32, .* takes hidden_size .*=16"):
+        fit.check_vllm(config)
+    for model_type, head_dim in (("qwen2", 16), ("qwen2", None), ("qwen3", 32)):
+        fit.check_vllm(
+            AutoConfig.for_model(
+                model_type, hidden_size=64, num_attention_heads=4, head_dim=head_dim
+            )
+        )
 
 
 def test_specification_follows_what_is_installed(monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_eopd.cli import finite, positive
-from megatron_eopd.errors import ConfigError
+from megatron_eopd.errors import ConfigError, ExpectedError
 
 if TYPE_CHECKING:
     from megatron_eopd.config import Config
@@ -26,7 +26,8 @@ Print the memory that a configuration needs on N GPUs, part by part, on the full
 student and of each teacher with ranks of its own, and whether it fits. With --search list the
 layouts that fit, the fewest model-parallel ranks first.
 
-Only the models' config.json files are read: no weights, tokenizer or prompts. Time is not
+The models' config.json files are enough: no weights, tokenizer or prompts are needed. Weights that
+are there are compared with config.json, by the headers of their files. Time is not
 predicted. What is counted, and how it was checked: docs/planning.md."""
 
 GIB = 2**30
@@ -44,7 +45,7 @@ are wrong."""
 def main(arguments: list[str] | None = None) -> int:
     try:
         return run(parse_args(arguments))
-    except ConfigError as error:
+    except ExpectedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -101,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_eopd.config import load_config
     from megatron_eopd.planning.search import check_request, make_plan, search
 
-    request = make_request(args, load_config(args.config, args.overrides))
+    config = load_config(args.config, args.overrides)
+    check_models(config)
+    request = make_request(args, config)
     check_request(request)
     print_request(request)
     own = None
@@ -120,6 +123,26 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(as_json(request, own, plans), indent=2) + "\n")
     return 0 if any(plan.fits for plan in plans or [own] if plan) else 1
+
+
+def check_models(config: "Config") -> None:
+    """As a run would, by config.json, and by the headers of weight files where there are any.
+
+    Raises:
+        ConfigError, CheckpointError: in the words of the run.
+    """
+    from megatron_eopd.models.fit import check_vllm
+    from megatron_eopd.models.hf_config import read_hf_config, unknown_keys
+    from megatron_eopd.models.load import check_what_is_there
+
+    models = (config.student, *config.all_teachers.values())
+    for path in dict.fromkeys(model.hf_path for model in models):
+        check_what_is_there(path)
+        if (warning := unknown_keys(path)) is not None:
+            print(f"warning: {warning}", file=sys.stderr)
+    # Whether vLLM is installed here says nothing of where the run will be.
+    if config.rollout.engine != "megatron" and config.needs_samples:
+        check_vllm(read_hf_config(config.student.hf_path))
 
 
 def make_request(args: argparse.Namespace, config: "Config") -> "Request":

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.models.hf_weights import num_experts
+from megatron_eopd.models.hf_weights import head_shape, num_experts
 from megatron_eopd.parallel.layout import Layout
 
 
@@ -82,3 +82,15 @@ def check_teacher(
     if not num_experts(hf_config):  # the student's sizes for its experts do not mean this teacher
         layout = replace(layout, ep=1, expert_tp=1)
     check_divides(hf_config, layout, section)
+
+
+def check_vllm(hf_config: PretrainedConfig) -> None:
+    """Raise ConfigError where vLLM would make another model of the student's config.json."""
+    heads = head_shape(hf_config)
+    usual = hf_config.hidden_size // heads.num_heads
+    if hf_config.model_type == "qwen2" and heads.head_dim != usual:
+        raise ConfigError(
+            f"student.hf_path: config.json has head_dim={heads.head_dim}, but for "
+            f"model_type='qwen2' vLLM takes hidden_size / num_attention_heads={usual} whatever "
+            f"stands there. Set rollout.engine=megatron, or take another student."
+        )

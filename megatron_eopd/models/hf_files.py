@@ -30,6 +30,7 @@ _WRITE_ELEMENTS = 16 * 2**20
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py"}
 # Of this format, of Megatron's, and of a run's checkpoint.
 _ABOUT_WEIGHTS = {INDEX, "pytorch_model.bin.index.json", "metadata.json", "position.json"}
+_WEIGHTS = (INDEX, "*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -59,7 +60,7 @@ class HFCheckpoint:
         self._bytes_read = 0
         self._file_of: dict[str, str] = {}
         listed = self._weight_map()
-        for file in sorted(set(listed.values())) if listed else ["model.safetensors"]:
+        for file in sorted(set(listed.values())) or [_only_file(self.path)]:
             self._file_of |= dict.fromkeys(self._open(file).keys(), file)
         lost = [f"{name} (in {file})" for name, file in listed.items() if name not in self._file_of]
         if lost:
@@ -117,30 +118,42 @@ class HFCheckpoint:
             if not name.endswith(".rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
         ]
         if tied and "lm_head.weight" in self.names() and not problems:
-            problems += self._untied_head()
+            problems += self._head_problem()
         if problems:
             raise CheckpointError(
                 f"{self.path}: the tensors do not fit config.json:\n{listing(problems)}"
             )
 
     def _problem(self, name: str, shape: tuple[int, ...]) -> str | None:
+        if name == "lm_head.weight" and name not in self._file_of:
+            return f"{name}: missing, and tie_word_embeddings is false"
         if name not in self._file_of:
             return f"{name}: missing"
         found = self.slice(name)
         if found.shape != shape:
             return f"{name}: shape {list(found.shape)}, expected {list(shape)}"
         if found.dtype not in _SAFETENSORS_DTYPES.values():
-            return f"{name}: type {found.dtype} is not supported, only floating point is"
+            return f"{name}: type {found.dtype} is not supported, {_instead_of(found.dtype)}"
         return None
 
-    def _untied_head(self) -> list[str]:
+    def _head_problem(self) -> list[str]:
+        """Of an LM head that is there although config.json says that it is the embedding."""
         head, embedding = (self.slice(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-        same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
-            torch.equal(head[first : first + 4096], embedding[first : first + 4096])
-            for first in range(0, embedding.shape[0], 4096)
-        )
-        problem = "lm_head.weight: differs from the embedding, but tie_word_embeddings is true"
-        return [] if same else [problem]
+        remedy = "remove it, or set tie_word_embeddings to false"
+        why = "lm_head.weight: differs from the embedding, but tie_word_embeddings is true"
+        if head.shape != embedding.shape or head.dtype not in _SAFETENSORS_DTYPES.values():
+            return [f"{why}: {remedy}"]
+        narrow = min((head, embedding), key=lambda t: t[:1].element_size())[:1].dtype
+        rounds = False
+        for first in range(0, embedding.shape[0], 4096):
+            a, b = (t[first : first + 4096] for t in (head, embedding))
+            if torch.equal(a.float(), b.float()):
+                continue
+            if head.dtype == embedding.dtype or not torch.equal(a.to(narrow), b.to(narrow)):
+                return [f"{why}: {remedy}"]
+            rounds = True
+        types = f"by the rounding of {head.dtype} and {embedding.dtype} alone"
+        return [f"{why} ({types}): {remedy}"] if rounds else []
 
     def _weight_map(self) -> dict[str, str]:
         path = self.path / INDEX
@@ -155,6 +168,47 @@ class HFCheckpoint:
         if file not in self._open_files:
             self._open_files[file] = _open_safetensors(self.path / file)
         return self._open_files[file]
+
+
+def weight_files(path: Path) -> list[str]:
+    """Names of the files of weights in a directory, of formats that are read and that are not."""
+    return sorted({file.name for pattern in _WEIGHTS for file in Path(path).glob(pattern)})
+
+
+def _only_file(path: Path) -> str:
+    """model.safetensors, where no index lists the files.
+
+    Raises:
+        CheckpointError: the weights are elsewhere, or in another format.
+    """
+    found = weight_files(path)
+    if "model.safetensors" in found:
+        return "model.safetensors"
+    if (path / ".metadata").is_file():
+        raise CheckpointError(
+            f"{path}: is a Megatron checkpoint, where a Hugging Face directory belongs. Convert it "
+            f"with tools/convert_hf.py to-hf."
+        )
+    if not found:
+        raise CheckpointError(
+            f"{path / 'model.safetensors'}: no such file. The checkpoint is incomplete."
+        )
+    if any(name.endswith(".safetensors") for name in found):
+        raise CheckpointError(
+            f"{path}: has {', '.join(found)}, and neither model.safetensors nor the {INDEX} that "
+            f"lists the files of weights. Copy the directory again, all of it."
+        )
+    raise CheckpointError(
+        f"{path}: has its weights in {', '.join(found)}, and only safetensors are read. Load them "
+        f"with transformers' AutoModelForCausalLM.from_pretrained, and write them anew with "
+        f"save_pretrained."
+    )
+
+
+def _instead_of(dtype: str) -> str:
+    if dtype.startswith("F8"):
+        return "being quantised: take the model that it was made of"
+    return "only F32, BF16 and F16 are" if dtype == "F64" else "only floating point is"
 
 
 def _open_safetensors(path: Path) -> safe_open:

@@ -14,24 +14,42 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron_eopd.model_paths import is_mcore, resolve_checkpoint
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
-from megatron_eopd.models.hf_files import HFCheckpoint
+from megatron_eopd.models.hf_files import HFCheckpoint, weight_files
 from megatron_eopd.models.hf_weights import load_hf_weights
 from megatron_eopd.models.mcore_files import MCoreCheckpoint, loading_errors
+from megatron_eopd.models.tensor_shapes import tensor_shapes
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 
 
 def check_files(path: Path) -> None:
-    """Open every file that weights will be read from, without reading them.
+    """Compare all weights with what config.json asks for, by the headers of their files: no rank
+    and no model is needed. Of data only an LM head is read that should be the embedding. A Megatron
+    checkpoint is compared as it is loaded; here it is seen to be complete.
 
     Raises:
-        CheckpointError: one is missing or damaged.
+        ConfigError: config.json is none that a run takes.
+        CheckpointError: a file is missing or damaged, or the tensors are not those of the model.
     """
+    hf_config = read_hf_config(path)
     if is_mcore(resolve_checkpoint(path)):
         _open(path)
+        return
+    shapes = tensor_shapes(hf_config)
+    with HFCheckpoint(path) as checkpoint:
+        checkpoint.check(shapes, set(shapes), tied=hf_config.tie_word_embeddings)
+
+
+def check_what_is_there(path: Path) -> None:
+    """`check_files` where weights of any format lie, and config.json alone where none do.
+
+    Raises:
+        ConfigError, CheckpointError: as check_files.
+    """
+    if is_mcore(resolve_checkpoint(path)) or weight_files(path):
+        check_files(path)
     else:
-        with HFCheckpoint(path):
-            pass
+        read_hf_config(path)
 
 
 def load_weights(chunks: Sequence[CausalLM], path: Path, context: ParallelContext) -> None:

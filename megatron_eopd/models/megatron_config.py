@@ -11,7 +11,6 @@ from megatron_eopd.config import ModelConfig
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.models import rope
 from megatron_eopd.models.families import family_of
-from megatron_eopd.models.families.base import refuse
 from megatron_eopd.models.hf_weights import head_shape, num_experts
 from megatron_eopd.parallel.layout import Layout
 
@@ -19,11 +18,6 @@ from megatron_eopd.parallel.layout import Layout
 def transformer_config(
     hf_config: PretrainedConfig, model: ModelConfig, layout: Layout
 ) -> TransformerConfig:
-    refuse(hf_config, use_sliding_window=True)
-    if hf_config.hidden_act != "silu":
-        raise ConfigError(
-            f"config.json: hidden_act={hf_config.hidden_act!r}, only 'silu' is known."
-        )
     dtype = getattr(torch, model.dtype)
     head_dim = head_shape(hf_config).head_dim
     has_experts = num_experts(hf_config) > 0

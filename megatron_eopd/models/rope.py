@@ -1,19 +1,91 @@
-"""Rotary frequencies as transformers computes them. In: HF config. Out: what Megatron is given.
+"""Rotary embeddings: what a config.json asks for, and the frequencies that Megatron is given.
 
 Megatron's own rope scaling knows Llama 3's with three of its four constants fixed. Its embedding
 multiplies positions by `inv_freq`, whatever that holds, so the values of transformers go there.
 """
 # Shapes: D head dim.
 
+import json
+from typing import Any
+
 import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_eopd.errors import ConfigError
+from megatron_eopd.models.config_keys import ROPE_KEYS, Raw, problem
 from megatron_eopd.models.hf_weights import head_shape
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")
 """Types whose frequencies do not depend on the length of the sequence."""
+SPELLINGS = ("rope_parameters", "rope_scaling")
+"""transformers 5's, where `rope_theta` stands inside, and the older one."""
+
+
+def rope_parameters(raw: Raw) -> dict[str, Any]:
+    """All that a config.json says of rope, whatever its spelling, in transformers 5's; the same for
+    every type of layer. What it leaves out is for transformers to fill in.
+
+    Raises:
+        ValueError: it contradicts itself, or asks for what is not supported.
+    """
+    given = {name: raw[name] for name in SPELLINGS if raw.get(name)}
+    if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
+        raise ValueError("rope_parameters and rope_scaling differ. Remove one of them.")
+    name, found = next(iter(given.items()), (SPELLINGS[0], {}))
+    found = of_all_layers(name, found)
+    if (why := problem(ROPE_KEYS, found, f"{name}.")) is not None:
+        raise ValueError(f"{why}.")
+    types = {found[key] for key in ("rope_type", "type") if key in found}
+    if len(types) > 1 or not types.issubset(SUPPORTED):
+        raise ValueError(
+            f"{name}={json.dumps(found)} is not supported: frequencies may not depend on the "
+            f"length. rope_type (or type) may be one of {', '.join(SUPPORTED)}."
+        )
+    outside = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
+    for key, value in outside.items():
+        if found.get(key, value) != value:
+            raise ValueError(
+                f"{key}={json.dumps(value)} is not {name}.{key}={json.dumps(found[key])}. Remove "
+                f"one of them."
+            )
+    found = {key: value for key, value in found.items() if key != "type"}
+    return found | outside | {"rope_type": next(iter(types), "default")}
+
+
+def of_all_layers(name: str, found: Any) -> dict[str, Any]:
+    """What the key `name` holds, without the level of layer types, if it has one.
+
+    Raises:
+        ValueError: it is no object, or has another rope for some layers.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}={json.dumps(found)} is no object. Copy the file again.")
+    by_layer = {key: value for key, value in found.items() if key.endswith("_attention")}
+    if not by_layer:
+        return found
+    first, *others = by_layer.values()
+    if len(by_layer) < len(found) or any(other != first for other in others):
+        raise ValueError(
+            f"{name}={json.dumps(found)} is not supported: all layers must have the same rope."
+        )
+    return of_all_layers(f"{name}.{next(iter(by_layer))}", first)
+
+
+def check_frequencies(hf_config: PretrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: they cannot be computed from the numbers in config.json.
+    """
+    try:
+        frequencies, scaling = _rope(hf_config)
+        is_sound = bool((frequencies.isfinite() & (frequencies > 0)).all()) and scaling > 0
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # missing, text, or out of range
+        is_sound = False
+    if not is_sound:
+        raise ValueError(
+            f"rope_parameters={json.dumps(hf_config.rope_parameters)}: no frequencies follow from "
+            f"these numbers. Copy the file again."
+        )
 
 
 def inverse_frequencies(hf_config: PretrainedConfig) -> torch.Tensor:
@@ -28,14 +100,8 @@ def attention_scaling(hf_config: PretrainedConfig) -> float:
 
 def _rope(hf_config: PretrainedConfig) -> tuple[torch.Tensor, float]:
     parameters = hf_config.rope_parameters
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type not in SUPPORTED or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(
-            f"config.json: rope_parameters={parameters} are not supported, only whole heads with "
-            f"rope_type one of {', '.join(SUPPORTED)}."
-        )
-    if rope_type != "default":
-        return ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+    if parameters["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](hf_config, torch.device("cpu"))
     head_dim = head_shape(hf_config).head_dim
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     return 1.0 / parameters["rope_theta"] ** exponents, 1.0

@@ -1,23 +1,24 @@
 """What memory depends on, of each model. In: config.json files. Out: integers.
 
-No weight file is read: transformers builds each model once without memory, and its parameters are
-counted by the family's own table of how weights are cut.
+No weight file is read: the tensors that each model must have are counted by the family's own table
+of how weights are cut.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_eopd.config import Config
 from megatron_eopd.models.families import family_of
 from megatron_eopd.models.families.base import Split
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_weights import HeadShape, head_shape, num_experts
+from megatron_eopd.models.tensor_shapes import tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -76,22 +77,16 @@ class ModelShape:
 
 
 def _layer_weights(hf_config: PretrainedConfig) -> tuple[LayerWeights, ...]:
-    splits = {
-        name: row.split for row in family_of(hf_config.model_type).mappings for name in row.hf
-    }
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+    rows = {name: row for row in family_of(hf_config.model_type).mappings for name in row.hf}
     counts: list[Counter] = [Counter() for _ in range(hf_config.num_hidden_layers)]
-    for name, parameter in model.named_parameters():
+    for name, shape in tensor_shapes(hf_config).items():
         layer = re.search(r"\.layers\.(\d+)\.", name)
         if layer is None:  # embedding, last norm, LM head
             continue
-        if ".mlp.experts." in name:  # transformers keeps a layer's experts in one tensor
-            kind = "experts"
-        else:
-            split = splits[name.replace(layer[0], ".layers.{i}.", 1)]
-            kind = "replicated" if split is Split.REPLICATED else "split"
-        counts[int(layer[1])][kind] += parameter.numel()
+        pattern = name.replace(layer[0], ".layers.{i}.", 1)
+        row = rows[re.sub(r"\.experts\.\d+\.", ".experts.{e}.", pattern)]
+        kind = "replicated" if row.split is Split.REPLICATED else "split"
+        counts[int(layer[1])]["experts" if row.is_expert else kind] += math.prod(shape)
     return tuple(LayerWeights(c["replicated"], c["split"], c["experts"]) for c in counts)
 
 
@@ -113,7 +108,7 @@ class Models:
     def of(cls, config: Config) -> "Models":
         """
         Raises:
-            ConfigError: a model's directory has no config.json, or one of an unknown family.
+            ConfigError: a model's directory has no config.json, or one that no run takes.
         """
         teachers = config.all_teachers
         paths = {config.student.hf_path, *(teacher.hf_path for teacher in teachers.values())}

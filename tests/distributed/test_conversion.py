@@ -681,7 +681,7 @@ def test_a_changed_source_starts_anew(job, qwen3_dir, tmp_path):
         shutil.rmtree(source)
         make_model("qwen3", source, seed=7)
     else:
-        change_config(source, rope_theta=1e5)
+        change_config(source, rms_norm_eps=1e-5)
     before = (tmp_path / "out.unfinished" / "conversion.json").read_text()
     kill_in_the_middle((command, source, *options), tmp_path, calls=1)
     assert (tmp_path / "out.unfinished" / "conversion.json").read_text() != before

@@ -6,13 +6,14 @@ right. Rows that a model has no parameter for (a bias, a tied head) are simply n
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping as Table
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_eopd.errors import ConfigError
+from megatron_eopd.models.config_keys import Key
 
 
 class Split(Enum):
@@ -51,10 +52,11 @@ class Mapping:
 class Family:
     architecture: str
     """As HF's config.json lists it under `architectures`."""
+    keys: Table[str, Key]
+    """Of config.json: which are honoured, ignored or refused. All others are told."""
     mappings: tuple[Mapping, ...]
     megatron_options: Callable[[PretrainedConfig], dict[str, Any]]
-    """Options of Megatron's TransformerConfig that are this family's own. Raises ConfigError when
-    config.json asks for what is not supported."""
+    """Options of Megatron's TransformerConfig that are this family's own."""
 
 
 M = "decoder.layers.{i}."
@@ -132,14 +134,3 @@ EXPERTS = (
         Split.ROW,
     ),
 )
-
-
-def refuse(hf_config: PretrainedConfig, **unsupported: Any) -> None:
-    """Raise ConfigError for the first of these config.json values that is set."""
-    for name, value in unsupported.items():
-        found = getattr(hf_config, name, None)
-        if found == value:
-            raise ConfigError(
-                f"config.json: {name}={found!r} is not supported for "
-                f"model_type={hf_config.model_type!r}."
-            )

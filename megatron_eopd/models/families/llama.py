@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_eopd.errors import ConfigError
+from megatron_eopd.models.config_keys import LLAMA
 from megatron_eopd.models.families.base import (
     ATTENTION,
     EMBEDDINGS,
@@ -37,16 +37,12 @@ BIASES = (
 
 
 def megatron_options(hf_config: PretrainedConfig) -> dict[str, Any]:
-    if hf_config.attention_bias != hf_config.mlp_bias:
-        raise ConfigError(
-            f"config.json: attention_bias={hf_config.attention_bias} with mlp_bias="
-            f"{hf_config.mlp_bias} is not supported for Llama: Megatron-Core has both or neither."
-        )
     return {"add_bias_linear": hf_config.mlp_bias}
 
 
 FAMILY = Family(
     architecture="LlamaForCausalLM",
+    keys=LLAMA,
     mappings=(*EMBEDDINGS, *ATTENTION, *MLP, *BIASES),
     megatron_options=megatron_options,
 )

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from megatron_eopd.models.config_keys import QWEN2
 from megatron_eopd.models.families.base import ATTENTION, EMBEDDINGS, MLP, QKV_BIAS, Family
 
 
@@ -13,6 +14,7 @@ def megatron_options(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     architecture="Qwen2ForCausalLM",
+    keys=QWEN2,
     mappings=(*EMBEDDINGS, *ATTENTION, QKV_BIAS, *MLP),
     megatron_options=megatron_options,
 )

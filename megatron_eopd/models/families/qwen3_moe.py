@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from megatron_eopd.models.config_keys import QWEN3_MOE
 from megatron_eopd.models.families.base import (
     ATTENTION,
     EMBEDDINGS,
@@ -15,12 +16,10 @@ from megatron_eopd.models.families.base import (
     MLP,
     QK_NORMS,
     Family,
-    refuse,
 )
 
 
 def megatron_options(hf_config: PretrainedConfig) -> dict[str, Any]:
-    refuse(hf_config, attention_bias=True)
     return {
         "qk_layernorm": True,
         "num_moe_experts": hf_config.num_experts,
@@ -47,6 +46,7 @@ def moe_layer_freq(hf_config: PretrainedConfig) -> int | list[int]:
 
 FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
+    keys=QWEN3_MOE,
     mappings=(*EMBEDDINGS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS),
     megatron_options=megatron_options,
 )
