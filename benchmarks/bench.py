@@ -101,7 +101,7 @@ def bench_sync(bucket_mib: float = 32.0) -> dict[str, Any]:
             dtype="float32",
             seed=1,
             max_model_len=128,
-            vocab_size=config.vocab_size,
+            hf_overrides={},
             rollout=rollout,
             log_path=Path(folder) / "engine.txt",
         )

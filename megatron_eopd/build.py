@@ -157,7 +157,12 @@ def _launch_vllm(config: Config, inputs: Inputs) -> EngineProcess:
         dtype=config.dtype_of(config.rollout),
         seed=config.seed,
         max_model_len=inputs.max_sequence_length,
-        vocab_size=inputs.tokenizers.vocab_size,
+        hf_overrides={
+            # Without the student's padding, of which a sample would be no token.
+            "vocab_size": inputs.tokenizers.vocab_size,
+            # As it was read here: vLLM does not know every spelling.
+            "rope_parameters": read_hf_config(config.student.hf_path).rope_parameters,
+        },
         rollout=config.rollout,
         log_path=config.run_dir / "log" / "engine.txt",
     )

@@ -73,7 +73,7 @@ def check_tokenizer(tokenizer: Tokenizer, who: str) -> None:
         _check_against_json(tokenizer, source, who)
     else:
         _check_against_sentencepiece(tokenizer, tokenizer.path / "tokenizer.model", who)
-    vocabulary = tokenizer._id_of_token()
+    vocabulary = tokenizer.vocabulary()
     if _has_all_bytes(vocabulary) and not _maps_characters(tokenizer):
         _check_returns(tokenizer, PROBE, who)
     _check_returns(tokenizer, _words_of(vocabulary), who)
@@ -98,7 +98,7 @@ def _check_against_sentencepiece(tokenizer: HuggingFaceTokenizer, source: Path, 
         library = SentencePieceProcessor(model_file=str(source))
     except (OSError, RuntimeError):
         return  # no such file, or of another kind
-    vocabulary = tokenizer._id_of_token()
+    vocabulary = tokenizer.vocabulary()
     pieces = [library.id_to_piece(i) for i in range(len(library))]
     if any(vocabulary.get(piece) != i for i, piece in enumerate(pieces)):
         return  # a class that numbers pieces anew

@@ -69,7 +69,7 @@ class SentencePieceTokenizer(Tokenizer):
             for is_control, ids in groupby(token_ids, self._processor.is_control)
         )
 
-    def _id_of_token(self) -> dict[str, int]:
+    def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(len(self._processor))}
 
     def __len__(self) -> int:

@@ -32,7 +32,7 @@ class Tokenizer(ABC):
     ) -> None:
         self.path = path
         self.model_path = model_path
-        self.num_ids = 1 + max(self._id_of_token().values())
+        self.num_ids = 1 + max(self.vocabulary().values())
         """One more than the largest id. Not `len`: added tokens may leave gaps."""
         self.vocab_size = vocab_size or self.num_ids
         """Columns of the model."""
@@ -76,7 +76,7 @@ class Tokenizer(ABC):
         """Number of tokens."""
 
     @abstractmethod
-    def _id_of_token(self) -> dict[str, int]:
+    def vocabulary(self) -> dict[str, int]:
         """The whole vocabulary."""
 
     @abstractmethod
@@ -109,12 +109,12 @@ class Tokenizer(ABC):
 
     def token_id(self, token: str) -> int | None:
         """Of a token as the vocabulary spells it; None if there is no such token."""
-        return self._id_of_token().get(token)
+        return self.vocabulary().get(token)
 
     @property
     def digest(self) -> str:
         """Equal for tokenizers that give every token the same id."""
-        vocabulary = sorted(self._id_of_token().items())
+        vocabulary = sorted(self.vocabulary().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
     @cached_property

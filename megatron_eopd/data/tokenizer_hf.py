@@ -93,7 +93,7 @@ class HuggingFaceTokenizer(Tokenizer):
             token_ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
 
-    def _id_of_token(self) -> dict[str, int]:
+    def vocabulary(self) -> dict[str, int]:
         return self.library.get_vocab()
 
     def __len__(self) -> int:

@@ -105,7 +105,7 @@ def _check_ends(
 
 
 def tokens_by_id(tokenizer: Tokenizer) -> dict[int, str]:
-    return {i: token for token, i in tokenizer._id_of_token().items()}
+    return {i: token for token, i in tokenizer.vocabulary().items()}
 
 
 def check_shared(

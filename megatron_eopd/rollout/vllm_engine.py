@@ -46,7 +46,7 @@ def launch_vllm(
     dtype: str,
     seed: int,
     max_model_len: int,
-    vocab_size: int,
+    hf_overrides: dict[str, Any],
     rollout: RolloutConfig,
     log_path: Path,
 ) -> EngineProcess:
@@ -55,7 +55,7 @@ def launch_vllm(
 
     model_path: Hugging Face directory; only its config.json is read.
     max_model_len: longest prompt and response together, in tokens.
-    vocab_size: rows of its embedding and LM head, which the weight sync fills.
+    hf_overrides: what its model has otherwise than config.json says.
     """
     if not vllm_available():
         raise EngineError(
@@ -69,8 +69,7 @@ def launch_vllm(
         "start",
         doing="starting",
         llm_arguments=llm_arguments(model_path, dtype, seed, max_model_len, rollout)
-        # Without the padding of the student's columns, of which a sample would be no token.
-        | {"hf_overrides": {"vocab_size": vocab_size}},
+        | {"hf_overrides": hf_overrides},
         backend=_transfer_backend(rollout),
     )
     return process

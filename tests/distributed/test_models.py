@@ -134,9 +134,7 @@ def test_every_family_gives_the_logits_of_transformers(family_dirs, tmp_path):
 def check_export(dirs, layouts, target):
     def check(family, hf_dir, context):
         model, hf_config = load_into(context, hf_dir)
-        exporter = Exporter(
-            [model], hf_config, hf_config.vocab_size, context, bucket_bytes=200_000
-        )
+        exporter = Exporter([model], hf_config, hf_config.vocab_size, context, bucket_bytes=200_000)
         assert len(exporter.manifest.stages) == context.layout.pp
         out = target / f"{family}-{context.layout.pp}-{context.layout.ep}"
         exporter.save_hf(hf_dir, out)

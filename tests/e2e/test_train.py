@@ -150,6 +150,10 @@ def test_models_of_other_widths_share_the_tokens_that_both_have(tmp_path):
     for seed, (name, columns) in enumerate(models.items()):
         path = shutil.copytree(MODELS / name, tmp_path / name)
         make_model("qwen3_tied", path, seed=seed, vocab_size=columns)
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    config["rope_parameters"] = {"full_attention": rope}  # which vLLM itself does not look into
+    (tmp_path / "student/config.json").write_text(json.dumps(config))
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "teacher")
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer.save_pretrained(tmp_path / "teacher")

@@ -88,7 +88,7 @@ class ToyTrainer:
             "dtype": self.dtype,
             "seed": 1,
             "max_model_len": max_model_len,
-            "vocab_size": self.model.config.vocab_size,
+            "hf_overrides": {},
             "rollout": rollout,
             "log_path": log_path,
         }
