@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -26,6 +27,7 @@ from megatron_eopd.rollout.megatron_engine import MegatronEngine, score_tokens
 from megatron_eopd.rollout.recording import Recording
 from megatron_eopd.rollout.vllm_engine import VllmEngine, launch_vllm
 from megatron_eopd.run_log import RunLog, StageTimes
+from megatron_eopd.schedules import Progress
 from megatron_eopd.teacher.placement import open_teachers
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.optimizer import Trainable, make_trainable
@@ -54,8 +56,21 @@ class Session:
     """Tokens that student and teachers share."""
     first_iteration: int
     """0, or the iteration of the checkpoint that was loaded."""
+    first_step: int
+    """Optimizer steps until then."""
+    resumed_from: Path | None
+    """The checkpoint that was loaded."""
     resumes_evaluated: bool
     """Whether a checkpoint was loaded, and the evaluation due at its iteration was made before."""
+
+    def progress(self, iteration: int, step: int = 0) -> Progress:
+        """Before step `step` of an iteration."""
+        each = self.config.optimizer_steps_per_iteration
+        return Progress(
+            iterations=iteration + step / each,
+            steps=self.first_step + (iteration - self.first_iteration) * each + step,
+            train_iters=self.config.training.train_iters,
+        )
 
     def push_weights(self, version: int, rollouts: Sequence[Rollout] = ()) -> SyncReport:
         """Give the engine the student's weights, and compare what both make of likely tokens, also
@@ -97,11 +112,10 @@ def open_session(
         raise_together(errors, context.cpu_group)
         with times("student"):
             student = _build_student(config, context)
-        first_iteration, is_evaluated = 0, False
+        position = None
         if inputs.resume_from is not None:
             with times("checkpoint"):
                 position = checkpoint.load(inputs.resume_from, student, context)
-            first_iteration, is_evaluated = position.iteration, position.is_evaluated
             log.line(f"resumed from {inputs.resume_from}")
         with times("teachers"):
             teachers = stack.enter_context(
@@ -136,8 +150,10 @@ def open_session(
             # To score a sequence vLLM also samples the token behind it.
             max_probe_tokens=inputs.max_sequence_length - 1,
             vocab_size=tokenizers.vocab_size,
-            first_iteration=first_iteration,
-            resumes_evaluated=is_evaluated,
+            first_iteration=position.iteration if position else 0,
+            first_step=position.steps_of(config) if position else 0,
+            resumed_from=inputs.resume_from,
+            resumes_evaluated=position is not None and position.is_evaluated,
         )
 
 

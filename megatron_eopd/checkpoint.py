@@ -1,4 +1,4 @@
-"""Megatron distributed checkpoints of a run: model, optimizer, schedule, RNG and position.
+"""Megatron distributed checkpoints of a run: model, optimizer, RNG and position.
 
 A checkpoint is a directory RUN_DIR/checkpoints/000120 in Megatron's torch_dist format, readable
 under another parallel layout. The file DONE is written last; a directory without it never counts.
@@ -20,6 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_eopd.config import Config
 from megatron_eopd.errors import CheckpointError
 from megatron_eopd.model_paths import is_mcore
 from megatron_eopd.models.causal_lm import CausalLM
@@ -50,19 +51,46 @@ class Position:
     """Sizes the checkpoint was written under; RNG states are taken back only under the same."""
     references_digest: str = ""
     """Of the reference answers; empty without any."""
+    optimizer_steps: int | None = None
+    """Taken in all, with whatever batch sizes; None in checkpoints from before it was counted."""
+    train_iters: int | None = None
+    """Of the run that wrote it: schedules may stretch over all of them."""
     is_evaluated: bool = True
     """Whether the evaluation that is due at this iteration was made; a run that stops over a
     faulty engine saves before it."""
+
+    def steps_of(self, config: Config) -> int:
+        """Optimizer steps taken; where nobody counted, as the options have them now."""
+        if self.optimizer_steps is not None:
+            return self.optimizer_steps
+        return self.iteration * config.optimizer_steps_per_iteration
 
 
 def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
     return run_dir / "checkpoints" / f"{iteration:06d}"
 
 
+def complete(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, the newest last."""
+    done = (run_dir / "checkpoints").glob(f"[0-9]*/{DONE}")
+    return sorted((path.parent for path in done), key=lambda path: int(path.name))
+
+
+def set_aside_later(run_dir: Path, iteration: int) -> list[Path]:
+    """Where the complete checkpoints went that are of a later iteration, so that a run that starts
+    again from an earlier one never goes on from them."""
+    moved = []
+    for path in [path for path in complete(run_dir) if int(path.name) > iteration]:
+        number = 1
+        while (target := path.with_name(f"superseded-{path.name}-{number}")).exists():
+            number += 1
+        moved.append(path.rename(target))
+    return moved
+
+
 def newest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
-    complete = sorted((run_dir / "checkpoints").glob(f"[0-9]*/{DONE}"))
-    return complete[-1].parent if complete else None
+    return next(reversed(complete(run_dir)), None)
 
 
 def save(
@@ -90,8 +118,8 @@ def save(
         copy_side_files(hf_path, directory)
         (directory / "position.json").write_text(json.dumps(vars(position), indent=2) + "\n")
         (directory / DONE).touch()
-        for old in sorted((run_dir / "checkpoints").glob(f"[0-9]*/{DONE}"))[:-keep_last]:
-            shutil.rmtree(old.parent)
+        for old in complete(run_dir)[:-keep_last]:
+            shutil.rmtree(old)
     dist.barrier(group=context.cpu_group)
 
 
@@ -116,7 +144,7 @@ def read_position(directory: Path) -> Position:
 
 
 def load(directory: Path, student: Trainable, context: ParallelContext) -> Position:
-    """Fill student, optimizer and schedule from a checkpoint of any layout. Collective.
+    """Fill student and optimizer from a checkpoint of any layout. Collective.
 
     Raises:
         CheckpointError: missing, unfinished, damaged, or of another model.
@@ -134,7 +162,6 @@ def load(directory: Path, student: Trainable, context: ParallelContext) -> Posit
     for name, chunk in _chunks_by_name(student):
         chunk.load_state_dict(loaded[name])
     _load_optimizer(student.optimizer, loaded["optimizer"])
-    student.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         _restore_rng(loaded["rng"])
     return position
@@ -199,7 +226,6 @@ def _sharded_state(
         "optimizer": student.optimizer.sharded_state_dict(
             chunks.get("model", chunks), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
         ),
-        "scheduler": student.scheduler.state_dict(),
     }
     if with_rng:
         world, rank = context.layout.world_size, context.layout.rank

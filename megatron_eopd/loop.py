@@ -96,7 +96,7 @@ def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
         return session.recording.read(iteration)
     count = config.rollout.samples_per_prompt
     prompts = session.prompts.batch(iteration, config.rollout.batch_size // count)
-    fraction = reference_fraction_at(config.rollout, iteration, config.training.train_iters)
+    fraction = reference_fraction_at(config.rollout, session.progress(iteration))
     answered = places_of_references(len(prompts), fraction, config.seed, iteration)
     open_prompts = [p for n, p in enumerate(prompts) if n not in answered]
     given_prompts = [p for n, p in enumerate(prompts) if n in answered]
@@ -159,7 +159,7 @@ def optimize(
                     islice(scored, len(own_rounds)),
                     session.context,
                     num_rounds=len(own_rounds),
-                    step=iteration * config.optimizer_steps_per_iteration + number,
+                    progress=session.progress(iteration, number),
                     # Only here does the student still have the weights that wrote the rollouts.
                     compare_engine=number == 0,
                 )
@@ -232,6 +232,8 @@ def save(session: Session, iteration: int, is_evaluated: bool = True) -> None:
         session.prompts.digest,
         session.context,
         references_digest=session.prompts.references_digest,
+        optimizer_steps=session.progress(iteration).steps,
+        train_iters=config.training.train_iters,
         is_evaluated=is_evaluated,
     )
     checkpoint.save(

@@ -29,6 +29,7 @@ from megatron_eopd.planning.activations import Lengths, Load, Platform
 from megatron_eopd.planning.memory import Placed, Setup, describe, plan_memory
 from megatron_eopd.planning.shapes import Models
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt
+from megatron_eopd.resume import check_position, check_schedules, choose_checkpoint
 from megatron_eopd.rollout.choice import EngineChoice, choose_engine
 from megatron_eopd.rollout.recording import Recording
 
@@ -83,7 +84,7 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         check_vllm(student)
     longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
     _check_lengths(config, longest, layout)
-    resume_from, first_iteration = _resume_from(config, prompts)
+    resume_from, first_iteration = _resume_from(config, prompts, trains=trains)
     recording = _recording(config, tokenizers.vocab_size, layout) if trains else None
     if recording is not None:
         recording.check_files(range(first_iteration, config.training.train_iters))
@@ -152,30 +153,15 @@ def _check_lengths(config: Config, longest_prompt: int, layout: Layout) -> None:
             )
 
 
-def _resume_from(config: Config, prompts: PromptSet) -> tuple[Path | None, int]:
+def _resume_from(config: Config, prompts: PromptSet, *, trains: bool) -> tuple[Path | None, int]:
     """The checkpoint to go on from, and its iteration."""
-    directory = config.checkpoint.load or checkpoint.newest(config.run_dir)
+    directory = choose_checkpoint(config, trains=trains)
     if directory is None:
         return None, 0
     position = checkpoint.read_position(directory)
-    different = []
-    if position.seed != config.seed:
-        different.append(f"seed={position.seed} (now {config.seed})")
-    if position.prompts_digest != prompts.digest:
-        different.append("other prompts")
-    references = (position.references_digest, prompts.references_digest)
-    if all(references) and references[0] != references[1]:
-        different.append("other reference answers")
-    if different:
-        raise ConfigError(
-            f"{directory} was written with {' and '.join(different)}: its samples could not be "
-            f"continued. Use another run_dir, or the options of {config.run_dir}/config.json."
-        )
-    if position.iteration > config.training.train_iters:
-        raise ConfigError(
-            f"{directory} is at iteration {position.iteration}, past training.train_iters="
-            f"{config.training.train_iters}. Raise it, or use another run_dir."
-        )
+    check_position(directory, position, prompts, config)
+    if trains:
+        check_schedules(directory, position, config)
     return directory, position.iteration
 
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from megatron_eopd import report
+from megatron_eopd import checkpoint, report
 from megatron_eopd.build import Session, make_exporter
 from megatron_eopd.config import Config, changed_options
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
@@ -19,14 +19,19 @@ def open_files(session: Session) -> MetricsWriter | None:
         return None
     _tell_changes(session)
     config = session.config
+    for moved in checkpoint.set_aside_later(config.run_dir, session.first_iteration):
+        session.log.line(f"WARNING: set aside a later checkpoint, {moved}")
     _save_provenance(config)
     return MetricsWriter(config.run_dir, session.first_iteration, config.logging.trackers)
 
 
 def _tell_changes(session: Session) -> None:
     """A resumed run may have other options, but never in silence."""
-    saved = session.config.run_dir / "config.json"
-    if session.first_iteration > 0 and saved.is_file():
+    if session.resumed_from is None:
+        return
+    # Of the run that wrote the checkpoint, which need not be this one.
+    saved = session.resumed_from.parents[1] / "config.json"
+    if saved.is_file():
         new = json.loads(session.config.model_dump_json())
         for change in changed_options(json.loads(saved.read_text()), new):
             session.log.line(f"WARNING: resumed with a changed option, {change}")

@@ -63,6 +63,7 @@ from megatron_eopd.config import ObjectiveConfig
 from megatron_eopd.losses import vocab_parallel_terms
 from megatron_eopd.losses.estimators import TokenSignals
 from megatron_eopd.losses.objective import coefficients_at, token_objective
+from megatron_eopd.schedules import START
 from megatron_eopd.losses.vocab_sum import sum_over_vocab
 from tests.dense_objective import dense_token_loss
 
@@ -75,7 +76,7 @@ def ours(student):
     terms = vocab_parallel_terms(student, teacher, sampled_ids=ids, top_k=4)
     over_vocab = lambda h: sum_over_vocab(h, student, teacher, terms)
     signals = TokenSignals(terms.kl, terms.picked, torch.zeros(16), over_vocab)
-    return token_objective(signals, objective, coefficients_at(objective, 0, 1)).loss_N
+    return token_objective(signals, objective, coefficients_at(objective, START)).loss_N
 
 def dense(student):
     rest = (ids, torch.zeros(16), positions, objective)

@@ -61,9 +61,10 @@ def noting_step(events: list, fails_at: int | None = None):
     names = [f"loss/{n}" for n in losses] + [f"entropy/{n}" for n in entropies]
     sums = dict.fromkeys([*names, "gate/fraction"], (3.0, 6.0))
 
-    def train_step(student, token_loss, rounds, context, *, num_rounds, step, compare_engine):
+    def train_step(student, token_loss, rounds, context, *, num_rounds, progress, compare_engine):
         taken = [batch for portion in rounds for batch in portion]
         assert len(taken) == STEP, "one sequence to a microbatch"
+        step = progress.steps
         events.append(f"step {step}{' beside the engine' if compare_engine else ''}")
         if step == fails_at:
             raise NonFiniteError("loss=nan")
@@ -109,6 +110,8 @@ def run(tmp_path, monkeypatch):
             max_probe_tokens=10,
             vocab_size=112,
             first_iteration=first,
+            first_step=first * (BATCH // STEP),
+            resumed_from=None,
             resumes_evaluated=evaluated,
         )
         figures = SimpleNamespace(figures={"eval/countdown/pass@1": 0.5}, samples=[], correct=[])

@@ -23,6 +23,7 @@ from megatron_eopd.losses.objective import (
 )
 from megatron_eopd.losses.vocab_sum import sum_over_vocab
 from megatron_eopd.objectives import FORWARD_KL, GATES, PRESETS, REVERSE_KL
+from megatron_eopd.schedules import START, Progress
 
 # Shapes: N tokens, V vocabulary.
 N, V = 64, 40
@@ -59,7 +60,7 @@ def evaluate(logits, *, rollout_logprobs=None, weight=None, alpha=None, tau=None
     """(loss_N, gate_N, gradient) of an objective on whole logits."""
     objective = ObjectiveConfig.model_validate({"entropy_threshold": 2.0} | options)
     signals = signals_of(logits, objective, rollout_logprobs)
-    coefficients = coefficients_at(objective, 0, 1)
+    coefficients = coefficients_at(objective, START)
     if tau is not None:
         coefficients = Coefficients(coefficients.forward_kl_weight, tau)
     loss, gate = token_objective(signals, objective, coefficients, weight)
@@ -205,6 +206,11 @@ def test_gate_follows_the_entropy_of_the_same_token(logits):
 # Schedules and weights.
 
 
+def after(step: int, *, of: int) -> Progress:
+    """Iterations of one optimizer step."""
+    return Progress(step, step, of)
+
+
 def test_schedules_move_alpha_and_tau_and_then_stay():
     objective = ObjectiveConfig(
         entropy_threshold=2.0,
@@ -212,12 +218,12 @@ def test_schedules_move_alpha_and_tau_and_then_stay():
         final_forward_kl_weight=0.0,
         schedule_steps=10,
     )
-    at = [coefficients_at(objective, step, num_steps=100) for step in (0, 5, 10, 50)]
+    at = [coefficients_at(objective, after(step, of=100)) for step in (0, 5, 10, 50)]
     assert [c.entropy_threshold for c in at] == [2.0, 1.5, 1.0, 1.0]
     assert [c.forward_kl_weight for c in at] == [1.0, 0.5, 0.0, 0.0]
     cosine = objective.model_copy(update={"schedule": "cosine", "schedule_steps": None})
-    assert coefficients_at(cosine, 25, 100).entropy_threshold == pytest.approx(1.853553)
-    still = coefficients_at(ObjectiveConfig(name="fixed_mix"), 7, 10)
+    assert coefficients_at(cosine, after(25, of=100)).entropy_threshold == pytest.approx(1.853553)
+    still = coefficients_at(ObjectiveConfig(name="fixed_mix"), after(7, of=10))
     assert still == Coefficients(0.5, 0.8)
 
 
@@ -280,7 +286,7 @@ def test_no_option_is_read_and_then_forgotten(preset, changed, logits):
             {"name": preset, "entropy_threshold": 2.0} | options
         )
         weight = token_weights(torch.linspace(0, 1, N), IDS, objective)
-        at_half = coefficients_at(objective, 1, 3)
+        at_half = coefficients_at(objective, after(1, of=3))
         student, teacher = logits
         terms = vocab_parallel_terms(
             student,

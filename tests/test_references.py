@@ -13,6 +13,7 @@ from megatron_eopd.rollout.references import (
     reference_fraction_at,
     reference_rollouts,
 )
+from megatron_eopd.schedules import Progress
 from tests.test_preflight import MODELS, QUICKSTART
 
 STUDENT = MODELS / "student"
@@ -98,7 +99,9 @@ def test_the_share_is_exact_on_average_and_the_same_after_a_resume():
 
 def test_the_share_follows_its_schedule():
     def at(iteration, **options):
-        return reference_fraction_at(RolloutConfig(**options), iteration, train_iters=20)
+        return reference_fraction_at(
+            RolloutConfig(**options), Progress(iteration, 0, train_iters=20)
+        )
 
     falling = {"reference_fraction": 1.0, "final_reference_fraction": 0.0}
     assert [at(i, **falling, reference_schedule_iters=10) for i in (0, 5, 10, 15)] == [1, 0.5, 0, 0]

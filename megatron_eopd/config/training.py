@@ -24,9 +24,11 @@ class TrainingConfig(Section):
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay from `lr` to `min_lr`, over all optimizer steps."""
+    """Shape of the decay from `lr` to `min_lr`."""
+    lr_decay_iters: int | None = Field(None, gt=0)
+    """Iterations until `min_lr`, which holds from there on. Default: all of the run."""
     lr_warmup_steps: int = Field(0, ge=0)
-    """Optimizer steps of linear warm-up from 0."""
+    """Optimizer steps of linear warm-up from 0, while the decay goes on."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled (AdamW); norms and biases are exempt."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -68,8 +70,13 @@ class CheckpointConfig(Section):
     """Iterations between checkpoints; the last iteration always saves."""
     keep_last: int = Field(3, gt=0)
     """Older complete checkpoints are removed once a newer one is complete."""
+    resume: Literal["auto", "none"] | int = "auto"
+    """Of RUN_DIR's own checkpoints: `auto` goes on from the newest, a number from that iteration's,
+    and `none` is an error where there are any."""
     load: Path | None = None
-    """Checkpoint directory to start from, …/checkpoints/000120. Default: the newest of RUN_DIR."""
+    """Checkpoint of another run, …/checkpoints/000120, whose run goes on in this RUN_DIR with
+    optimizer and position, while RUN_DIR has none of its own. To start anew from its weights set
+    `student.hf_path` to it."""
     export_hf: bool = True
     """Write the student as a Hugging Face directory, RUN_DIR/hf, after the last iteration."""
 

@@ -4,7 +4,7 @@
     interpolate   loss = w · { (1 − λ) · reverse + λ · forward },   λ = α · gate(H)
 
 A preset names the parts, and every part can be replaced by its own option. α and the gate's
-threshold τ may move with the step number.
+threshold τ may move while the run goes on.
 """
 # Shapes: N valid response tokens, V this rank's columns of the vocabulary.
 
@@ -17,7 +17,7 @@ from megatron_eopd.config import ObjectiveConfig
 from megatron_eopd.losses import estimators
 from megatron_eopd.losses.estimators import TOKEN_WEIGHTS, TokenSignals
 from megatron_eopd.objectives import FORWARD_KL, GATES, REVERSE_KL
-from megatron_eopd.schedules import scheduled
+from megatron_eopd.schedules import Progress, scheduled
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Coefficients:
     entropy_threshold: float
 
 
-def coefficients_at(objective: ObjectiveConfig, step: int, num_steps: int) -> Coefficients:
-    """After `step` optimizer steps of a run of `num_steps`: from the initial to the final values
-    over `objective.schedule_steps`, and constant from there on."""
-    done = step / max(objective.schedule_steps or num_steps, 1)
+def coefficients_at(objective: ObjectiveConfig, progress: Progress) -> Coefficients:
+    """From the initial to the final values over `objective.schedule_steps`, or the whole run, and
+    constant from there on."""
+    steps = objective.schedule_steps
+    done = progress.share if steps is None else progress.steps / steps
 
     def between(start: float, end: float | None) -> float:
         return scheduled(start, end, objective.schedule, done)

@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from megatron_eopd.config import RolloutConfig
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.records import Prompt, Rollout
-from megatron_eopd.schedules import scheduled
+from megatron_eopd.schedules import Progress, scheduled
 
 
-def reference_fraction_at(rollout: RolloutConfig, iteration: int, train_iters: int) -> float:
-    """Share of prompts with references after so many iterations."""
-    iters = rollout.reference_schedule_iters or train_iters
+def reference_fraction_at(rollout: RolloutConfig, progress: Progress) -> float:
+    """Share of prompts with references."""
+    iters = rollout.reference_schedule_iters
     return scheduled(
         rollout.reference_fraction,
         rollout.final_reference_fraction,
         rollout.reference_schedule,
-        iteration / max(iters, 1),
+        progress.share if iters is None else progress.iterations / iters,
     )
 
 

@@ -1,4 +1,4 @@
-"""The student made trainable: Megatron's data parallelism, distributed optimizer and schedule.
+"""The student made trainable: Megatron's data parallelism and distributed optimizer.
 
 Parameters and activations may be bfloat16; gradients are reduced in float32, and the optimizer
 keeps float32 master weights and moments.
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_eopd.config import Config, TrainingConfig
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.schedules import Progress, lr_at
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,15 @@ class Trainable:
     chunks: list[CausalLM]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    training: TrainingConfig
 
-    @property
-    def lr(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
+    def set_lr(self, progress: Progress) -> float:
+        """Of the next step, and its weight decay; the options hold, whatever a checkpoint had."""
+        lr = lr_at(self.training, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.training.weight_decay * group.get("wd_mult", 1.0)
+        return lr
 
     @contextmanager
     def accumulating(self, is_last: bool) -> Iterator[None]:
@@ -83,8 +87,7 @@ def make_trainable(chunks: list[CausalLM], config: Config, context: ParallelCont
     # gradients are reduced once; the second on each loss (a scale of 1 without float16).
     model_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     model_config.grad_scale_func = optimizer.scale_loss
-    steps = config.optimizer_steps
-    return Trainable(chunks, wrapped, optimizer, _scheduler(optimizer, training, steps))
+    return Trainable(chunks, wrapped, optimizer, training)
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:
@@ -103,26 +106,4 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         params_dtype=getattr(torch, config.model.dtype),
         use_distributed_optimizer=True,
         overlap_param_gather=training.overlap_param_gather,
-    )
-
-
-def _scheduler(
-    optimizer: MegatronOptimizer, training: TrainingConfig, steps: int
-) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=training.lr,
-        min_lr=training.min_lr,
-        lr_warmup_steps=training.lr_warmup_steps,
-        lr_decay_steps=max(steps, training.lr_warmup_steps + 1),
-        lr_decay_style=training.lr_decay_style,
-        start_wd=training.weight_decay,
-        end_wd=training.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # On resume the options win, not what the checkpoint was written with: by default Megatron
-        # would ignore a changed training.lr without a word.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
     )

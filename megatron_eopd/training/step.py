@@ -20,6 +20,7 @@ from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.pipeline import hidden_states, map_hidden, run_schedule
 from megatron_eopd.records import MicroBatch, StepReport
+from megatron_eopd.schedules import START, Progress
 from megatron_eopd.training.optimizer import Trainable
 from megatron_eopd.training.token_loss import NON_FINITE, StepSettings, TokenLoss
 
@@ -31,17 +32,17 @@ def train_step(
     context: ParallelContext,
     *,
     num_rounds: int,
-    step: int,
+    progress: Progress,
     compare_engine: bool = False,
 ) -> StepReport:
     """Forward, backward, clip, step, over this rank's microbatches.
 
     `rounds`: `num_rounds` portions of the microbatches, each taken when the one before is done.
-    `step` counts the optimizer steps of the run before this one. `compare_engine`: see
-    StepSettings.
+    `progress`: of the run before this step. `compare_engine`: see StepSettings.
 
     Raises:
-        NonFiniteError: on every rank, with the weights as they were before the step.
+        NonFiniteError: on every rank. Weights are as they were before the step, unless the update
+            itself was what overflowed.
     """
     means = accumulate_gradients(
         student,
@@ -49,14 +50,14 @@ def train_step(
         rounds,
         context,
         num_rounds=num_rounds,
-        step=step,
+        progress=progress,
         compare_engine=compare_engine,
     )
-    lr = student.lr
     shared = share_from_last_stage(means, context)
     _refuse_non_finite(student, shared, context)
+    lr = student.set_lr(progress)
     _, grad_norm, _ = student.optimizer.step()
-    student.scheduler.step(increment=1)
+    _refuse_spoilt_weights(student, lr, float(grad_norm), context)
     return StepReport(float(grad_norm), lr, shared.sums, shared.values)
 
 
@@ -67,7 +68,7 @@ def accumulate_gradients(
     context: ParallelContext,
     *,
     num_rounds: int,
-    step: int,
+    progress: Progress,
     compare_engine: bool,
     force_all_reduce: bool = False,
 ) -> Means:
@@ -82,7 +83,7 @@ def accumulate_gradients(
     student.optimizer.zero_grad()
     num_tokens = torch.zeros((), dtype=torch.int, device=context.device)
     for number, microbatches in enumerate(rounds):
-        settings = token_loss.settings(microbatches, step, compare_engine)
+        settings = token_loss.settings(microbatches, progress, compare_engine)
         with student.accumulating(is_last=number == num_rounds - 1):
             _run_round(student, token_loss, microbatches, means, settings, context)
         num_tokens += sum(batch.num_valid_tokens for batch in microbatches)
@@ -126,7 +127,7 @@ def measure(
     """The loss metrics of the batch without a step, on every rank; α and τ as at the start."""
     means = Means()
     for microbatches in rounds:
-        settings = token_loss.settings(microbatches, step=0, compare_engine=False)
+        settings = token_loss.settings(microbatches, START, compare_engine=False)
 
         def at_last_stage(
             batch: MicroBatch, hidden_S1H: torch.Tensor, settings: StepSettings = settings
@@ -149,18 +150,37 @@ def share_from_last_stage(means: Means, context: ParallelContext) -> Reduced:
 
 def _refuse_non_finite(student: Trainable, shared: Reduced, context: ParallelContext) -> None:
     """One number per rank decides for all: NaN and infinity survive a sum."""
-    total = torch.zeros((), dtype=torch.float64, device=context.device)
-    for chunk in student.wrapped:
-        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-            total += buffer.grad_data.sum()
-    # cpu_group, whatever the device: all ranks, also those of other stages, must decide alike.
-    total = total.cpu()
-    dist.all_reduce(total, group=context.cpu_group)
+    buffers = [b for c in student.wrapped for b in (*c.buffers, *c.expert_parallel_buffers)]
+    total = _sum_of_all([buffer.grad_data for buffer in buffers], context)
     loss = shared.sums["loss/total"][0]
     logits = describe_non_finite(torch.tensor(shared.tallies[NON_FINITE]))
-    if logits or not (math.isfinite(loss) and math.isfinite(total.item())):
+    if logits or not (math.isfinite(loss) and math.isfinite(total)):
         raise NonFiniteError(
-            f"loss={loss}, sum of gradients={total.item()}: not finite. {logits} The weights were "
+            f"loss={loss}, sum of gradients={total}: not finite. {logits} The weights were "
             f"not changed. Look at the rollouts of this iteration, lower training.lr or "
             f"training.clip_grad, or start again from an earlier checkpoint."
         )
+
+
+def _refuse_spoilt_weights(
+    student: Trainable, lr: float, grad_norm: float, context: ParallelContext
+) -> None:
+    """A finite gradient can still make an update that overflows, and a checkpoint of that would be
+    the newest. With `overlap_param_gather` each part is seen by the rank that updates it."""
+    weights = [p.data for chunk in student.chunks for p in chunk.parameters()]
+    if not math.isfinite(_sum_of_all(weights, context)):
+        raise NonFiniteError(
+            f"the update made weights that are not finite (training.lr={lr:g}, gradient norm "
+            f"{grad_norm:g}). They are not saved. Start again, which goes on from the newest "
+            f"checkpoint, with a lower training.lr or a larger training.adam_eps."
+        )
+
+
+def _sum_of_all(tensors: Iterable[torch.Tensor], context: ParallelContext) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=context.device)
+    for tensor in tensors:
+        total += tensor.sum(dtype=torch.float32)
+    # cpu_group, whatever the device: all ranks, also those of other stages, must decide alike.
+    total = total.cpu()
+    dist.all_reduce(total, group=context.cpu_group)
+    return total.item()

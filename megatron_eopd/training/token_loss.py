@@ -32,6 +32,7 @@ from megatron_eopd.objectives import GATES
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
 from megatron_eopd.records import MicroBatch
+from megatron_eopd.schedules import Progress
 from megatron_eopd.teacher.heads import Heads, teacher_logits, teacher_top_k
 
 NON_FINITE = "non_finite"
@@ -68,12 +69,12 @@ class TokenLoss:
         self._chunk_size = chunk_size(config.objective, context.device.type == "cuda")
 
     def settings(
-        self, microbatches: Sequence[MicroBatch], step: int, compare_engine: bool
+        self, microbatches: Sequence[MicroBatch], progress: Progress, compare_engine: bool
     ) -> StepSettings:
-        """For the optimizer step after `step` others. Collective over the data-parallel ranks of
+        """For the optimizer step that comes next. Collective over the data-parallel ranks of
         the last stage where the gate is a quantile of the step's entropies."""
         objective = self._config.objective
-        coefficients = coefficients_at(objective, step, self._config.optimizer_steps)
+        coefficients = coefficients_at(objective, progress)
         if GATES[objective.formula.gate].needs_whole_step and self._is_last_stage:
             threshold = self._entropy_quantile(microbatches, objective.gate_quantile)
             coefficients = replace(coefficients, entropy_threshold=threshold)

@@ -22,6 +22,7 @@ from megatron_eopd.models.load import load_weights
 from megatron_eopd.parallel.init import choose_device, free_port, join_groups, leave_groups
 from megatron_eopd.parallel.worlds import STUDENT, roles_of, student_layout
 from megatron_eopd.records import Rollout
+from megatron_eopd.schedules import START
 from megatron_eopd.teacher.placement import open_teachers, wire_store
 from megatron_eopd.teacher.separate import serve
 from megatron_eopd.training.optimizer import make_trainable
@@ -171,7 +172,7 @@ def _student_case(config, swaps, vocab_size, world_size, rollouts, store, contex
             pool.microbatches(rounds),
             context,
             num_rounds=len(rounds),
-            step=0,
+            progress=START,
             compare_engine=False,
             force_all_reduce=True,
         )

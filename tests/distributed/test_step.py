@@ -17,6 +17,7 @@ from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import load_weights
 from megatron_eopd.records import DEFAULT_TEACHER
 from megatron_eopd.rollout.recording import read_rollouts
+from megatron_eopd.schedules import START, Progress
 from megatron_eopd.teacher.colocated import ColocatedTeacher
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.optimizer import make_trainable
@@ -81,7 +82,7 @@ def take_step(student, token_loss, pool, rollouts, config, context, step):
         pool.microbatches(rounds),
         context,
         num_rounds=len(rounds),
-        step=step,
+        progress=Progress(step, step, config.training.train_iters),
     )
 
 
@@ -304,9 +305,28 @@ def check_non_finite(student_dir, teacher_dir):
     if context.layout.is_last_stage:
         batches[1].teacher[0].payload.hidden_NH[0] = torch.nan
     with pytest.raises(NonFiniteError, match="not changed"):
-        train_step(student, token_loss, [batches], context, num_rounds=1, step=0)
+        train_step(student, token_loss, [batches], context, num_rounds=1, progress=START)
     for old, new in zip(before, student.chunks[0].parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+def check_overflow(student_dir, teacher_dir):
+    """Adam's first update is the learning rate itself, whatever the gradient."""
+    context = context_for(1, 2)
+    config = make_config(student_dir, teacher_dir)
+    training = config.training.model_copy(update={"lr": 1e37, "lr_decay_style": "constant"})
+    config = config.model_copy(update={"training": training})
+    student, pool, token_loss = build(config, context)
+    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
+    (batches,) = pool.microbatches([pack(rollouts, Limits.of(config.training), context.layout)])
+    options = {"num_rounds": 1, "progress": START}
+    with pytest.raises(NonFiniteError, match=r"update made weights .* not finite .*lr=1e\+37"):
+        train_step(student, token_loss, [batches], context, **options)
+
+
+def test_an_update_that_overflows_stops_all_ranks(qwen3_dir, teacher_dir, tmp_path):
+    """A pipeline of two: only a sum over both stages tells both."""
+    run_ranks(2, tmp_path, check_overflow, qwen3_dir, teacher_dir)
 
 
 def test_a_nan_on_one_stage_stops_all_ranks_before_the_step(qwen3_dir, teacher_dir, tmp_path):
