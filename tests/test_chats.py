@@ -41,6 +41,12 @@ def parts(*texts: str) -> list[dict]:
         json.dumps([{"from": "human", "value": QUESTION}]),
         str([USER]),
         str([USER | {"name": None}]),
+        str([{"content": QUESTION, "role": "user"}]),
+        str([{"name": None} | USER]),
+        str([{"id": "1", "from": "human", "value": QUESTION}]),
+        f"array({[USER]}, dtype=object)",
+        f"array([{USER}],\n      dtype=object)",
+        f"array({[USER]})",
     ],
     ids=str,
 )
@@ -75,6 +81,10 @@ def test_a_conversation_ends_with_its_last_question(as_text):
     "text",
     [
         "[1, 2, 3] sort this",
+        "{'value': f(3)}",
+        '{"role": f(3), "content": g(4)}',
+        "array([1, 2, 3])",
+        "array([1, 2], dtype=object)",
         "[1, 2, 3]",
         '[{"a": 1}]',
         '{"role": "admin", "rights": []}',
@@ -143,12 +153,22 @@ def test_a_chat_without_a_question(messages):
         ([{"role": 5, "content": "x"}], "turn 1: role '5'"),
         ([{"role": "user", "content": 5}], r"turn 1 \(user\): neither text nor a list of parts"),
         ([{"role": "user", "content": [5]}], "a part is neither text nor an object"),
+        ([{"role": "system", "text": "Be brief."}, USER], r"turn 1 \(system\): has neither.*text"),
+        ([{"from": "system", "value": None, "content": None, "text": "x"}, USER], "but text"),
+        ([{"role": "system", "parts": [{"text": "x"}]}, USER], "but parts"),
         ([USER, SYSTEM], "a system turn behind the last turn of the user"),
     ],
 )
 def test_what_is_no_chat_is_refused(value, problem):
     with pytest.raises(ConfigError, match=f"here.*{problem}"):
         read_chat("here", value)
+
+
+def test_a_system_turn_in_a_text_has_its_text_under_a_known_key_too():
+    messages = [{"role": "system", "text": "Be brief."}, USER]
+    for text in (json.dumps(messages), str(messages)):
+        with pytest.raises(ConfigError, match=r"turn 1 \(system\): has neither content nor value"):
+            read_chat("here", text)
 
 
 def test_what_nobody_can_read_is_blank():
@@ -163,6 +183,7 @@ def test_what_nobody_can_read_is_blank():
     [
         ([USER], None),
         ([SYSTEM | {"content": ""}, USER], None),  # not the same as none
+        ([SYSTEM | {"content": None, "id": "1", "name": "a", "weight": 0}, USER], None),
         ([USER | {"content": " \u200b"}], "the prompt"),
         ([USER | {"content": None}], "the prompt"),
         ([{"role": "user"}], "the prompt"),

@@ -82,6 +82,11 @@ def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
             r"Set teacher\.microbatches_per_exchange",
         ),
         ('logging.trackers=["tensorboard", "tensorboard"]', r"names a tracker twice"),
+        *(
+            (f"data.chat_template_kwargs.enable_thinking={word}", rf"={word!r} is a text")
+            for word in ("True", "False", "FALSE", "None", "null")
+        ),
+        ('data.chat_template_kwargs={ x = "false" }', r"x='false' is a text.*Write false, with"),
         ("a.b=1", r"unknown option.*Known here: run_dir, seed, student, teacher"),
         ("run_dir", r"has no '='"),
         ("run_dir.x=1", r"'run_dir' is an option, not a section"),
@@ -139,6 +144,23 @@ def test_a_missing_option_and_a_broken_file_are_named(tmp_path):
         load_config(path)
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+        load_config(tmp_path)
+
+
+def test_a_file_is_utf8_with_a_byte_order_mark_or_without(toml):
+    plain, text = load_config(toml), toml.read_text()
+    toml.write_text(text, encoding="utf-8-sig")
+    assert load_config(toml) == plain
+    for content in (text.encode("utf-16"), (text + "# é").encode("latin-1")):
+        toml.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"run\.toml: not UTF-8 text .*Save it as UTF-8"):
+            load_config(toml)
+
+
+def test_a_template_s_effort_may_be_none(toml):
+    options = [f"data.{o}" for o in ("apply_chat_template=true", "chat_template_kwargs.x=none")]
+    assert load_config(toml, options).data.chat_template_kwargs == {"x": "none"}
 
 
 def test_changed_options_are_listed_with_both_values(toml):

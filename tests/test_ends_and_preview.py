@@ -64,6 +64,16 @@ def test_an_end_that_is_no_token_is_told(load):
     assert "'###'" in told and "no token of its own" in told
 
 
+USER_LAST = "{% if messages[-1].role != 'user' %}{{ raise_exception('user last') }}{% endif %}"
+
+
+def test_a_template_that_wants_a_question_last_is_asked_between_two(load):
+    each = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    assert end_of_turn_warnings(load("student", [EOS], template=USER_LAST + each)) == []
+    (told,) = end_of_turn_warnings(load("student", [EOS], template=USER_LAST + CHATML))
+    assert "ends an answer with 3 <|im_end|>" in told and "kwargs" not in told
+
+
 def test_options_of_the_template_count_and_its_refusal_is_told(load):
     template = "{% if not x %}{{ raise_exception('x!') }}{% endif %}" + CHATML
     student = load("student", [IM_END], template=template)

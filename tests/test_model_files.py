@@ -357,6 +357,17 @@ def test_a_path_that_is_no_directory(tmp_path):
             read_hf_config(path)
 
 
+def test_a_run_s_folder_says_where_its_models_are(tmp_path):
+    options = {"run_dir": "x", "student": {}, "teacher": {}, "rollout": {}}
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    (tmp_path / "checkpoints/000002").mkdir(parents=True)
+    (tmp_path / "checkpoints/000002/DONE").touch()
+    with pytest.raises(ConfigError, match=r"options of a run\. Give its folder hf, or"):
+        read_hf_config(tmp_path)
+    with pytest.raises(ConfigError, match="holds the checkpoints of a run: give one of them"):
+        read_hf_config(tmp_path / "checkpoints")
+
+
 def test_a_megatron_checkpoint_is_no_hugging_face_directory(tmp_path):
     (tmp_path / ".metadata").touch()
     with pytest.raises(CheckpointError, match="is a Megatron checkpoint, where a Hugging Face"):

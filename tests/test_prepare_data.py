@@ -6,6 +6,7 @@ import random
 import re
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -34,6 +35,7 @@ from megatron_eopd.data.tokenizer import load_tokenizer
 from megatron_eopd.errors import ConfigError
 from tests.real_data import real_data
 from tests.test_preflight import MODELS
+from tests.tiny_tokenizers import write
 from tools import prepare_data
 
 
@@ -127,6 +129,26 @@ def test_chats_are_cut_down_to_a_question_on_request(run, tmp_path):
     written, counts = run(source, *options, "--drop-system-turns", "--single-turn")
     assert [row["prompt"] for row in written] == ["user 0", "user 1"]
     assert (counts[Fate.SEVERAL_TURNS], counts[Fate.DUPLICATE]) == (1, 2)
+
+
+def test_a_system_turn_beside_a_chat_is_not_lost(run, tmp_path):
+    row = {"conversations": [{"from": "human", "value": "a"}], "system": "Be brief."}
+    source = write_jsonl(tmp_path / "in.jsonl", [row])
+    options = ["--prompt-column", "conversations", "--prompts-only"]
+    assert "line 1, column conversations: the column 'system' beside" in run(
+        source, *options, fails=True
+    )
+    assert run(source, *options, "--drop-system-turns")[0] == [{"prompt": "a"}]
+
+
+@pytest.mark.parametrize("name", ["prompt", "answer"])
+def test_a_column_that_would_be_written_over_is_not_kept(run, tmp_path, name):
+    row = {"question": "a", "gold": "1", "prompt": "old", "answer": "old"}
+    source = write_jsonl(tmp_path / "in.jsonl", [row])
+    options = ["--prompt-column", "question", "--answer-column", "gold"]
+    assert f"--keep {name}: the output has" in run(source, *options, "--keep", name, fails=True)
+    written, _ = run(source, "--prompt-column", "question", "--prompts-only", "--keep", "answer")
+    assert written == [{"answer": "old", "prompt": "a"}]
 
 
 def test_what_was_left_off_is_counted(run, tmp_path):
@@ -432,6 +454,15 @@ def test_a_preview_without_a_tokenizer_shows_the_text(tmp_path, capsys):
     assert "not shown" not in text
 
 
+def test_a_preview_says_where_nothing_ends_an_answer(tmp_path, capsys):
+    """Rather than fail when all is written."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "two"}])
+    tokenizer = write(tmp_path / "tokenizer", eos_token=None)
+    options = ["-o", tmp_path / "out.jsonl", "--prompts-only", "-p", 1, "--tokenizer", tokenizer]
+    assert prepare_data.main([str(source), *map(str, options)]) == 0
+    assert "an answer ends with: nothing yet" in capsys.readouterr().out
+
+
 def test_the_same_command_writes_the_same_bytes(run, tmp_path):
     rows = [{"prompt": f"{i % 7} é", "answer": str(i)} for i in range(50)]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
@@ -439,6 +470,38 @@ def test_the_same_command_writes_the_same_bytes(run, tmp_path):
     first = (tmp_path / "out.jsonl").read_bytes()
     run(source, "--overwrite")
     assert (tmp_path / "out.jsonl").read_bytes() == first
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves splits with save_to_disk, or one data set."""
+
+    def save(*splits: str) -> Path:
+        path = tmp_path / f"saved{'-'.join(splits)}"
+        sets = {
+            split: datasets.Dataset.from_dict({"prompt": [f"{split} a", "b"], "answer": ["1", "2"]})
+            for split in splits or ("only",)
+        }
+        (datasets.DatasetDict(sets) if splits else sets["only"]).save_to_disk(path)
+        return path
+
+    return save
+
+
+def test_a_data_set_that_was_saved_is_read_split_by_split(run, saved, tmp_path):
+    """And not all splits as one, held-out ones among them."""
+    assert [row["prompt"] for row in run(saved())[0]] == ["only a", "b"]
+    several = saved("test", "train")
+    for name, prompt in ((several, "train a"), (f"{several}::test", "test a")):
+        assert run(name, "--overwrite")[0][0] == {"prompt": prompt, "answer": "1"}
+    for name, problem in (
+        (f"{several}::dev", "name one of its splits, as .*::SPLIT. There are test, train"),
+        (f"{several}:main", "name one of its splits"),
+        (saved("sft", "held_out"), "name one of its splits, as .*::SPLIT. There are sft, held_out"),
+        (f"{saved()}::train", "one data set without configs or splits. Give"),
+    ):
+        message = run(name, "--overwrite", fails=True)
+        assert re.search(problem, message) and "cannot be read" not in message
 
 
 def test_a_directory_with_a_data_set_is_read_like_one_of_the_hub(run, tmp_path):

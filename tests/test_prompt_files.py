@@ -119,6 +119,59 @@ def test_the_key_is_the_first_that_the_first_line_has_or_the_given_one(load):
         load({"question": "1"})
 
 
+def test_the_key_is_one_with_a_value(load):
+    """As in a table that was put together of several."""
+    chat = [{"role": "user", "content": "7"}]
+    for empty in (None, "", []):
+        assert load({"prompt": empty, "messages": chat})[0].text == "7"
+    with pytest.raises(ConfigError, match="prompt is null"):
+        load({"prompt": None, "messages": None})
+
+
+@pytest.mark.parametrize("row", [[USER], USER], ids=["lists", "messages"])
+def test_lines_that_are_messages_are_told_what_to_be(load, row):
+    with pytest.raises(ConfigError, match=r'1: a message, .* Write \{"messages": \[\.\.\.\]\}'):
+        load(row, row)
+
+
+# --- what a person should look at ---------------------------------------------------------------
+
+
+def test_special_tokens_that_a_prompt_spells_out_are_told(load):
+    """They become tokens of control, as with vLLM and transformers; told once for all."""
+    chat = [{"role": "user", "content": "1 <eos>"}, ANSWER, USER]
+    rows = {"prompt": "1"}, {"prompt": "2 <pad> 3"}, {"prompt": chat}, {"prompt": "<bos> 5"}
+    (told,) = load(*rows, apply_chat_template=True).warnings
+    assert "2 prompts hold special tokens" in told and "jsonl line 2, which has <pad>" in told
+    assert load(*rows[:1], {"prompt": "1 < pad > eos"}).warnings == []
+
+
+DATED = TEMPLATE + "{{ strftime_now('%d') | int }}"
+WITH_A_DATE = TEMPLATE + (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
+    "{{ date_string }}"
+)
+UNUSED = "{% set today = strftime_now('%d') %}" + TEMPLATE
+
+
+def test_a_template_that_writes_the_day_is_told(load, tmp_path):
+    """A run that goes on tomorrow would ask other questions."""
+    file = tmp_path / "template.jinja"
+
+    def told(text: str, **options) -> list[str]:
+        file.write_text(text)
+        options |= {"apply_chat_template": True, "chat_template_file": file}
+        return load({"prompt": PLAIN}, **options).warnings
+
+    assert told(TEMPLATE) == told(UNUSED) == []
+    (said,) = told(WITH_A_DATE)
+    assert "writes the day" in said and "Set data.chat_template_kwargs.date_string" in said
+    assert told(WITH_A_DATE, chat_template_kwargs={"date_string": "26"}) == []
+    (said,) = told(DATED)
+    assert "writes the day" in said and "data.chat_template_file" in said
+    assert "date_string" not in said
+
+
 # --- chats --------------------------------------------------------------------------------------
 
 
@@ -172,6 +225,20 @@ def test_a_system_prompt_stands_before_every_question(load, tokenizer):
     assert shown(empty[0], tokenizer) == f"10 ; 11 {PLAIN} ; 12"
     with pytest.raises(ConfigError, match=r"line 2: has a system turn, and data\.system_"):
         load(*rows[:1], {"prompt": CHAT}, apply_chat_template=True, system_prompt="6")
+
+
+def test_a_system_turn_beside_the_chat_is_not_lost(load):
+    """As LLaMA-Factory writes it."""
+    beside = {"conversations": [{"from": "human", "value": "7"}], "system": "Be brief."}
+    with pytest.raises(ConfigError, match=r"line 1: the column 'system' beside the chat.*'Be br"):
+        load(beside, apply_chat_template=True)
+    for row in (
+        beside | {"system": ""},
+        beside | {"system": None},
+        beside | {"conversations": CHAT},
+        {"prompt": "a question", "system": "linear"},  # no chat: other columns say other things
+    ):
+        assert load(row, apply_chat_template=True)
 
 
 def test_a_chat_needs_a_template(load):

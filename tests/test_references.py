@@ -88,6 +88,28 @@ def test_references_belong_to_the_digest_of_the_prompts(load, tmp_path):
     assert one.references_digest == load("1 + 2 = 3 ;").references_digest
 
 
+def test_an_end_that_a_reference_spells_out_is_taken_off_and_told(load):
+    """Otherwise it would stand there twice, and teach an end behind the end."""
+    plain = load("1 + 2 = 3 ;")
+    for text in ("1 + 2 = 3 ;<eos>", "1 + 2 = 3 ; <eos>\n"):
+        prompts = load(text, "4")
+        assert prompts.reference(prompts[0], 0) == plain.reference(plain[0], 0)
+        (told,) = prompts.warnings
+        assert "1 reference answers spell out" in told and "the run puts <eos> there" in told
+    assert load("4").warnings == []
+
+
+@pytest.mark.parametrize("text", ["1 <eos> 2", "<eos> 1", "1 <eos><eos>", "<eos>"])
+def test_a_reference_with_an_end_inside_is_refused(load, text):
+    with pytest.raises(ConfigError, match=r"line 2: a reference answer.*has <eos> in its text"):
+        load("1", ["1", text])
+
+
+def test_other_special_tokens_of_references_are_told(load):
+    (told,) = load("1 <pad> 2 <eos>", "3 <bos>", "4").warnings[1:]
+    assert "2 reference answers hold special tokens" in told and "line 1, which has <pad>" in told
+
+
 def test_the_share_is_exact_on_average_and_the_same_after_a_resume():
     numbers = [len(places_of_references(4, 0.1, seed=3, iteration=i)) for i in range(4000)]
     assert set(numbers) == {0, 1} and abs(sum(numbers) / 16000 - 0.1) < 0.01

@@ -96,6 +96,8 @@ UNREADABLE = {
     "UTF-16": (LINES.decode().encode("utf-16"), "UTF-16.*iconv"),
     "UTF-16 without mark": (LINES.decode().encode("utf-16-le"), "neither JSON"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
+    "Arrow": (b"ARROW1\0\0", "Arrow file. Write it as parquet"),
+    "Arrow stream": (b"\xff\xff\xff\xff\x10", "Arrow stream.*tools/prepare_data"),
     "zip": (b"PK\x03\x04xx", "zip archive"),
     "binary": (b"\x00\x01\x02", "neither JSON.*nor parquet"),
     "CSV": (b"prompt,answer\n1,2\n", "neither JSON.*begins with b'prompt,answer"),
@@ -139,6 +141,13 @@ def test_no_file(tmp_path):
         archive.writestr("a", LINES)
     with pytest.raises(ConfigError, match=r"a zip archive. Unpack it"):
         list(RowFile(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_saved_data_set_is_told_what_to_do_with(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"save_to_disk wrote.*tools/prepare_data\.py"):
+        RowFile(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,35 @@ def test_what_templates_do_to_a_text_is_allowed(tmp_path):
     assert rendered(path, turns) == "[two?][four][two plus two?]"
 
 
+def by_turn(expression: str) -> str:
+    return "{% for m in messages %}[{{ " + expression + " }}]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("expression", "turns"),
+    [
+        ("m.content.replace('/no_think', '').replace('/think', '')", [Turn("user", "two? /think")]),
+        ("m.content | replace('/no_think', '')", [Turn("system", "/no_think Be brief."), *ASK]),
+        ("m | tojson", [Turn("user", 'say "x"\nor é, \\')]),
+        ("m | tojson(ensure_ascii=True)", [Turn("user", "é\n")]),
+        (r"m.content.replace('\r\n', '\n')", [Turn("user", "one\r\ntwo")]),
+        ("m.content.split('</thought>')[-1]", [Turn("assistant", "hm</thought>four"), *ASK]),
+        ("m.content.split('[/THINK]')[-1]", [Turn("assistant", "[THINK]hm[/THINK]four"), *ASK]),
+        ("m.content.split('</seed:think>')[-1]", [Turn("assistant", "hm</seed:think>4"), *ASK]),
+    ],
+)
+def test_what_templates_write_otherwise_is_there(tmp_path, expression, turns):
+    assert "[" in rendered(write(tmp_path, chat_template=by_turn(expression)), turns)
+
+
+@pytest.mark.parametrize("text", ["two /think three", 'two "x"\n', "one\r\ntwo"])
+@pytest.mark.parametrize("and_then", ["", " | tojson"])
+def test_and_what_is_cut_from_it_is_not(tmp_path, text, and_then):
+    path = write(tmp_path, chat_template=by_turn("m.content.replace('two', '')" + and_then))
+    with pytest.raises(ConfigError, match="leaves out the text of message 1"):
+        rendered(path, [Turn("user", text)])
+
+
 # --- errors of templates ------------------------------------------------------------------------
 
 
@@ -88,6 +117,32 @@ def test_a_template_s_own_words_are_quoted(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json: .*effort must be set.*template_kwargs"):
         rendered(path)
     assert rendered(path, effort="low") == "two plus two?"
+
+
+def test_a_template_that_takes_no_system_turn(tmp_path):
+    """As Gemma's: the way out is another than a variable of the template."""
+    refuse = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    )
+    path = write(tmp_path, chat_template=refuse + "{% endif %}" + CHATML)
+    with pytest.raises(ConfigError, match=r"System role.*data\.system_prompt.*--drop-system") as e:
+        rendered(path, [Turn("system", "Be brief."), *ASK])
+    assert "chat_template_kwargs" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["bos_token", "messages", "add_generation_prompt", "continue_final_message"]
+)
+def test_variables_that_the_run_sets_are_no_options(tmp_path, name):
+    path = write(tmp_path, chat_template="{{ bos_token }}" + CHATML)
+    with pytest.raises(ConfigError, match=rf"_kwargs\.{name}: the run itself sets this variable"):
+        rendered(path, **{name: "x"})
+
+
+@pytest.mark.parametrize("text", [CHATML, CHATML + "{{ chat_template }}"])
+def test_a_template_is_no_variable_of_one(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"kwargs\.chat_template: .*data\.chat_template_file"):
+        rendered(write(tmp_path, chat_template=text), chat_template="x")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
+from megatron_eopd.data.probe import check_tokenizer
 from megatron_eopd.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -20,6 +21,7 @@ from megatron_eopd.data.tokenizer import (
 )
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
+from tests import tiny_tokenizers
 from tests.real_data import real_data
 from tests.tiny_tokenizers import CHATML, bos_in_front, byte_level, write
 
@@ -132,9 +134,7 @@ def test_chat_template_takes_options_as_in_transformers(qwen3, options):
     assert ends_thinking == (options == {"enable_thinking": False})
 
 
-@pytest.mark.parametrize(
-    "name", ["enable_thinkin", "tokenize", "add_generation_prompt", "user_text"]
-)
+@pytest.mark.parametrize("name", ["enable_thinkin", "tokenize", "user_text"])
 def test_an_option_that_the_template_does_not_read_is_an_error(qwen3, name):
     """Jinja would ignore it, and transformers has parameters of its own by some such names."""
     with pytest.raises(ConfigError, match=rf"kwargs\.{name}: .* reads .*enable_thinking"):
@@ -272,13 +272,45 @@ def test_the_model_s_own_ends_stay_known_beside_those_given(tmp_path):
             load_tokenizer(path).stop_ids  # noqa: B018, reading it is what is tested
 
 
+# --- special tokens -----------------------------------------------------------------------------
+
+
+def as_object(token: str, **more) -> dict:
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": token} | flags | more
+
+
+KEYS = ("additional_special_tokens", "extra_special_tokens")
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("more", [{}, {"__type": "AddedToken"}])
+def test_tokens_without_a_role_may_be_objects(tmp_path, in_config, key, more):
+    """As transformers 4 wrote them; in either file, and beside texts in the other."""
+    objects = {key: [as_object("<|im_start|>", **more), "<|im_end|>"]}
+    path = write(tmp_path, **(objects if in_config else {KEYS[0]: ["<bos>"]}))
+    if not in_config:
+        (path / "special_tokens_map.json").write_text(json.dumps(objects))
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(tokenizer, "student")
+    assert tokenizer.special_tokens() == {t: i for i, t in enumerate(tiny_tokenizers.SPECIAL)}
+    assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.library.extra_special_tokens)
+
+
+@pytest.mark.parametrize("tokens", [[{"x": 1}], [5, as_object("<bos>")], [None]])
+def test_tokens_that_are_neither_are_refused(tmp_path, tokens):
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        load_tokenizer(write(tmp_path, extra_special_tokens=tokens))
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 
 def test_what_is_no_tokenizer_is_named(spm_file, tmp_path):
     with pytest.raises(ConfigError, match=r"/nowhere: no such file or directory"):
         load_tokenizer(Path("/nowhere"))
-    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+    with pytest.raises(ConfigError, match=r"no tokenizer there, neither tokenizer\.json nor"):
         load_tokenizer(tmp_path)
     # Without tokenizer.json a chat would be special tokens and nothing between them.
     shutil.copy(real_data("tokenizer_qwen3/tokenizer_config.json"), tmp_path)

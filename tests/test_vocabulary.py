@@ -115,6 +115,24 @@ def test_other_tokens_at_the_same_ids_are_shown(check, tmp_path):
         check(f"teacher.hf_path={other}", "objective.exclude_unshared_tokens=true")
 
 
+@pytest.mark.parametrize("exclude", [[], ["objective.exclude_unshared_tokens=true"]])
+def test_special_tokens_of_other_names_have_a_way_out(check, tmp_path, exclude):
+    """Reserved ones that somebody gave names: the ids may be those of training all the same."""
+    other = Path(shutil.copytree(MODELS / "teacher", tmp_path / "other"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = other / name
+        file.write_text(file.read_text().replace("<pad>", "<mine>"))
+    with pytest.raises(ConfigError, match=r"1 of 112: 107 is '<pad>' .*All of these are special"):
+        check(f"teacher.hf_path={other}", *exclude)
+    student = f"teacher.tokenizer={MODELS / 'student'}"
+    assert check(f"teacher.hf_path={other}", student, *exclude).tokenizers.vocab_size == 112
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"+": 100', '"plus": 100'))
+    with pytest.raises(ConfigError, match=r"2 of 112: 100 .*Use models that share") as told:
+        check(f"teacher.hf_path={other}", *exclude)
+    assert "teacher.tokenizer" not in str(told.value)
+
+
 @pytest.fixture
 def check(monkeypatch, tmp_path):
     """Runs the checks before a start of the quick start with overrides."""

@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 from megatron_eopd.cli import add_prompt_options, finite, positive, prompt_options
 from megatron_eopd.config import RolloutConfig
+from megatron_eopd.data.chats import is_unicode
 from megatron_eopd.data.sources import RowFile
+from megatron_eopd.data.text_files import read_json_object
 from megatron_eopd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,9 +105,16 @@ def read_rows(arguments: argparse.Namespace) -> Rows:
     for where, row in rows.items():
         if arguments.key in row:
             raise ConfigError(f"{where} has a {arguments.key!r} already. Set another --key.")
+        if not is_unicode(line_of(row)):
+            raise ConfigError(f"{where}: holds half of a surrogate pair. Take the line out.")
     if not rows:
         raise ConfigError(f"{arguments.prompts}: no prompts in it.")
     return rows
+
+
+def line_of(row: Row) -> str:
+    # default=str: parquet has dates and decimals, which JSON has not.
+    return json.dumps(row, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True)
@@ -143,10 +152,7 @@ def model_config(model_dir: Path) -> Row:
     path = model_dir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{model_dir}: no config.json there. Give a Hugging Face directory.")
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not a JSON object ({error}). Copy it again.") from None
+    return read_json_object(path)
 
 
 def check_length(arguments: argparse.Namespace, longest: int, config: Row) -> None:
@@ -275,13 +281,13 @@ def options_of(arguments: argparse.Namespace, rows: list[Row], dtype: str) -> Ro
         "files of MODEL_DIR": digest(fingerprint(files)),
         **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in shaping},
         "--dtype": dtype,
-        "--chat-template-file": template.read_text() if template else None,
+        "--chat-template-file": template.read_text("utf-8") if template else None,
         "lines of PROMPTS": digest(rows),
     }
 
 
 def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -308,7 +314,7 @@ def answered_lines(
         kept = [a.text for a in samples if a.is_kept(arguments.keep_truncated)]
         if kept:
             response = kept if arguments.samples_per_prompt > 1 else kept[0]
-            lines.append(json.dumps(row | {arguments.key: response}, ensure_ascii=False))
+            lines.append(line_of(row | {arguments.key: response}))
         done = replace(
             done,
             prompts=done.prompts + 1,
@@ -503,8 +509,7 @@ def write_answers(
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
-    if not arguments.prompts.is_file():
-        raise ConfigError(f"{arguments.prompts}: no such file. Give a jsonl file of prompts.")
+    RowFile(arguments.prompts)  # says what a path is that is no file
     if arguments.prompts.resolve() == arguments.output.resolve():
         raise ConfigError(f"{arguments.output} holds the prompts. Give another --output.")
 

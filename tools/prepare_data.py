@@ -119,7 +119,14 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
         # The preset's last way to get at an answer is its most particular one.
         extract = columns.answers[-1][1]
         columns = replace(columns, answers=((arguments.answer_column, extract),))
-    return replace(columns, answers=()) if arguments.prompts_only else columns
+    columns = replace(columns, answers=()) if arguments.prompts_only else columns
+    for name in ("prompt", "answer") if columns.answers else ("prompt",):
+        if name in columns.keep:
+            raise ConfigError(
+                f"--keep {name}: the output has a {name} of its own, in the place of which it "
+                f"would stand. Rename the column, or leave it out."
+            )
+    return columns
 
 
 def excluded_set(text: str, columns: Columns) -> tuple[str, Columns]:

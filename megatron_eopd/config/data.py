@@ -17,7 +17,7 @@ class DataConfig(Section):
     last user turn is answered; what stands behind that is left off."""
     prompt_key: str | None = None
     """Key under which a line of `prompts` holds its prompt. Default: the first of `prompt`,
-    `messages`, `conversations` that the first line has."""
+    `messages`, `conversations` that has a value in the first line."""
     apply_chat_template: bool = False
     """Write each prompt with the student tokenizer's chat template, as a user turn or the chat that
     it is. Without it no prompt may have more than one turn."""
@@ -45,6 +45,21 @@ class DataConfig(Section):
     teacher_key: str = "teacher"
     """Key under which a line of `prompts` names its teacher, one of `[teachers.NAME]`. A line
     without it has the one of `[teacher]`."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _has_no_words_for_truth(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # `False` is a text to TOML, and any text is true to a template. `none` may be meant: some
+        # templates have an effort of that name.
+        for name, given in value.items():
+            if str(given).lower() in ("true", "false") and isinstance(given, str):
+                raise ValueError(
+                    f"{name}={given!r} is a text, which a template takes for true. Write "
+                    f"{given.lower()}, without quotes."
+                )
+            if given in ("None", "null"):
+                raise ValueError(f"{name}={given!r} is a text. Leave it out.")
+        return value
 
     @field_validator(
         "chat_template_kwargs", "chat_template_name", "chat_template_file", "system_prompt"

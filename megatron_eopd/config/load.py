@@ -25,11 +25,17 @@ def load_config(toml_path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: naming the option, the value, and what would be right.
     """
     try:
-        tree = tomllib.loads(Path(toml_path).read_text())
+        tree = tomllib.loads(Path(toml_path).read_text("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"{toml_path}: no such file. Give the path of a TOML configuration."
         ) from None
+    except OSError as error:  # a directory, or no permission
+        raise ConfigError(
+            f"{toml_path}: cannot be read ({error.strerror}). Give the path of a TOML file."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{toml_path}: not UTF-8 text ({error}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{toml_path}: not valid TOML: {error}") from None
     missing = _resolve_paths(tree, Path(toml_path).parent)

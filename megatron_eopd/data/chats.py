@@ -32,8 +32,17 @@ _ROLE_OF = {word: role for role, words in ROLES.items() for word in words}
 _TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 _TOOL_CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_LIKE_MESSAGES = re.compile(r"""\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+_SYSTEM_COLUMN = "system"
+_NO_CONTENT = (*_ROLE_KEYS, "name", "id", "type")
+"""Keys of a message under which a text is no part of what is said."""
+_NAMED_ROLE = re.compile(
+    rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join((*_ROLE_OF, *_TOOL_ROLES))})["']""",
+    re.IGNORECASE,
+)
+_NAMED_CONTENT = re.compile(r"""["'](?:content|value)["']\s*:""")
+_NUMPY = re.compile(r"array\((.*?)(?:,\s*dtype=object)?\)", re.DOTALL)
+"""An array of numpy's as it is printed; pandas keeps messages of parquet as one."""
 
 
 class NotText(ConfigError):
@@ -106,6 +115,23 @@ def read_chat(where: str, value: Any) -> Chat:
     return Chat(turns[-1].content, tuple(turns[:-1]), is_cut=last + 1 < len(roles))
 
 
+def check_system_column(where: str, row: dict[str, Any], value: Any, chat: Chat) -> None:
+    """Raise ConfigError where the chat's system turn stands beside it, as LLaMA-Factory has it: to
+    leave it out would ask another question. `value`: what the chat was read from."""
+    text = row.get(_SYSTEM_COLUMN)
+    lacks_one = value != chat.text and all(turn.role != "system" for turn in chat.context)
+    if lacks_one and isinstance(text, str) and not is_blank(text):
+        raise ConfigError(
+            f"{where}: the column {_SYSTEM_COLUMN!r} beside the chat would not be read, "
+            f"{text[:60]!r}. Make it the first turn of the chat, with the role system; or take it "
+            f"out, as tools/prepare_data.py --drop-system-turns does."
+        )
+
+
+def is_message(value: dict[str, Any]) -> bool:
+    return all(value.keys() & set(keys) for keys in (_ROLE_KEYS, _CONTENT_KEYS))
+
+
 def is_blank(text: str) -> bool:
     """Whether there is nothing to read: white space, control and zero-width characters alone."""
     categories = map(unicodedata.category, text)
@@ -140,16 +166,18 @@ def _messages_in(where: str, text: str) -> list[Raw] | None:
     Only what begins with a message of a known role is one: a prompt may be other JSON.
     """
     inner = text.strip()
+    if as_numpy := _NUMPY.fullmatch(inner):
+        inner = as_numpy[1].strip()
     if not (inner.startswith(("[", "{")) and inner.endswith(("]", "}"))):
         return None
     try:
         value = json.loads(inner)
     except (ValueError, RecursionError):
-        if not _LIKE_MESSAGES.match(inner):
+        if not (_NAMED_ROLE.search(inner) and _NAMED_CONTENT.search(inner)):
             return None
         value = _printed_by_python(where, inner)
     messages = _messages(value)
-    if not messages or not messages[0].keys() & set(_CONTENT_KEYS):
+    if not messages or not any(m.keys() & set(_CONTENT_KEYS) for m in messages):
         return None
     known = (*_ROLE_OF, *_TOOL_ROLES)
     return messages if str(_pick(messages[0], _ROLE_KEYS)).lower() in known else None
@@ -180,12 +208,30 @@ def _content(where: str, message: Raw) -> str:
     if calls is not None or _pick(message, _ROLE_KEYS).lower() in _TOOL_ROLES:
         raise NotText(f"{where}: {calls or 'a tool speaks'}. Chats with tools cannot be read.")
     content = _pick(message, _CONTENT_KEYS)
-    if content is None or isinstance(content, str):
-        return content or ""
+    if content is None:
+        _check_says_nothing(where, message)
+        return ""
+    if isinstance(content, str):
+        return content
     if not isinstance(content, list):
         raise ConfigError(f"{where}: neither text nor a list of parts, but {str(content)[:80]}.")
     # Joined as vLLM's chat does for templates that take text.
     return "\n".join(_part(where, part) for part in content)
+
+
+def _check_says_nothing(where: str, message: Raw) -> None:
+    """Raise ConfigError where a message without content has text under another key: of a system
+    turn, which may be empty, nobody would miss it."""
+    others = [
+        key
+        for key, value in message.items()
+        if key not in _NO_CONTENT and isinstance(value, str | list) and value
+    ]
+    if others:
+        raise ConfigError(
+            f"{where}: has neither content nor value, but {', '.join(others)}. Name the key of its "
+            f"text content."
+        )
 
 
 def _part(where: str, part: Any) -> str:

@@ -11,7 +11,7 @@ from megatron_eopd.data.tokenizer_base import Tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
 
-_QUESTION, _ANSWER = "text-of-question", "text-of-answer"
+_QUESTION, _ANSWER, _NEXT = "text-of-question", "text-of-answer", "text-of-next-question"
 
 
 def end_of_turn_warnings(tokenizer: Tokenizer, **options: Any) -> list[str]:
@@ -20,12 +20,10 @@ def end_of_turn_warnings(tokenizer: Tokenizer, **options: Any) -> list[str]:
     Base models are the usual case: `eos_token_id` is <|endoftext|>, and the template, which came
     with the tokenizer of the instructed model, ends turns with <|im_end|>.
     """
-    turns = [Turn("user", _QUESTION), Turn("assistant", _ANSWER)]
     try:
-        rendered = tokenizer.render_chat(turns, begin_answer=False, **options)
+        behind = _behind_an_answer(tokenizer, options)
     except ConfigError as error:
         return [f"whether its chat template ends an answer as the run does is not known: {error}"]
-    behind = rendered.rpartition(_ANSWER)[2].strip()
     ids = tokenizer.encode_response(behind)
     if not ids or set(ids) & set(tokenizer.stop_ids):
         return []
@@ -41,6 +39,23 @@ def end_of_turn_warnings(tokenizer: Tokenizer, **options: Any) -> list[str]:
         f"ends with {name_tokens(tokenizer, tokenizer.stop_ids)} alone: a model that writes what "
         f"the template has there goes on behind it, up to rollout.max_response_length. {remedy}"
     ]
+
+
+def _behind_an_answer(tokenizer: Tokenizer, options: dict[str, Any]) -> str:
+    """What the template writes there, before a next turn where it takes no answer for the last."""
+    turns = [Turn("user", _QUESTION), Turn("assistant", _ANSWER), Turn("user", _NEXT)]
+
+    def render(shown: list[Turn]) -> str:
+        rendered = tokenizer.render_chat(shown, begin_answer=False, **options)
+        return rendered.rpartition(_ANSWER)[2].partition(_NEXT)[0].strip()
+
+    try:
+        return render(turns[:2])
+    except ConfigError as refusal:
+        try:
+            return render(turns)
+        except ConfigError:
+            raise refusal from None
 
 
 def stop_id_warnings(student: Tokenizer, teacher: Tokenizer, who: str = "teacher") -> list[str]:

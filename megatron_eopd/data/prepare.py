@@ -21,8 +21,21 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from megatron_eopd.data.chats import Chat, NotText, NoUserTurn, is_unicode, read_chat
-from megatron_eopd.data.sources import BATCH_ROWS, RowFile, Rows, with_progress
+from megatron_eopd.data.chats import (
+    Chat,
+    NotText,
+    NoUserTurn,
+    check_system_column,
+    is_unicode,
+    read_chat,
+)
+from megatron_eopd.data.sources import (
+    BATCH_ROWS,
+    RowFile,
+    Rows,
+    is_saved_data_set,
+    with_progress,
+)
 from megatron_eopd.errors import ConfigError
 
 COLUMN_CHECK_ROWS = 1000
@@ -78,15 +91,14 @@ class Columns:
         kept = {name: look_up(row, name) for name in self.keep}
         return Example(
             where,
-            self._chat(f"{where}, column {self.prompt}", look_up(row, self.prompt)),
+            self._chat(f"{where}, column {self.prompt}", row),
             answer=answer.strip() if self.answers else None,
             kept={name: value for name, value in kept.items() if value is not ABSENT},
         )
 
-    def _chat(self, where: str, value: Any) -> "Chat | Fate":
-        if (
-            value is None or value is ABSENT or value != value
-        ):  # NaN: as pandas writes a missing one
+    def _chat(self, where: str, row: dict[str, Any]) -> "Chat | Fate":
+        value = look_up(row, self.prompt)
+        if _is_missing(value):
             return Fate.NO_PROMPT
         try:
             chat = read_chat(where, value)
@@ -94,6 +106,8 @@ class Columns:
             return Fate.NO_QUESTION
         except NotText:
             return Fate.NOT_TEXT
+        if not self.drop_system_turns:
+            check_system_column(where, row, value, chat)
         context = [t for t in chat.context if not (self.drop_system_turns and t.role == "system")]
         if self.single_turn:
             if any(turn.role == "user" for turn in context):
@@ -245,18 +259,46 @@ def _data_set_rows(source: str) -> Rows:
     import datasets
 
     name, config, split = ([*source.split(":"), "", ""])[:3]
-    try:
-        data_set = datasets.load_dataset(
-            name, config or None, split=split or "train", streaming=True
+    saved = is_saved_data_set(Path(name))
+    with _reading(source):
+        # load_dataset refuses what save_to_disk wrote of one split, and takes several for one.
+        data_set = (
+            datasets.load_from_disk(name)
+            if saved
+            else datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         )
+    if saved:
+        data_set = _split_of(data_set, source, name, config, split)
+    with _reading(source):
         # In Arrow batches: one row after the other takes ten times as long.
         batches = data_set.with_format("arrow").iter(BATCH_ROWS)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         for number, row in enumerate(rows, start=1):
             yield f"{source} row {number}", row
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    import datasets
+
+    try:
+        yield
     # ArrowInvalid and a split that does not exist are ValueErrors, no network is an OSError.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{source}: cannot be read ({error}).") from None
+
+
+def _split_of(data_set: Any, source: str, name: str, config: str, split: str) -> Any:
+    """Of a data set that was saved, with its splits or as one of them."""
+    if not isinstance(data_set, dict):
+        if config or split:
+            raise ConfigError(f"{source}: one data set without configs or splits. Give {name}.")
+        return data_set
+    if config or (split or "train") not in data_set:
+        raise ConfigError(
+            f"{source}: name one of its splits, as {name}::SPLIT. There are {', '.join(data_set)}."
+        )
+    return data_set[split or "train"]
 
 
 def _with_columns(source: str, rows: Rows, columns: Columns) -> Rows:

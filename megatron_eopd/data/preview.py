@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megatron_eopd.data.ends import name_tokens
 from megatron_eopd.data.tokenizer_base import Tokenizer
+from megatron_eopd.errors import ConfigError
 
 _ALL_IDS = 64
 _HEAD, _TAIL = 40, 16
@@ -21,9 +22,16 @@ def render_preview(tokenizer: Tokenizer, prompt_ids: Sequence[int], who: str = "
             f"what the {who} reads, {len(prompt_ids)} tokens by {tokenizer.path}:",
             *(f"  | {line}" for line in text.split("\n")),
             f"  ids: {_shorten(prompt_ids)}",
-            f"  an answer ends with: {name_tokens(tokenizer, tokenizer.stop_ids)}",
+            f"  an answer ends with: {_ends(tokenizer)}",
         )
     )
+
+
+def _ends(tokenizer: Tokenizer) -> str:
+    try:
+        return name_tokens(tokenizer, tokenizer.stop_ids)
+    except ConfigError:  # a tool shows prompts of a tokenizer that no run was given yet
+        return "nothing yet; a run will want rollout.stop_token_ids"
 
 
 def show_white_space(text: str) -> str:

@@ -8,13 +8,21 @@ from typing import Any, NamedTuple
 
 from megatron_eopd.config import DataConfig
 from megatron_eopd.data import countdown
-from megatron_eopd.data.chats import Chat, is_blank, is_unicode, read_chat
+from megatron_eopd.data.chats import (
+    Chat,
+    check_system_column,
+    is_blank,
+    is_message,
+    is_unicode,
+    read_chat,
+)
 from megatron_eopd.data.sources import RowFile, with_progress
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import DEFAULT_TEACHER, Turn
 
 PROMPT_KEYS = ("prompt", "messages", "conversations")
-"""Where `data.prompt_key` does not say which, the first of these that the first line has."""
+"""Where `data.prompt_key` does not say which, the first of these that has a value in the first
+line."""
 
 _LEAVE_OUT = "Take the line out; tools/prepare_data.py does."
 
@@ -67,7 +75,8 @@ def prompt_rows(
 
 def find_key(row: dict[str, Any]) -> str | None:
     """Of the prompt, where no option names it."""
-    return next((name for name in PROMPT_KEYS if name in row), None)
+    present = [name for name in PROMPT_KEYS if name in row]
+    return next((name for name in present if row[name]), next(iter(present), None))
 
 
 def read_prompt(where: str, row: dict[str, Any], key: str | None) -> Chat:
@@ -75,6 +84,11 @@ def read_prompt(where: str, row: dict[str, Any], key: str | None) -> Chat:
     Raises:
         ConfigError: there is nothing to ask a model.
     """
+    if key not in row and is_message(row):
+        raise ConfigError(
+            f"{where}: a message, and not an object that holds messages. Is a line of the file a "
+            f'list of them? Write {{"messages": [...]}}.'
+        )
     if key not in row:
         raise ConfigError(
             f"{where}: expected a key {key or ' or '.join(PROMPT_KEYS)}, and there are "
@@ -89,6 +103,7 @@ def read_prompt(where: str, row: dict[str, Any], key: str | None) -> Chat:
             f"{where}: {chat.empty_turn} is empty, or white space and invisible characters alone. "
             f"{_LEAVE_OUT}"
         )
+    check_system_column(where, row, row[key], chat)
     for turn in chat.turns:
         _check_unicode(where, key, turn.content)
     return chat

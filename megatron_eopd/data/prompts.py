@@ -15,6 +15,7 @@ import torch
 
 from megatron_eopd.config import DataConfig
 from megatron_eopd.data.prompt_files import Row, countdown_rows, places, prompt_rows
+from megatron_eopd.data.prompt_warnings import SpecialTexts, clock_warnings
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Turn
@@ -31,13 +32,16 @@ class PromptSet:
         references: Sequence[tuple[TokenIds, ...]] = (),
         contexts: Sequence[tuple[Turn, ...]] = (),
         num_cut: int = 0,
+        warnings: Sequence[str] = (),
     ) -> None:
         """`references`: the reference answers of each prompt, if there are any; `contexts`: the
-        turns before each, if any has some; `num_cut`: see below."""
+        turns before each, if any has some; the others: see below."""
         self._prompts = prompts
         self._contexts = contexts
         self.num_cut = num_cut
         """Chats that went on behind their last user turn, and were cut there."""
+        self.warnings = warnings
+        """What nobody can tell to be wrong, and a person should look at."""
         self._references = references
         self._seed = seed
         self._shuffle = shuffle
@@ -135,15 +139,21 @@ def load_prompts(
         references = _References(data, tokenizer, max_reference_length)
     prompts: list[Prompt] = []
     contexts: list[tuple[Turn, ...]] = []
+    special = SpecialTexts(tokenizer)
     num_cut = 0
     for row in rows:
         prompts.append(encoder.prompt(len(prompts), row))
-        contexts.append(encoder.turns(row)[:-1])
+        turns = encoder.turns(row)
+        special.look_at(row.where, (turn.content for turn in turns))
+        contexts.append(turns[:-1])
         num_cut += row.is_cut
         if references is not None:
             references.add(row)
     if not prompts:
         raise ConfigError(f"data.prompts={data.prompts}: no prompts in it.")
+    warnings = special.warnings()
+    if data.apply_chat_template:  # the last prompt's chat stands for all
+        warnings += clock_warnings(encoder.tokenizer, turns, **data.chat_template_kwargs)
     return PromptSet(
         prompts,
         seed,
@@ -151,6 +161,7 @@ def load_prompts(
         references.checked() if references is not None else (),
         contexts if any(contexts) else (),
         num_cut,
+        warnings + (references.warnings() if references is not None else []),
     )
 
 
@@ -249,11 +260,11 @@ class _References:
         self._missing: list[str] = []
         self._too_long: list[str] = []
         self._longest = 0
+        self._special = SpecialTexts(tokenizer)
+        self._num_ended = 0
 
     def add(self, row: Row) -> None:
-        end = (self._tokenizer.end_id,)
-        encode = self._tokenizer.encode_response
-        answers = tuple(self._share(encode(text) + end) for text in row.responses)
+        answers = tuple(self._ids(row.where, text) for text in row.responses)
         longest = max(map(len, answers), default=0)
         self._encoded.append(answers)
         self._longest = max(longest, self._longest)
@@ -261,6 +272,37 @@ class _References:
             self._missing.append(row.where)
         if longest > self._max_length:
             self._too_long.append(row.where)
+
+    def _ids(self, where: str, text: str) -> TokenIds:
+        """With the run's own end, in the place of one that the text spells out: many files have it.
+
+        Raises:
+            ConfigError: it spells one out before its end.
+        """
+        encode, stops = self._tokenizer.encode_response, set(self._tokenizer.stop_ids)
+        ids = encode(text)
+        if stops & set(ids):
+            ids = encode(text.rstrip())
+            if len(ids) > 1 and ids[-1] in stops:
+                ids = ids[:-1]
+                text = self._tokenizer.show(ids)
+                self._num_ended += 1
+        if inside := stops & set(ids):
+            raise ConfigError(
+                f"{where}: a reference answer, data.response_key={self._key}, has "
+                f"{self._tokenizer.show(sorted(inside))} in its text, which ends a response. Take "
+                f"it out, and what stands behind it."
+            )
+        self._special.look_at(where, [text])
+        return self._share((*ids, self._tokenizer.end_id))
+
+    def warnings(self) -> list[str]:
+        ended = (
+            f"{self._num_ended} reference answers spell out a token that ends a response at their "
+            f"end. It was taken off, since the run puts "
+            f"{self._tokenizer.show([self._tokenizer.end_id])} there."
+        )
+        return [ended] * (self._num_ended > 0) + self._special.warnings("reference answers")
 
     def checked(self) -> list[tuple[TokenIds, ...]]:
         """

@@ -38,6 +38,8 @@ _FOREIGN = {
     b"PK\x03\x04": "a zip archive. Unpack it",
     b"\xfd7zXZ": "compressed with xz. Unpack it, or use gzip or zstd",
     b"ARROW1": "an Arrow file. Write it as parquet",
+    b"\xff\xff\xff\xff": "an Arrow stream, as Hugging Face's datasets keeps. Give the directory "
+    "that save_to_disk wrote to tools/prepare_data.py, or write parquet with to_parquet",
     _PARQUET: "parquet inside another compression. Unpack it",
 }
 """What a file may begin with that is no text, and what to do."""
@@ -56,6 +58,11 @@ class RowFile:
     """
 
     def __init__(self, path: Path) -> None:
+        if is_saved_data_set(path):
+            raise ConfigError(
+                f"{path}: a data set that save_to_disk wrote. Make a file of its rows with "
+                f"tools/prepare_data.py."
+            )
         if path.is_dir():
             names = sorted(p.name for p in path.iterdir() if p.is_file())
             raise ConfigError(
@@ -135,6 +142,11 @@ class RowFile:
                 f"{self.path}: behind the array that it begins with comes {rest[:40]!r}. Write one "
                 f"array of objects, or one object a line."
             )
+
+
+def is_saved_data_set(path: Path) -> bool:
+    """A directory that Hugging Face's datasets wrote: one split, or several."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def with_progress(rows: Iterable[T], files: Sequence[RowFile]) -> Iterator[T]:

@@ -5,6 +5,7 @@ or an error: a template that leaves out the question would still give prompts.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,11 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
 
 DEFAULT = "default"
+_THOUGHT_ENDS = re.compile(r"</(?:\w+:)?(?:think(?:ing)?|thought)>|\[/THINK\]")
+"""Behind what an earlier answer thought, in the spellings of several models."""
+_SWITCHES = re.compile(r"/(?:no_)?think\b")
+"""What SmolLM3's and Nemotron's templates read in a turn, and take out of it."""
+_SET_BY_RUN = {"messages", "add_generation_prompt", "continue_final_message"}
 _SHOWN = 400
 """Characters of a rendering that an error shows."""
 
@@ -69,8 +75,20 @@ class ChatTemplate:
 
     def _check_names(self, special_tokens: Mapping[str, str], options: Mapping[str, Any]) -> None:
         """Jinja ignores a variable that no template reads: a typo would be a different run."""
-        known = self.variables - {"messages", "add_generation_prompt", *special_tokens}
-        unknown = options.keys() - known
+        set_by_run = {*_SET_BY_RUN, *special_tokens}
+        if "chat_template" in options:
+            raise ConfigError(
+                "data.chat_template_kwargs.chat_template: no variable of a template. Choose "
+                "another with data.chat_template_name or data.chat_template_file."
+            )
+        if taken := options.keys() & set_by_run:
+            raise ConfigError(
+                f"data.chat_template_kwargs.{min(taken)}: the run itself sets this variable of the "
+                f"chat template. Leave it out."
+            )
+        known = self.variables - set_by_run
+        # A configuration holds no functions: one stands in for a global of the template's.
+        unknown = {name for name, value in options.items() if not callable(value)} - known
         if unknown:
             raise ConfigError(
                 f"data.chat_template_kwargs.{min(unknown)}: the chat template of {self.source} "
@@ -107,19 +125,28 @@ class ChatTemplate:
         # Whatever Python raises inside a template: TypeError, ZeroDivisionError, …
         except Exception as error:
             said = " ".join(str(error).split()) if isinstance(error, TemplateError) else repr(error)
+            has_system = any(turn.role == "system" for turn in turns)
+            remedy = (
+                "Leave out data.system_prompt, or take such turns out with tools/prepare_data.py "
+                "--drop-system-turns"
+                if has_system and "system" in said.lower()
+                else "Set what it asks for in data.chat_template_kwargs"
+            )
             raise ConfigError(
-                f"{self.source}: the chat template refuses a chat of {_roles(turns)}: {said}. Set "
-                f"what it asks for in data.chat_template_kwargs, or choose another template with "
-                f"data.chat_template_name or data.chat_template_file."
+                f"{self.source}: the chat template refuses a chat of {_roles(turns)}: {said}. "
+                f"{remedy}, or choose another template with data.chat_template_name or "
+                f"data.chat_template_file."
             ) from None
         return rendered
 
     def _check_complete(self, turns: Sequence[Turn], rendered: str) -> None:
+        rendered_lines = _with_line_feeds(rendered)
         for number, turn in enumerate(turns, start=1):
             text = turn.content
             if turn.role == "assistant":  # templates of reasoning models drop earlier thoughts
-                text = text.rpartition("</think>")[2]
-            if text.strip() not in rendered:
+                text = _THOUGHT_ENDS.split(text)[-1]
+            parts = _SWITCHES.split(_with_line_feeds(text))
+            if not all(_stands_in(rendered_lines, part.strip()) for part in parts):
                 raise ConfigError(
                     f"{self.source}: the chat template leaves out the text of message {number} of "
                     f"{len(turns)} ({turn.role}), {text.strip()[:80]!r}. It renders "
@@ -201,6 +228,17 @@ def _in_json(path: Path) -> dict[str, ChatTemplate]:
             f"{str(value)[:80]}."
         ) from None
     return {name: ChatTemplate(f"{path} ({name})", text) for name, text in named.items()}
+
+
+def _with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _stands_in(rendered: str, text: str) -> bool:
+    """As it is, or as JSON escapes it: some templates write messages so."""
+    return text in rendered or any(
+        json.dumps(text, ensure_ascii=ascii_only)[1:-1] in rendered for ascii_only in (False, True)
+    )
 
 
 def shorten(text: str, length: int) -> str:

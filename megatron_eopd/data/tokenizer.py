@@ -14,6 +14,8 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+_FILES = (*_HF_FILES, "*.model", "*vocab*", "*.tiktoken", "merges.txt")
+"""One of these is what a tokenizer is made of."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -72,6 +74,9 @@ class SentencePieceTokenizer(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(len(self._processor))}
 
+    def special_tokens(self) -> dict[str, int]:
+        return {}  # it takes no text for a control token
+
     def __len__(self) -> int:
         return len(self._processor)
 
@@ -102,6 +107,12 @@ def load_tokenizer(
             f"of a Hugging Face tokenizer."
         )
     model_path = model_path or path
+    if not any(next(path.glob(pattern), None) for pattern in _FILES):
+        raise ConfigError(
+            f"{path}: no tokenizer there, neither tokenizer.json nor tokenizer.model nor a "
+            f"vocabulary of another kind. Copy the model's tokenizer files there, or set tokenizer "
+            f"beside hf_path, of the student or teacher, to the directory that has them."
+        )
     has_hf_files = any((path / name).is_file() for name in _HF_FILES)
     if (path / "tokenizer.model").is_file() and not has_hf_files:
         return SentencePieceTokenizer(path / "tokenizer.model", model_path, vocab_size, stop_ids)

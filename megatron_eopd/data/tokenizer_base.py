@@ -80,6 +80,10 @@ class Tokenizer(ABC):
         """The whole vocabulary."""
 
     @abstractmethod
+    def special_tokens(self) -> dict[str, int]:
+        """Those that are made of a text too, where it spells them: spelling → id."""
+
+    @abstractmethod
     def _decode(self, token_ids: list[int], *, special: bool) -> str:
         """With the text of special tokens or without; the ids lie in [0, num_ids)."""
 

@@ -20,6 +20,8 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
 
 CONFIG = "tokenizer_config.json"
+_EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+_TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized")
 _JSON_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json")
 _TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.json")
 _OTHER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -32,7 +34,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self, path: Path, model_path: Path, vocab_size: int | None, stop_ids: Sequence[int]
     ) -> None:
         config = _checked_config(path)
-        self.library = _load(path)
+        self.library = _load(path, _extra_tokens(path, config))
         """The tokenizer of transformers."""
         self.bos_id = self.library.bos_token_id
         self.eos_id = self.library.eos_token_id
@@ -96,15 +98,19 @@ class HuggingFaceTokenizer(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return self.library.get_vocab()
 
+    def special_tokens(self) -> dict[str, int]:
+        added = self.library.added_tokens_decoder.items()
+        return {token.content: i for i, token in added if token.special}
+
     def __len__(self) -> int:
         return len(self.library)
 
 
-def _load(path: Path) -> PreTrainedTokenizerBase:
+def _load(path: Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     has_json = (path / "tokenizer.json").is_file()
     try:
         tokenizer = (PreTrainedTokenizerFast if has_json else AutoTokenizer).from_pretrained(
-            path, local_files_only=True, trust_remote_code=False, chat_template=None
+            path, local_files_only=True, trust_remote_code=False, chat_template=None, **options
         )
     # A damaged file raises whatever comes of it: KeyError, TypeError, a bare Exception.
     except Exception as error:
@@ -120,6 +126,31 @@ def _load(path: Path) -> PreTrainedTokenizerBase:
             f"{path}: the tokenizer there has special tokens only. Copy tokenizer.json there."
         )
     return tokenizer
+
+
+def _extra_tokens(path: Path, config: dict[str, Any]) -> dict[str, list]:
+    """Options of `from_pretrained` where a list of tokens without a role of their own has objects,
+    as transformers 4 wrote it: 5 wants them made into tokens."""
+    file = path / "special_tokens_map.json"
+    # With added_tokens_decoder transformers does not read that file.
+    is_read = file.is_file() and "added_tokens_decoder" not in config
+    places = [config, read_json_object(file)] if is_read else [config]
+    lists = [place.get(key) for place in places for key in _EXTRA_TOKENS]
+    found = [token for some in lists if isinstance(some, list) for token in some]
+    if not any(map(_is_token, found)):
+        return {}
+    tokens = [_added_token(token) if _is_token(token) else token for token in found]
+    distinct = list({str(token): token for token in tokens}.values())
+    return dict.fromkeys(_EXTRA_TOKENS, distinct)
+
+
+def _is_token(token: Any) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("content"), str)
+
+
+def _added_token(token: dict[str, Any]) -> tokenizers.AddedToken:
+    options = {key: token[key] for key in _TOKEN_OPTIONS if key in token}
+    return tokenizers.AddedToken(token["content"], special=True, **options)
 
 
 def _check_json(path: Path) -> None:

@@ -61,11 +61,13 @@ def _check_extends(
         f"the tokenizers {student.path} (student, {len(student)} tokens) and {teacher.path} "
         f"({who}, {len(teacher)} tokens)"
     )
-    other = next((i for i in range(size) if ours.get(i) != theirs.get(i)), None)
-    if other is not None:
+    differ = [i for i in range(size) if ours.get(i) != theirs.get(i)]
+    if differ:
+        first = differ[0]
         raise ConfigError(
-            f"{both} give tokens different ids: {other} is {ours.get(other)!r} to the student and "
-            f"{theirs.get(other)!r} to the {who}. Use models that share a vocabulary."
+            f"{both} give tokens different ids, {len(differ)} of {size}: {first} is "
+            f"{ours.get(first)!r} to the student and {theirs.get(first)!r} to the {who}. "
+            f"{_remedy(student, teacher, who, differ)}"
         )
     if not exclude_unshared:
         longer = max(ours, theirs, key=len)
@@ -76,6 +78,17 @@ def _check_extends(
             f"objective.exclude_unshared_tokens=true to leave these out of both softmaxes and of "
             f"the student's samples, or use models that share a vocabulary."
         )
+
+
+def _remedy(student: Tokenizer, teacher: Tokenizer, who: str, differ: Iterable[int]) -> str:
+    special = {*student.special_tokens().values(), *teacher.special_tokens().values()}
+    if not special.issuperset(differ):
+        return "Use models that share a vocabulary."
+    return (
+        f"All of these are special tokens: somebody may have given reserved ones other names. If "
+        f"the {who} was trained with the student's ids for all that prompts and answers hold, set "
+        f"{who}.tokenizer={student.path}; else use models that share a vocabulary."
+    )
 
 
 def _check_ends(

@@ -85,6 +85,7 @@ _HINTS = {
     "consolidated*.pth": "It has Meta's own format: take the repository's Hugging Face files.",
     "snapshots/*/config.json": "It is a folder of the hub's cache: give the one below snapshots/.",
     "checkpoints/*/config.json": "It is a run's folder: give one below checkpoints/.",
+    "[0-9]*/DONE": "It holds the checkpoints of a run: give one of them.",
 }
 
 
@@ -104,6 +105,10 @@ def _family(raw: dict[str, Any]) -> Family:
     Raises:
         ValueError: there is none of this name, or the model is none of language.
     """
+    if raw.keys() >= {"student", "teacher", "rollout"}:
+        raise ValueError(
+            "these are the options of a run. Give its folder hf, or one below its checkpoints."
+        )
     if not isinstance(raw.get("model_type"), str):
         raise ValueError("model_type is missing. Copy the file again, or write it there.")
     family = family_of(raw["model_type"])

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
 
@@ -85,8 +87,8 @@ def run(tool, prompts, capsys, monkeypatch):
     """Runs it in this process, as far as it comes without vLLM: (status, what it printed)."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
-    def run(output: Path, *options: str) -> tuple[int, str]:
-        arguments = command(prompts, output, *options)[2:]
+    def run(output: Path, *options: str, source: Path = prompts) -> tuple[int, str]:
+        arguments = command(source, output, *options)[2:]
         status = tool.main([*arguments, "--num-threads", str(torch.get_num_threads())])
         printed = capsys.readouterr()
         return status, printed.out + printed.err
@@ -195,8 +197,33 @@ def test_paths_that_are_wrong(tool, prompts, tmp_path, capsys):
     assert f"error: {tmp_path}: no config.json there" in capsys.readouterr().err
     assert tool.main([str(TEACHER), str(tmp_path / "none"), *output]) == 1
     assert f"{tmp_path / 'none'}: no such file" in capsys.readouterr().err
+    (tmp_path / "state.json").touch()
+    assert tool.main([str(TEACHER), str(tmp_path), *output]) == 1
+    assert "a data set that save_to_disk wrote" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("[]")
+    assert tool.main([str(tmp_path), str(prompts), *output]) == 1
+    assert f"{tmp_path / 'config.json'}: expected a JSON object" in capsys.readouterr().err
     assert tool.main([str(TEACHER), str(prompts), "-o", str(prompts)]) == 1
     assert f"{prompts} holds the prompts" in capsys.readouterr().err
+
+
+def test_rows_have_what_parquet_has(tool):
+    """Dates and decimals: in the output and in what a later start compares."""
+    row = {"prompt": "1", "day": date(2024, 1, 2), "price": Decimal("0.5")}
+    arguments = Namespace(key="r", samples_per_prompt=1, keep_truncated=False)
+    answers = [[tool.Answer("8", 1, is_cut=False)]]
+    (line,), _ = tool.answered_lines([row], answers, arguments, tool.Done())
+    assert json.loads(line) == {"prompt": "1", "day": "2024-01-02", "price": "0.5", "r": "8"}
+    assert tool.digest([row]) != tool.digest([row | {"day": date(2024, 1, 3)}])
+
+
+def test_half_a_surrogate_is_refused_before_anything_is_written(run, tmp_path):
+    """In a column that no model reads, too: the output could not hold it."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1 2"}\n{"prompt": "1 2", "note": "\\ud800"}\n')
+    status, printed = run(tmp_path / "out.jsonl", source=prompts)
+    assert status == 1 and f"{prompts} line 2: holds half of a surrogate pair" in printed
+    assert list(tmp_path.iterdir()) == [prompts]
 
 
 def test_missing_vllm_says_how_to_install_it(run, tmp_path, monkeypatch):
