@@ -21,6 +21,7 @@ from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.worlds import Role
 from megatron_eopd.preflight import Inputs
 from megatron_eopd.records import Prompt, Rollout
+from megatron_eopd.resume import first_sound
 from megatron_eopd.rollout.engine import RolloutEngine, SyncReport
 from megatron_eopd.rollout.engine_process import EngineProcess
 from megatron_eopd.rollout.megatron_engine import MegatronEngine, score_tokens
@@ -113,10 +114,11 @@ def open_session(
         with times("student"):
             student = _build_student(config, context)
         position = None
-        if inputs.resume_from is not None:
-            with times("checkpoint"):
-                position = checkpoint.load(inputs.resume_from, student, context)
-            log.line(f"resumed from {inputs.resume_from}")
+        with times("checkpoint"):
+            directory = first_sound(inputs.candidates, context, log)
+            if directory is not None:
+                position = checkpoint.load(directory, student, context)
+                log.line(f"resumed from {directory}")
         with times("teachers"):
             teachers = stack.enter_context(
                 open_teachers(
@@ -152,7 +154,7 @@ def open_session(
             vocab_size=tokenizers.vocab_size,
             first_iteration=position.iteration if position else 0,
             first_step=position.steps_of(config) if position else 0,
-            resumed_from=inputs.resume_from,
+            resumed_from=directory,
             resumes_evaluated=position is not None and position.is_evaluated,
         )
 

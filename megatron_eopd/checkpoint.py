@@ -1,12 +1,15 @@
 """Megatron distributed checkpoints of a run: model, optimizer, RNG and position.
 
-A checkpoint is a directory RUN_DIR/checkpoints/000120 in Megatron's torch_dist format, readable
-under another parallel layout. The file DONE is written last; a directory without it never counts.
+A checkpoint is a directory in Megatron's torch_dist format, readable under another parallel layout;
+checkpoint_files.py says which there are.
 """
 
 import json
 import random
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +19,37 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_eopd.checkpoint_files import (
+    DONE,
+    Sum,
+    checkpoint_dir,
+    complete,
+    problems_of,
+    read_sums,
+    sum_files,
+    write_sums,
+)
 from megatron_eopd.config import Config
 from megatron_eopd.errors import CheckpointError
 from megatron_eopd.model_paths import is_mcore
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_files import copy_side_files
 from megatron_eopd.models.mcore_files import loading_errors
+from megatron_eopd.parallel.collectives import (
+    collecting,
+    lost_rank,
+    raise_together,
+    tells_of_lost_rank,
+)
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.training.optimizer import Trainable
 
-DONE = "DONE"
 _OPTIMIZER_FORMAT = {
     # The one format that another data-parallel size can load.
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -66,33 +86,6 @@ class Position:
         return self.iteration * config.optimizer_steps_per_iteration
 
 
-def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
-    return run_dir / "checkpoints" / f"{iteration:06d}"
-
-
-def complete(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, the newest last."""
-    done = (run_dir / "checkpoints").glob(f"[0-9]*/{DONE}")
-    return sorted((path.parent for path in done), key=lambda path: int(path.name))
-
-
-def set_aside_later(run_dir: Path, iteration: int) -> list[Path]:
-    """Where the complete checkpoints went that are of a later iteration, so that a run that starts
-    again from an earlier one never goes on from them."""
-    moved = []
-    for path in [path for path in complete(run_dir) if int(path.name) > iteration]:
-        number = 1
-        while (target := path.with_name(f"superseded-{path.name}-{number}")).exists():
-            number += 1
-        moved.append(path.rename(target))
-    return moved
-
-
-def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    return next(reversed(complete(run_dir)), None)
-
-
 def save(
     run_dir: Path,
     student: Trainable,
@@ -107,30 +100,79 @@ def save(
     converted, or another run start from its weights, without anything beside it.
     """
     directory = checkpoint_dir(run_dir, position.iteration)
+    with _saving_errors(directory):
+        _write(directory, student, position, hf_path, context)
     if context.layout.rank == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    dist.barrier(group=context.cpu_group)
-    state = _sharded_state(student, context, is_loading=False, with_rng=True)
-    dist_checkpointing.save(state, str(directory))
-    dist.barrier(group=context.cpu_group)
-    if context.layout.rank == 0:
-        copy_side_files(hf_path, directory)
-        (directory / "position.json").write_text(json.dumps(vars(position), indent=2) + "\n")
-        (directory / DONE).touch()
         for old in complete(run_dir)[:-keep_last]:
             shutil.rmtree(old)
     dist.barrier(group=context.cpu_group)
 
 
+def _write(
+    directory: Path, student: Trainable, position: Position, hf_path: Path, context: ParallelContext
+) -> None:
+    is_first, group = context.layout.rank == 0, context.cpu_group
+    errors: list[Exception] = []
+    with collecting(errors):
+        if is_first:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+    raise_together(errors, group)
+    state = _sharded_state(student, context, is_loading=False, with_rng=True)
+    dist_checkpointing.save(state, str(directory))
+    dist.barrier(group=group)
+    own: dict[str, Sum] = {}
+    with collecting(errors):
+        if is_first:
+            copy_side_files(hf_path, directory)
+            (directory / "position.json").write_text(json.dumps(vars(position), indent=2) + "\n")
+        own = sum_files(
+            path for path in directory.iterdir() if _writer(path) == context.layout.rank
+        )
+    raise_together(errors, group)
+    every: list = [None] * context.layout.world_size
+    dist.all_gather_object(every, own, group=group)
+    with collecting(errors):
+        if is_first:
+            write_sums(directory, {name: found for rank in every for name, found in rank.items()})
+    raise_together(errors, group)
+
+
+def _writer(path: Path) -> int:
+    """The rank that wrote a file: torch.distributed.checkpoint names data `__RANK_NUMBER.distcp`,
+    and rank 0 writes all else."""
+    named = re.fullmatch(r"__(\d+)_\d+\.distcp", path.name)
+    return int(named[1]) if named else 0
+
+
+@contextmanager
+def _saving_errors(directory: Path) -> Iterator[None]:
+    """Whatever writing raises; the last checkpoint that is complete stays."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        if tells_of_lost_rank(error):
+            raise lost_rank(error, f"saving {directory}") from error
+        failures = getattr(error, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else error
+        raise CheckpointError(
+            f"{directory}: the checkpoint cannot be written ({cause}). Earlier ones are whole. "
+            f"Make room, or see to it that all ranks may write there, and start the same command "
+            f"again."
+        ) from error
+
+
 def read_position(directory: Path) -> Position:
     """
     Raises:
-        CheckpointError: no such directory, or one that was not finished.
+        CheckpointError: no such directory, or one that was not finished, or is damaged.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such checkpoint directory. Check checkpoint.load.")
-    if is_mcore(directory) and not (directory / "position.json").is_file():
+    path = directory / "position.json"
+    if (directory / DONE).is_file() and not path.is_file():
+        raise CheckpointError(f"{path}: missing. The checkpoint is damaged: copy it again.")
+    if is_mcore(directory) and not path.is_file():
         raise CheckpointError(
             f"{directory}: holds weights and no optimizer, so no run can go on from it. To start a "
             f"run with these weights set student.hf_path to it, and not checkpoint.load."
@@ -140,7 +182,24 @@ def read_position(directory: Path) -> Position:
             f"{directory}: the checkpoint was never finished (no {DONE} in it). "
             f"Load an earlier one."
         )
-    return Position(**json.loads((directory / "position.json").read_text()))
+    try:
+        return Position(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}). It is damaged, or of a newer version."
+        ) from None
+
+
+def verify(directory: Path, context: ParallelContext) -> list[str]:
+    """What is wrong with the content of its files, on every rank. Collective: each rank reads a
+    part of them."""
+    sums = read_sums(directory) or {}
+    names = sorted(sums, key=lambda name: (-sums[name].num_bytes, name))
+    own = names[context.layout.rank :: context.layout.world_size]
+    every: list = [None] * context.layout.world_size
+    found = problems_of(directory, {name: sums[name] for name in own}, own)
+    dist.all_gather_object(every, found, group=context.cpu_group)
+    return sorted(problem for problems in every for problem in problems)
 
 
 def load(directory: Path, student: Trainable, context: ParallelContext) -> Position:

@@ -4,6 +4,7 @@ In: a Config and a world size. Out: nothing, or an error that names the option; 
 numbers that --dry-run prints.
 """
 
+import os
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,7 +30,12 @@ from megatron_eopd.planning.activations import Lengths, Load, Platform
 from megatron_eopd.planning.memory import Placed, Setup, describe, plan_memory
 from megatron_eopd.planning.shapes import Models
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt
-from megatron_eopd.resume import check_position, check_schedules, choose_checkpoint
+from megatron_eopd.resume import (
+    Candidates,
+    check_position,
+    check_schedules,
+    choose_checkpoints,
+)
 from megatron_eopd.rollout.choice import EngineChoice, choose_engine
 from megatron_eopd.rollout.recording import Recording
 
@@ -46,7 +52,7 @@ class Inputs:
     engine: EngineChoice
     recording: Recording | None
     """What a run with `rollout.replay` trains on."""
-    resume_from: Path | None
+    candidates: Candidates
     warnings: list[str]
     """What nobody can tell to be wrong, and a person should look at."""
 
@@ -58,6 +64,7 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         ConfigError, CheckpointError: naming the option, its value and what would be right.
     """
     config.check_inputs_exist()
+    _check_writable(config.run_dir)
     layout = student_layout(config, world_size)
     uses_transformer_engine(config.model)
     student = read_hf_config(config.student.hf_path)
@@ -84,7 +91,9 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         check_vllm(student)
     longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
     _check_lengths(config, longest, layout)
-    resume_from, first_iteration = _resume_from(config, prompts, trains=trains)
+    candidates = _candidates(config, prompts, trains=trains)
+    begins_at = candidates.directories[0] if candidates.directories else None
+    first_iteration = checkpoint.read_position(begins_at).iteration if begins_at else 0
     recording = _recording(config, tokenizers.vocab_size, layout) if trains else None
     if recording is not None:
         recording.check_files(range(first_iteration, config.training.train_iters))
@@ -95,9 +104,26 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         max_sequence_length=longest + config.rollout.max_response_length,
         engine=engine,
         recording=recording,
-        resume_from=resume_from,
-        warnings=[*_unknown_keys(config), *tokenizers.warnings],
+        candidates=candidates,
+        warnings=[
+            *_unknown_keys(config),
+            *tokenizers.warnings,
+            *prompts.warnings,
+            *candidates.warnings,
+        ],
     )
+
+
+def _check_writable(run_dir: Path) -> None:
+    """Before hours of work have nowhere to go."""
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"run_dir={run_dir}: {existing} is no directory. Set another run_dir.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run_dir={run_dir}: nothing may be written in {existing}. Set another run_dir, or "
+            f"see to its permissions."
+        )
 
 
 def _unknown_keys(config: Config) -> list[str]:
@@ -153,21 +179,21 @@ def _check_lengths(config: Config, longest_prompt: int, layout: Layout) -> None:
             )
 
 
-def _resume_from(config: Config, prompts: PromptSet, *, trains: bool) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, and its iteration."""
-    directory = choose_checkpoint(config, trains=trains)
-    if directory is None:
-        return None, 0
-    position = checkpoint.read_position(directory)
-    check_position(directory, position, prompts, config)
-    if trains:
-        check_schedules(directory, position, config)
-    return directory, position.iteration
+def _candidates(config: Config, prompts: PromptSet, *, trains: bool) -> Candidates:
+    """Checkpoints that the run may go on from."""
+    candidates = choose_checkpoints(config, trains=trains)
+    for directory in candidates.directories:
+        position = checkpoint.read_position(directory)
+        check_position(directory, position, prompts, config)
+        if trains:
+            check_schedules(directory, position, config)
+    return candidates
 
 
 def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str, str]:
     """What --dry-run prints beside the configuration."""
     rollout, training = config.rollout, config.training
+    candidates = inputs.candidates.directories
     tokenizer = inputs.tokenizers.student
     setup = Setup.of(
         config,
@@ -204,7 +230,7 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         "parameters / rank": f"{parameters} (largest stage)",
         "memory / rank": f"{fullest.peak / 2**30:.3g} GiB on stage {stage} of the {who}, the "
         f"fullest, as docs/planning.md counts: {describe(fullest.parts_of_peak)}",
-        "starts": f"from {inputs.resume_from}" if inputs.resume_from else "at iteration 0",
+        "starts": f"from {candidates[0]}" if candidates else "at iteration 0",
     }
 
 

@@ -5,44 +5,106 @@ as it was; all other options may change, and are told.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eopd import checkpoint
-from megatron_eopd.checkpoint import Position
+from megatron_eopd import checkpoint_files
+from megatron_eopd.checkpoint import Position, read_position, verify
 from megatron_eopd.config import Config
 from megatron_eopd.data.prompts import PromptSet
-from megatron_eopd.errors import ConfigError
+from megatron_eopd.errors import CheckpointError, ConfigError
+from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.run_log import RunLog
 
 
-def choose_checkpoint(config: Config, *, trains: bool) -> Path | None:
-    """None: the run begins.
+@dataclass(frozen=True)
+class Candidates:
+    """What a run may go on from, the first that proves to be sound."""
+
+    directories: list[Path]
+    """The newest first; empty: the run begins."""
+    warnings: list[str]
+    """Of newer ones that are damaged."""
+
+
+def choose_checkpoints(config: Config, *, trains: bool) -> Candidates:
+    """By what can be told before the ranks meet: names, sizes, small files.
 
     A run's own checkpoints come before `checkpoint.load`, so that the same command again never
     throws its progress away. An evaluation is of the checkpoint that is named.
 
     Raises:
         ConfigError: there is none such, or there is one that must not be.
+        CheckpointError: the one that is named, or every one, is damaged.
     """
-    options, newest = config.checkpoint, checkpoint.newest(config.run_dir)
-    if not trains:
-        return options.load or newest
-    if options.resume == "auto":
-        return newest or options.load
-    if options.resume == "none":
-        if newest is not None:
+    options, own = config.checkpoint, checkpoint_files.complete(config.run_dir)
+    if not trains and options.load is not None:
+        return _named(options.load)
+    if trains and options.resume == "none":
+        if own:
             raise ConfigError(
-                f"checkpoint.resume=none, but {newest} is there, and a run from the start would "
+                f"checkpoint.resume=none, but {own[-1]} is there, and a run from the start would "
                 f"write over it. Use another run_dir, or checkpoint.resume=auto to go on."
             )
-        return options.load
-    directory = checkpoint.checkpoint_dir(config.run_dir, options.resume)
-    if not (directory / checkpoint.DONE).is_file():
-        there = [path.name for path in checkpoint.complete(config.run_dir)]
-        raise ConfigError(
-            f"checkpoint.resume={options.resume}: no complete {directory}. There are "
-            f"{', '.join(there) or 'none'}."
+    elif trains and options.resume != "auto":
+        directory = checkpoint_files.checkpoint_dir(config.run_dir, options.resume)
+        if directory not in own:
+            there = ", ".join(path.name for path in own)
+            raise ConfigError(
+                f"checkpoint.resume={options.resume}: no complete {directory}. There are "
+                f"{there or 'none'}."
+            )
+        return _named(directory)
+    if own:
+        return _sound(own[::-1])
+    return Candidates([], []) if options.load is None else _named(options.load)
+
+
+def _named(directory: Path) -> Candidates:
+    read_position(directory)
+    problems = checkpoint_files.quick_problems(directory)
+    if problems:
+        raise CheckpointError(f"{directory} is damaged: {'; '.join(problems)}. Copy it again.")
+    return Candidates([directory], [])
+
+
+def _sound(newest_first: list[Path]) -> Candidates:
+    candidates, damaged = Candidates([], []), []
+    for directory in newest_first:
+        try:
+            _named(directory)
+        except CheckpointError as error:
+            damaged.append(str(error))
+        else:
+            candidates.directories.append(directory)
+    if not candidates.directories:
+        raise CheckpointError(
+            "every checkpoint of the run is damaged:\n"
+            + "\n".join(damaged)
+            + "\nTo begin anew use another run_dir."
         )
-    return directory
+    first = candidates.directories[0]
+    candidates.warnings.extend(f"{text} Going on from {first}." for text in damaged)
+    return candidates
+
+
+def first_sound(candidates: Candidates, context: ParallelContext, log: RunLog) -> Path | None:
+    """By all of their content. Collective.
+
+    Raises:
+        CheckpointError: none is.
+    """
+    told = []
+    for number, directory in enumerate(candidates.directories, start=1):
+        problems = verify(directory, context)
+        if not problems:
+            return directory
+        told.append(f"{directory} is damaged: {'; '.join(problems)}.")
+        if number < len(candidates.directories):
+            log.line(f"WARNING: {told[-1]} Going on from {candidates.directories[number]}.")
+    if told:
+        raise CheckpointError("\n".join([*told, "Copy it again, or use another run_dir."]))
+    return None
 
 
 def check_position(directory: Path, position: Position, prompts: PromptSet, config: Config) -> None:

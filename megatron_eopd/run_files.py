@@ -4,7 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from megatron_eopd import checkpoint, report
+from megatron_eopd import checkpoint_files, report
 from megatron_eopd.build import Session, make_exporter
 from megatron_eopd.config import Config, changed_options
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
@@ -19,7 +19,7 @@ def open_files(session: Session) -> MetricsWriter | None:
         return None
     _tell_changes(session)
     config = session.config
-    for moved in checkpoint.set_aside_later(config.run_dir, session.first_iteration):
+    for moved in checkpoint_files.set_aside_later(config.run_dir, session.first_iteration):
         session.log.line(f"WARNING: set aside a later checkpoint, {moved}")
     _save_provenance(config)
     return MetricsWriter(config.run_dir, session.first_iteration, config.logging.trackers)

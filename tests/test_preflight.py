@@ -134,6 +134,15 @@ def test_a_prompt_that_names_an_unknown_teacher(refused, tmp_path):
     assert "line 2: teacher='art'" in message and "teacher, code" in message
 
 
+def test_what_prompts_hold_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "1 2 <eos> 3"}\n')
+    config = load_config(QUICKSTART, [f"data.prompts={path}", "run_dir=unused"])
+    assert any("1 prompts hold special tokens" in w for w in preflight.check(config, 2).warnings)
+    assert not preflight.check(load_config(QUICKSTART, ["run_dir=unused"]), 2).warnings
+
+
 @pytest.mark.parametrize(
     "line,problem",
     [
@@ -170,6 +179,7 @@ def test_prompt_file_missing_empty_or_too_long(refused, tmp_path):
         ),
         ("rollout.max_response_length=100", "max_position_embeddings is 64"),
         ("rollout.replay=/nowhere", "no such directory"),
+        ("run_dir=/dev/null/run", "/dev/null is no directory"),
         ("checkpoint.load=/nowhere", "no such checkpoint directory"),
     ],
 )

@@ -29,7 +29,8 @@ _MAPPED_BYTES = 64 * 2**20
 _WRITE_ELEMENTS = 16 * 2**20
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py"}
 # Of this format, of Megatron's, and of a run's checkpoint.
-_ABOUT_WEIGHTS = {INDEX, "pytorch_model.bin.index.json", "metadata.json", "position.json"}
+_ABOUT_WEIGHTS = {INDEX, "pytorch_model.bin.index.json", "metadata.json"}
+_ABOUT_WEIGHTS |= {"position.json", "checksums.json"}
 _WEIGHTS = (INDEX, "*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 

@@ -1,12 +1,14 @@
 """A checkpoint of one layout goes on under another: model, optimizer and schedule."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_eopd import checkpoint
+from megatron_eopd import checkpoint, checkpoint_files
 from megatron_eopd.errors import CheckpointError
 from megatron_eopd.metrics.means import divide
+from megatron_eopd.resume import Candidates, first_sound
 from megatron_eopd.schedules import Progress
 from tests.distributed.test_models import random_rollouts
 from tests.distributed.test_step import VOCAB, build, make_config, take_step
@@ -30,7 +32,7 @@ def check_resume(student_dir, teacher_dir, run_dir):
             position = checkpoint.make_position(2, config.seed, "digest", context)
             checkpoint.save(run_dir, student, position, student_dir, 3, context)
         else:
-            position = checkpoint.load(checkpoint.newest(run_dir), student, context)
+            position = checkpoint.load(checkpoint_files.newest(run_dir), student, context)
             assert position.iteration == 2 and position.layout["tp"] == 2
         report = take_step(*own, step=0)
         if context.layout.rank == 0:
@@ -61,7 +63,7 @@ def check_resume_of_experts(student_dir, teacher_dir, run_dir):
             position = checkpoint.make_position(1, config.seed, "digest", context)
             checkpoint.save(run_dir, student, position, student_dir, 3, context)
         else:
-            checkpoint.load(checkpoint.newest(run_dir), student, context)
+            checkpoint.load(checkpoint_files.newest(run_dir), student, context)
         report = take_step(*own, step=0)
         if context.layout.rank == 0:
             row = [divide([report.sums])["loss/total"], report.grad_norm, report.lr]
@@ -97,7 +99,7 @@ def check_changed_options(student_dir, teacher_dir, run_dir):
             checkpoint.save(run_dir, student, position, student_dir, 1, context)
             lr = student.set_lr(Progress(3, 3, 10))
         else:
-            checkpoint.load(checkpoint.newest(run_dir), student, context)
+            checkpoint.load(checkpoint_files.newest(run_dir), student, context)
             lower = student.set_lr(Progress(3, 3, 10))
             assert lower == pytest.approx(lr / 2), "the same place on a lower curve"
             assert student.optimizer.param_groups[0]["betas"] == (0.9, 0.99)
@@ -130,9 +132,9 @@ def check_refusals(student_dir, run_dir):
         checkpoint.save(run_dir, student, position, student_dir, 2, context)
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == ["000002", "000003"], "only keep_last complete checkpoints stay"
-    newest = checkpoint.newest(run_dir)
+    newest = checkpoint_files.newest(run_dir)
     (newest / "DONE").unlink()
-    assert checkpoint.newest(run_dir).name == "000002", "an unfinished one never counts"
+    assert checkpoint_files.newest(run_dir).name == "000002", "an unfinished one never counts"
     with pytest.raises(CheckpointError, match="never finished"):
         checkpoint.load(newest, student, context)
     data = next((run_dir / "checkpoints/000002").glob("*.distcp"))
@@ -150,3 +152,27 @@ def student_after_a_step(student):
 
 def test_damaged_and_unfinished_checkpoints_are_refused(qwen3_dir, tmp_path):
     run_ranks(1, tmp_path, check_refusals, qwen3_dir, tmp_path / "run")
+
+
+def check_damage(newer, older):
+    """Each rank reads a part of the files; what one of them finds, all act on."""
+    context = context_for(1, 1)
+    told = []
+    candidates, log = Candidates([newer, older], []), SimpleNamespace(line=told.append)
+    assert first_sound(candidates, context, log) == older
+    (line,) = told
+    assert f"{newer} is damaged: b has other content" in line and f"from {older}" in line
+    with pytest.raises(CheckpointError, match="b has other content than was written"):
+        first_sound(Candidates([newer], []), context, log)
+    leave_groups()
+
+
+def test_damage_that_one_rank_finds_leads_all_to_the_checkpoint_before(tmp_path):
+    checkpoints = [checkpoint_files.checkpoint_dir(tmp_path / "run", n) for n in (4, 2)]
+    for path in checkpoints:
+        path.mkdir(parents=True)
+        for name in "abc":
+            (path / name).write_text(name)
+        checkpoint_files.write_sums(path, checkpoint_files.sum_files(path.iterdir()))
+    (checkpoints[0] / "b").write_text("B")
+    run_ranks(2, tmp_path, check_damage, *checkpoints)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_eopd import checkpoint
+from megatron_eopd import checkpoint, checkpoint_files
 from megatron_eopd.config import ModelConfig
 from megatron_eopd.conversion import to_hf, to_mcore
 from megatron_eopd.conversion.check import difference_of
@@ -229,7 +229,7 @@ def check_way_back(dirs, by_megatron, out):
     for name, family in SAVED:
         to_hf.to_hf(by_megatron / name, out / name, dirs[family], None, 10**9, False, context)
     for family, _ in RUNS:
-        run = checkpoint.newest(by_megatron / f"run-{family}")
+        run = checkpoint_files.newest(by_megatron / f"run-{family}")
         to_hf.to_hf(run, out / f"run-{family}", None, None, 10**9, False, context)
 
 

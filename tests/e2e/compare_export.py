@@ -20,7 +20,7 @@ def transformers_logits(hf_dir: Path) -> torch.Tensor:
 
 
 def trainer_difference(run_dir: Path) -> float:
-    from megatron_eopd import checkpoint
+    from megatron_eopd import checkpoint, checkpoint_files
     from megatron_eopd.config import ParallelConfig, load_config
     from megatron_eopd.models.build import build_model
     from megatron_eopd.parallel.init import parallel_context
@@ -32,7 +32,7 @@ def trainer_difference(run_dir: Path) -> float:
     with parallel_context(ParallelConfig(), seed=1, longest_wait_s=0) as context:
         chunks = build_model(config.student.hf_path, config.model, context)
         student = make_trainable(chunks, config, context)
-        checkpoint.load(checkpoint.newest(run_dir), student, context)
+        checkpoint.load(checkpoint_files.newest(run_dir), student, context)
         # Logits behind every token of a row: behind its last one, those of any next token.
         asked = [
             Rollout(Prompt(0, "", "", (row[0],)), 0, (*row[1:], 0), (0.0,) * len(row), "stop", 0)

@@ -1,0 +1,133 @@
+"""The checkpoints of a run as files: which there are, and whether they are what was written.
+
+A checkpoint is RUN_DIR/checkpoints/000120. `checksums.json` in it names every file with its size
+and sha256 (so `sha256sum` can be asked too), and the file DONE is written last of all.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_eopd.errors import CheckpointError
+
+DONE = "DONE"
+CHECKSUMS = "checksums.json"
+FORMAT = 1
+QUICK_BYTES = 16 * 2**20
+"""Files up to this size are summed before a run's ranks meet; larger ones by all ranks together."""
+
+
+class Sum(NamedTuple):
+    num_bytes: int
+    sha256: str
+
+
+def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
+    return run_dir / "checkpoints" / f"{iteration:06d}"
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, the newest last."""
+    done = (run_dir / "checkpoints").glob(f"[0-9]*/{DONE}")
+    return sorted((path.parent for path in done), key=lambda path: int(path.name))
+
+
+def set_aside_later(run_dir: Path, iteration: int) -> list[Path]:
+    """Where the complete checkpoints went that are of a later iteration, so that a run that starts
+    again from an earlier one never goes on from them."""
+    moved = []
+    for path in [path for path in complete(run_dir) if int(path.name) > iteration]:
+        number = 1
+        while (target := path.with_name(f"superseded-{path.name}-{number}")).exists():
+            number += 1
+        moved.append(path.rename(target))
+    return moved
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    return next(reversed(complete(run_dir)), None)
+
+
+def sum_files(paths: Iterable[Path]) -> dict[str, Sum]:
+    """Name → what is in it; on return all of it is on the disk, whatever happens to the machine."""
+    sums = {}
+    for path in paths:
+        with path.open("rb") as file:
+            sums[path.name] = Sum(
+                path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            )
+            os.fsync(file.fileno())
+    return sums
+
+
+def write_sums(directory: Path, sums: Mapping[str, Sum]) -> None:
+    """And, behind it, DONE."""
+    files = {name: found._asdict() for name, found in sorted(sums.items())}
+    for name, text in (
+        (CHECKSUMS, json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n"),
+        (DONE, ""),
+    ):
+        with (directory / name).open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync_directory(directory)
+    _sync_directory(directory.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Names of files are the directory's content."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_sums(directory: Path) -> dict[str, Sum] | None:
+    """None of a checkpoint from before there were any.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    path = directory / CHECKSUMS
+    if not path.is_file():
+        return None
+    try:
+        files = json.loads(path.read_text())["files"]
+        return {name: Sum(**found) for name, found in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error!r}).") from None
+
+
+def quick_problems(directory: Path) -> list[str]:
+    """What is wrong with a complete checkpoint, as far as names, sizes and small files say."""
+    try:
+        sums = read_sums(directory)
+    except CheckpointError as error:
+        return [str(error)]
+    if sums is None:
+        return []
+    small = [name for name, found in sums.items() if found.num_bytes <= QUICK_BYTES]
+    return problems_of(directory, sums, small)
+
+
+def problems_of(directory: Path, sums: Mapping[str, Sum], to_sum: Iterable[str]) -> list[str]:
+    """Of all names and sizes, and of what is in the files `to_sum`."""
+    problems = []
+    for name, expected in sums.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != expected.num_bytes:
+            problems.append(f"{name} has {path.stat().st_size} of {expected.num_bytes} bytes")
+    wrong_already = {problem.split(" ", 1)[0] for problem in problems}
+    for name in set(to_sum) - wrong_already:
+        with (directory / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sums[name].sha256:
+                problems.append(f"{name} has other content than was written")
+    return sorted(problems)
