@@ -4,7 +4,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import NoReturn
 
@@ -15,8 +15,15 @@ from megatron_eopd import preflight
 from megatron_eopd.build import Session, open_session
 from megatron_eopd.config import Config
 from megatron_eopd.errors import ExpectedError
-from megatron_eopd.parallel.init import ParallelContext, job_store, own_rank, world_context
+from megatron_eopd.parallel.init import (
+    ParallelContext,
+    job_store,
+    leave_no_process_behind,
+    own_rank,
+    world_context,
+)
 from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, smallest_world, student_layout
+from megatron_eopd.run_lock import run_lock
 from megatron_eopd.run_log import RunLog, seconds_since_start, tell_torchrun
 from megatron_eopd.teacher.placement import rank_table, wire_store
 from megatron_eopd.teacher.separate import serve
@@ -37,10 +44,25 @@ def dry_run(config: Config, world_size: int | None, show_config: bool) -> None:
 def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bool = True) -> None:
     """`work` on the student's ranks, while those of separate teachers serve them. `trains`: see
     preflight.check."""
+    leave_no_process_behind()
     rank, world_size = own_rank()
     imports_s = seconds_since_start()
     inputs = preflight.check(config, world_size, trains=trains)
     checks_s = seconds_since_start() - imports_s
+    # An evaluation reads, and may do so beside the run.
+    with run_lock(config.run_dir) if trains and rank == 0 else nullcontext():
+        _meet_and_work(config, work, inputs, rank, world_size, (imports_s, checks_s))
+
+
+def _meet_and_work(
+    config: Config,
+    work: Callable[[Session], None],
+    inputs: preflight.Inputs,
+    rank: int,
+    world_size: int,
+    seconds: tuple[float, float],
+) -> None:
+    """`seconds`: what imports and checks have taken."""
     roles = roles_of(config, world_size)
     role = next(role for role in roles.values() if role.holds(rank))
     store = job_store(config.parallel.distributed_timeout_minutes)
@@ -64,7 +86,7 @@ def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bo
             return
         if rank == 0:
             _tell_plan(config, inputs, world_size, store, log)
-        log.startup |= {"imports": imports_s, "checks": checks_s}
+        log.startup |= dict(zip(("imports", "checks"), seconds, strict=True))
         with open_session(config, inputs, roles, store, context, log) as session:
             parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in log.startup.items())
             log.line(f"start-up: {seconds_since_start():.1f} s ({parts})")

@@ -4,6 +4,7 @@ Everything else receives a ParallelContext, or a single group out of it, as an a
 """
 
 import os
+import queue
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -20,6 +22,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_eopd.config import ParallelConfig
 from megatron_eopd.parallel.cpu import emulate_cuda
 from megatron_eopd.parallel.layout import Layout
+from megatron_eopd.parallel.meeting import fresh_part, require_torchrun
+from megatron_eopd.parallel.processes import die_with_torchrun, forks_die_with_their_parents
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,34 @@ def own_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def leave_no_process_behind() -> None:
+    """By a rank, before it starts any process: neither it nor what it starts outlives torchrun.
+
+    Raises:
+        LostRankError: torchrun has ended already.
+    """
+    die_with_torchrun()
+    require_torchrun()
+    forks_die_with_their_parents()
+    # Megatron-Core hands the results of its checkpoint writers from process to process over a
+    # Manager, a server of 200 MB in a process of its own that outlives a killed rank. A save that
+    # waits for its writers reads them where they were put.
+    assert hasattr(filesystem_async, "_results_queue"), "Megatron-Core's writer has changed"
+    filesystem_async._results_queue = queue.Queue()
+
+
 def job_store(timeout_minutes: float) -> dist.Store:
-    """The store that all ranks of the job share. Returns when all have come."""
+    """The store that all ranks of the job share, empty. Returns when all have come.
+
+    Raises:
+        LostRankError: naming those that have not.
+    """
     rank, world_size = own_rank()
     url = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
     timeout = timedelta(minutes=timeout_minutes)
     store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
-    return store
+    return fresh_part(store, rank, world_size, timeout)
 
 
 @contextmanager
@@ -58,6 +82,7 @@ def parallel_context(
     Raises:
         ConfigError: the layout does not fit the world size; before any group exists.
     """
+    leave_no_process_behind()
     rank, world_size = own_rank()
     layout = Layout.from_config(config, world_size, rank)
     minutes = config.distributed_timeout_minutes

@@ -7,13 +7,12 @@ vLLM is imported in functions: its own workers import this module again, and the
 """
 
 import argparse
-import ctypes
 import os
-import signal
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_eopd.parallel.processes import die_with, forks_die_with_their_parents
 from megatron_eopd.rollout.messages import Reply, Request, Sample, SampleRequest
 
 RPC_MARGIN_S = 2.0
@@ -127,24 +126,18 @@ def serve(connection: Connection) -> None:
         connection.send(reply)
 
 
-def die_with(parent_pid: int) -> None:
-    """Ask Linux to kill this process when the trainer ends, however it ends. vLLM's own workers
-    watch this process in turn."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the request reached the kernel
-        os._exit(1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="vLLM behind a pipe; started by the trainer.")
     parser.add_argument("--pipe", type=int, required=True, help="inherited file descriptor")
     parser.add_argument("--parent", type=int, required=True, help="process to die with")
     arguments = parser.parse_args()
     die_with(arguments.parent)
+    forks_die_with_their_parents()
     os.set_inheritable(arguments.pipe, False)  # or vLLM's workers would keep the pipe open
     serve(Connection(arguments.pipe))
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # in a worker that vLLM has spawned
+    die_with(os.getppid())

@@ -1,64 +1,44 @@
-"""Runs on recorded rollouts, with a teacher on its own ranks; and what is left when a rank dies."""
+"""What is left when a process of a run dies, and how torchrun's restarts go on from there."""
 
-import os
-import shutil
-import subprocess
-import sys
+import re
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.parallel.init import free_port
+from tests.e2e.jobs import SEPARATE, Job, job, repeat_recorded
+from tests.living import is_alive, wait_until_gone
 
-ROOT = Path(__file__).parents[2]
-RECORDED = ROOT / "tests/distributed/recorded/000000.jsonl"
-SEPARATE = [
-    "teacher.placement=separate",
-    "teacher.world_size=1",
-    "teacher.parallel.tensor_model_parallel_size=1",
-]
+SAVE_ALWAYS = "checkpoint.save_interval=1"
+THREE_ITERATIONS = ["training.train_iters=3", "checkpoint.export_hf=true"]
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Path:
-    """The same rollouts for 500 iterations."""
-    folder = tmp_path_factory.mktemp("recorded")
-    for iteration in range(500):
-        shutil.copy(RECORDED, folder / f"{iteration:06d}.jsonl")
-    return folder
+    return repeat_recorded(tmp_path_factory.mktemp("recorded"), 500)
 
 
-def start(run_dir: Path, recorded: Path, ranks: int, *overrides: str) -> subprocess.Popen:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc_per_node={ranks}", "-m", "megatron_eopd.train"),
-        *("examples/quickstart/eopd.toml", f"run_dir={run_dir}", f"rollout.replay={recorded}"),
-        *("rollout.batch_size=32", "training.global_batch_size=16", "training.micro_batch_size=4"),
-        *("evaluation.task=none", "checkpoint.export_hf=false", "training.lr_warmup_steps=0"),
-        *overrides,
-    ]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_a_teacher_on_its_own_rank_changes_nothing(recorded, tmp_path):
-    """The metrics of three iterations are those of a run with the teacher beside the student."""
+@pytest.fixture(scope="module")
+def undisturbed(recorded, tmp_path_factory) -> dict[str, Path]:
+    """Three iterations with the teacher on the student's ranks, and on its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     ways = {"beside": (2, []), "apart": (3, SEPARATE)}
-    rows = {}
     for name, (ranks, overrides) in ways.items():
-        process = start(tmp_path / name, recorded, ranks, "training.train_iters=3", *overrides)
-        _, stderr = process.communicate(timeout=200)
-        assert process.returncode == 0, stderr
-        rows[name] = read_metrics(tmp_path / name / "metrics.jsonl")
-    table = (tmp_path / "apart/ranks.txt").read_text().splitlines()
+        with job(folder / name, recorded, ranks, *THREE_ITERATIONS, *overrides) as run:
+            _, stderr = run.torchrun.communicate(timeout=200)
+            assert run.torchrun.returncode == 0, stderr
+    return {name: folder / name for name in ways}
+
+
+def test_a_teacher_on_its_own_rank_changes_nothing(undisturbed):
+    """The metrics of three iterations are those of a run with the teacher beside the student."""
+    rows = {name: read_metrics(path / "metrics.jsonl") for name, path in undisturbed.items()}
+    table = (undisturbed["apart"] / "ranks.txt").read_text().splitlines()
     assert [line.split()[2:] for line in table[1:]] == [["tp0", "-"], ["tp1", "-"], ["-", "whole"]]
     stages = ("time/", "memory/", "throughput/", "weight_sync/")
     for row, plain in zip(rows["apart"], rows["beside"], strict=True):
@@ -67,34 +47,80 @@ def test_a_teacher_on_its_own_rank_changes_nothing(recorded, tmp_path):
                 assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
-@pytest.mark.parametrize("lost", [1, 2])
-def test_a_rank_that_dies_ends_all_others_with_the_stage_they_were_in(lost, recorded, tmp_path):
-    """A student's rank and the teacher's, in the middle of training: every other rank ends within
-    30 s and has left a line that names a stage."""
-    run_dir = tmp_path / "run"
-    process = start(run_dir, recorded, 3, "training.train_iters=500", *SEPARATE)
-    family = await_training(process, run_dir)
-    ranks = [p for p in family if "RANK" in p.environ()]
-    (victim,) = [p for p in ranks if p.environ()["RANK"] == str(lost)]
-    begin = time.monotonic()
-    victim.kill()
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - begin < 30
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
-    for rank in {0, 1, 2} - {lost}:
-        told = (run_dir / f"log/rank{rank}.txt").read_text()
-        last = told.rstrip().rpartition("\n")[2]
-        assert "error" in last and ("in stage " in last or "[teacher]" in last), told + stderr
+def test_a_rank_that_dies_ends_all_others_with_the_stage_they_were_in(recorded, tmp_path):
+    """The teacher's rank, and after torchrun has started all again a student's: every other rank
+    ends within 30 s and has left a line that names a stage, and what served them is gone too."""
+    options = ["training.train_iters=500", SAVE_ALWAYS, *SEPARATE]
+    with job(tmp_path / "run", recorded, 3, *options, max_restarts=1) as run:
+        run.wait_for(lambda: "step 3/" in run.log())
+        first = [p for p in run.processes() if p.pid != run.torchrun.pid]
+        run.rank(2).kill()
+        wait_until_gone(lambda: [p for p in first if is_alive(p)], 30)
+        assert_last_words(run, [0, 1])
+        run.wait_for(lambda: "step" in run.log().partition("resumed from")[2])
+        begin = time.monotonic()
+        run.rank(1).kill()
+        run.torchrun.communicate(timeout=60)
+        assert run.torchrun.returncode != 0 and time.monotonic() - begin < 30
+        wait_until_gone(run.processes, 5)
+        assert_last_words(run, [0, 2])
 
 
-def await_training(process: subprocess.Popen, run_dir: Path) -> list[psutil.Process]:
-    """All processes of the run, once it has taken some steps."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        log = run_dir / "log/rank0.txt"
-        if log.is_file() and "step 5/" in log.read_text():
-            return psutil.Process(process.pid).children(recursive=True)
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.2)
-    raise AssertionError("no step within 120 s")
+def assert_last_words(run: Job, ranks: list[int]) -> None:
+    for rank in ranks:
+        last = run.log(rank).rstrip().rpartition("\n")[2]
+        assert re.search(r"error.*(in stage |in iteration |\[teacher\])", last), run.log(rank)
+
+
+def test_nothing_outlives_a_killed_torchrun(recorded, tmp_path):
+    """Neither the ranks nor what they have started to write checkpoints."""
+    options = ["training.train_iters=500", SAVE_ALWAYS]
+    with job(tmp_path / "run", recorded, 2, *options) as run:
+        run.wait_for(lambda: "step 3/" in run.log())
+        run.torchrun.kill()
+        wait_until_gone(run.processes, 5)
+
+
+def test_torchrun_brings_a_run_back_that_ends_as_if_nothing_had_died(
+    undisturbed, recorded, tmp_path
+):
+    """A rank is killed in the second iteration: the run resumes by itself from its first
+    checkpoint, and ends with the weights of one that was left alone."""
+    options = [*THREE_ITERATIONS, SAVE_ALWAYS]
+    with job(tmp_path / "run", recorded, 2, *options, max_restarts=1) as run:
+        run.wait_for((run.run_dir / "checkpoints/000001/DONE").is_file)
+        run.rank(0).kill()
+        _, stderr = run.torchrun.communicate(timeout=150)
+        assert run.torchrun.returncode == 0, stderr
+        wait_until_gone(run.processes, 5)
+    assert "resumed from" in run.log()
+    ours, theirs = (
+        load_file(path / "hf/model.safetensors") for path in (run.run_dir, undisturbed["beside"])
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+
+
+@pytest.mark.engine
+def test_engines_come_and_go_with_the_ranks(tmp_path):
+    """A killed engine is named within 60 s and ends the ranks; with torchrun's restart another one
+    takes its port; and that goes with a killed torchrun."""
+    options = [f"weight_sync.port={free_port()}", "training.train_iters=500", SAVE_ALWAYS]
+    with job(tmp_path / "run", "none", 2, *options, max_restarts=1) as run:
+        run.wait_for(lambda: "step 1/" in run.log())
+        engine = engine_of(run)
+        # Held up, it does not answer what it is asked next, and dies in the middle of that.
+        engine.suspend()
+        time.sleep(2)
+        engine.kill()
+        run.wait_for(lambda: re.search(r"vLLM engine .* died while \w+", run.log()), seconds=60)
+        run.wait_for(lambda: "step" in run.log().partition("resumed from")[2])
+        assert is_alive(engine_of(run))
+        run.torchrun.kill()
+        wait_until_gone(run.processes, 5)
+
+
+def engine_of(run: Job) -> psutil.Process:
+    """Of the ranks that run now."""
+    children = run.rank(0).children()
+    (found,) = [p for p in children if "megatron_eopd.rollout.vllm_child" in p.cmdline()]
+    return found
