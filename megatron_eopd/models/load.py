@@ -31,10 +31,11 @@ def check_files(path: Path) -> None:
         ConfigError: config.json is none that a run takes.
         CheckpointError: a file is missing or damaged, or the tensors are not those of the model.
     """
-    hf_config = read_hf_config(path)
     if is_mcore(resolve_checkpoint(path)):
-        _open(path)
+        _open(path)  # first: what is wrong with its format matters more than a missing config.json
+        read_hf_config(path)
         return
+    hf_config = read_hf_config(path)
     shapes = tensor_shapes(hf_config)
     with HFCheckpoint(path) as checkpoint:
         checkpoint.check(shapes, set(shapes), tied=hf_config.tie_word_embeddings)
