@@ -28,13 +28,18 @@ def run_ranks(
 
 def start_ranks(world_size: int, main: Callable, *args) -> None:
     """Run `main(rank, *args)` in `world_size` processes; they join, if they do, by themselves."""
-    mp.start_processes(main, args, nprocs=world_size, start_method="fork")
+    mp.start_processes(_alone, (main, args), nprocs=world_size, start_method="fork")
+
+
+def _alone(rank: int, main: Callable, args: tuple) -> None:
+    """On one thread: OpenMP's others do not survive a fork, and a team would wait for them."""
+    torch.set_num_threads(1)
+    main(rank, *args)
 
 
 def _rank_main(
     rank: int, world_size: int, rendezvous: Path, check: Callable, args: tuple, timeout_s: float
 ) -> None:
-    torch.set_num_threads(1)
     choose_device()
     dist.init_process_group(
         "gloo",
