@@ -24,6 +24,9 @@ BEAT_S = 5.0
 SILENT_S = 4 * BEAT_S
 """Without a beat for so long a job counts as dead, unless it is on this host and alive."""
 
+Owner = dict[str, Any]
+"""What the lock says of its job."""
+
 
 @contextmanager
 def run_lock(
@@ -38,8 +41,7 @@ def run_lock(
     path = run_dir / LOCK
     own = {"host": socket.gethostname(), "pid": os.getpid(), "namespace": _namespace()}
     own |= {"started": _started(os.getpid()), "job": uuid.uuid4().hex, "beat": 0}
-    _refuse_the_living(path, silent_s)
-    _acquire(path, own)
+    _acquire(path, own, dead=_refuse_the_living(path, silent_s))
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, own, done, beat_s), daemon=True)
     heart.start()
@@ -52,32 +54,37 @@ def run_lock(
             path.unlink(missing_ok=True)
 
 
-def _refuse_the_living(path: Path, silent_s: float) -> None:
+def _refuse_the_living(path: Path, silent_s: float) -> Owner | None:
+    """The owner that was found dead; None where there is no lock."""
     first = _read(path)
     if first is None:
-        return
+        return None
     if (first.get("host"), first.get("namespace")) == (socket.gethostname(), _namespace()):
         if _started(first.get("pid")) == first.get("started"):
             raise _taken(path, first)
-        return
+        return first
     deadline = time.monotonic() + silent_s
     while time.monotonic() < deadline:
         time.sleep(min(0.5, silent_s / 10))
         now = _read(path)
         if now is None:
-            return
+            return None
         if now != first:
             raise _taken(path, now)
+    return first
 
 
-def _acquire(path: Path, own: dict[str, Any]) -> None:
+def _acquire(path: Path, own: Owner, dead: Owner | None) -> None:
     """Of several that find the folder free at once, one gets it: a link is made or is not."""
-    dead, unfinished = _read(path), path.with_name(f"{path.name}.{own['job']}")
-    if path.exists():
+    if dead is not None:
+        aside = path.with_name(f"{path.name}.{own['job']}.dead")
         with suppress(FileNotFoundError):  # another one was faster
-            os.rename(path, unfinished)
-            if (_read(unfinished) or {}).get("job") != (dead or {}).get("job"):
-                os.replace(unfinished, path)  # it has come just now, and is none of the dead
+            os.rename(path, aside)
+            if _read(aside) != dead:  # it has come since, and lives
+                with suppress(FileExistsError):
+                    os.link(aside, path)
+            aside.unlink()
+    unfinished = path.with_name(f"{path.name}.{own['job']}")
     unfinished.write_text(json.dumps(own))
     try:
         os.link(unfinished, path)
@@ -87,7 +94,7 @@ def _acquire(path: Path, own: dict[str, Any]) -> None:
         unfinished.unlink()
 
 
-def _taken(path: Path, owner: dict[str, Any]) -> ConfigError:
+def _taken(path: Path, owner: Owner) -> ConfigError:
     return ConfigError(
         f"run_dir={path.parent}: another job works there, process {owner.get('pid')} on "
         f"{owner.get('host')} (by {path}). Wait for it or end it, or set another run_dir."
@@ -108,8 +115,10 @@ def _started(pid: Any) -> str | None:
     return text.rpartition(")")[2].split()[19]  # field 22 of proc(5), behind the name
 
 
-def _beat(path: Path, own: dict[str, Any], done: threading.Event, beat_s: float) -> None:
+def _beat(path: Path, own: Owner, done: threading.Event, beat_s: float) -> None:
     while not done.wait(beat_s):
+        if (_read(path) or own).get("job") != own["job"]:
+            return  # it was silent for too long, held or cut off from its disk, and lost its place
         own["beat"] += 1
         try:
             _write(path, own)
@@ -117,16 +126,18 @@ def _beat(path: Path, own: dict[str, Any], done: threading.Event, beat_s: float)
             continue
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """None where nobody is; damaged ones have no owner."""
+def _read(path: Path) -> Owner | None:
+    """None where there is no lock; a damaged one is nobody's."""
     try:
         found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) else None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _write(path: Path, own: dict[str, Any]) -> None:
+def _write(path: Path, own: Owner) -> None:
     unfinished = path.with_name(f"{path.name}.{own['job']}")
     unfinished.write_text(json.dumps(own))
     os.replace(unfinished, path)

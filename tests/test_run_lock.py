@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import megatron_eopd.run_lock as run_lock_module
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.run_lock import LOCK, _namespace, _started, run_lock
 
@@ -67,6 +68,30 @@ def test_a_job_elsewhere_is_known_by_its_beat(tmp_path):
     begin = time.monotonic()
     with run_lock(tmp_path, **QUICK):
         assert time.monotonic() - begin >= QUICK["silent_s"], "only once it is silent"
+
+
+def test_a_job_that_came_since_another_was_found_dead_keeps_its_place(tmp_path, monkeypatch):
+    judge = run_lock_module._refuse_the_living
+
+    def judge_and_be_slow(path, silent_s):
+        found = judge(path, silent_s)
+        write_lock(tmp_path, job="came since", pid=8)
+        return found
+
+    monkeypatch.setattr(run_lock_module, "_refuse_the_living", judge_and_be_slow)
+    write_lock(tmp_path)
+    with pytest.raises(ConfigError, match="process 8 on elsewhere"):
+        run_lock(tmp_path, **QUICK).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    assert json.loads((tmp_path / LOCK).read_text())["job"] == "came since"
+
+
+def test_a_job_that_lost_its_place_does_not_take_it_back(tmp_path):
+    with run_lock(tmp_path, **QUICK):
+        write_lock(tmp_path, job="took it over")
+        time.sleep(0.3)
+        assert json.loads((tmp_path / LOCK).read_text())["job"] == "took it over"
+    assert (tmp_path / LOCK).exists(), "nor away"
 
 
 def test_a_damaged_lock_is_nobodys(tmp_path):
