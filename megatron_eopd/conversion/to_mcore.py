@@ -97,6 +97,8 @@ def check_source(checkpoint: HFCheckpoint, skeleton: Skeleton) -> None:
     shapes = {name: shape for group in skeleton.groups for name, shape in group.hf_shapes.items()}
     tied = "lm_head.weight" not in shapes
     checkpoint.check(shapes, set(shapes), tied=tied)
+    if tied:
+        checkpoint.check_tied_head()
 
 
 def only_dtype(checkpoint: HFCheckpoint, skeleton: Skeleton) -> torch.dtype:

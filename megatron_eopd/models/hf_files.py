@@ -118,8 +118,19 @@ class HFCheckpoint:
             for name in sorted(self.names() - asked_for)
             if not name.endswith(".rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
         ]
-        if tied and "lm_head.weight" in self.names() and not problems:
-            problems += self._head_problem()
+        self._refuse(problems)
+
+    def check_tied_head(self) -> None:
+        """Of an LM head that is there although config.json says that it is the embedding. Reads
+        both, where `check` reads headers alone.
+
+        Raises:
+            CheckpointError: it has other values.
+        """
+        if "lm_head.weight" in self.names():
+            self._refuse(self._head_problem())
+
+    def _refuse(self, problems: Sequence[str]) -> None:
         if problems:
             raise CheckpointError(
                 f"{self.path}: the tensors do not fit config.json:\n{listing(problems)}"
@@ -138,7 +149,6 @@ class HFCheckpoint:
         return None
 
     def _head_problem(self) -> list[str]:
-        """Of an LM head that is there although config.json says that it is the embedding."""
         head, embedding = (self.slice(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
         remedy = "remove it, or set tie_word_embeddings to false"
         why = "lm_head.weight: differs from the embedding, but tie_word_embeddings is true"

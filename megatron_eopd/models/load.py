@@ -39,18 +39,19 @@ def check_files(path: Path) -> None:
     shapes = tensor_shapes(hf_config)
     with HFCheckpoint(path) as checkpoint:
         checkpoint.check(shapes, set(shapes), tied=hf_config.tie_word_embeddings)
+        if hf_config.tie_word_embeddings:
+            checkpoint.check_tied_head()
 
 
 def check_what_is_there(path: Path) -> None:
-    """`check_files` where weights of any format lie, and config.json alone where none do.
+    """config.json, and `check_files` where weights of any format lie.
 
     Raises:
         ConfigError, CheckpointError: as check_files.
     """
+    read_hf_config(path)
     if is_mcore(resolve_checkpoint(path)) or weight_files(path):
         check_files(path)
-    else:
-        read_hf_config(path)
 
 
 def load_weights(chunks: Sequence[CausalLM], path: Path, context: ParallelContext) -> None:
