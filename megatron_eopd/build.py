@@ -122,12 +122,7 @@ def open_session(
         with times("teachers"):
             teachers = stack.enter_context(
                 open_teachers(
-                    config,
-                    roles,
-                    tokenizers.swaps,
-                    tokenizers.vocab_size,
-                    store,
-                    context,
+                    config, roles, tokenizers.swaps, tokenizers.vocab_size, store, context
                 )
             )
         with times("engine"):

@@ -51,7 +51,8 @@ def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bo
     checks_s = seconds_since_start() - imports_s
     # An evaluation reads, and may do so beside the run.
     with run_lock(config.run_dir) if trains and rank == 0 else nullcontext():
-        _meet_and_work(config, work, inputs, rank, world_size, (imports_s, checks_s))
+        startup = {"imports": imports_s, "checks": checks_s}
+        _meet_and_work(config, work, inputs, rank, world_size, startup)
 
 
 def _meet_and_work(
@@ -60,9 +61,9 @@ def _meet_and_work(
     inputs: preflight.Inputs,
     rank: int,
     world_size: int,
-    seconds: tuple[float, float],
+    startup: dict[str, float],
 ) -> None:
-    """`seconds`: what imports and checks have taken."""
+    """`startup`: what was done until here, in seconds."""
     roles = roles_of(config, world_size)
     role = next(role for role in roles.values() if role.holds(rank))
     store = job_store(config.parallel.distributed_timeout_minutes)
@@ -86,7 +87,7 @@ def _meet_and_work(
             return
         if rank == 0:
             _tell_plan(config, inputs, world_size, store, log)
-        log.startup |= dict(zip(("imports", "checks"), seconds, strict=True))
+        log.startup |= startup
         with open_session(config, inputs, roles, store, context, log) as session:
             parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in log.startup.items())
             log.line(f"start-up: {seconds_since_start():.1f} s ({parts})")

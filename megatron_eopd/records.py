@@ -46,6 +46,13 @@ class Prompt:
     prompt_ids: tuple[int, ...]
     teacher: str = DEFAULT_TEACHER
     """Which teacher scores its responses."""
+    context: tuple[Turn, ...] = ()
+    """The turns of a chat before `text`, a system turn among them."""
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The whole chat, the question last."""
+        return (*self.context, Turn("user", self.text))
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,12 @@ class PromptSet:
         seed: int,
         shuffle: bool,
         references: Sequence[tuple[TokenIds, ...]] = (),
-        contexts: Sequence[tuple[Turn, ...]] = (),
         num_cut: int = 0,
         warnings: Sequence[str] = (),
     ) -> None:
-        """`references`: the reference answers of each prompt, if there are any; `contexts`: the
-        turns before each, if any has some; the others: see below."""
+        """`references`: the reference answers of each prompt, if there are any; the others: see
+        below."""
         self._prompts = prompts
-        self._contexts = contexts
         self.num_cut = num_cut
         """Chats that went on behind their last user turn, and were cut there."""
         self.warnings = warnings
@@ -77,10 +75,9 @@ class PromptSet:
         return _digest(self._identity(prompt) for prompt in self._prompts)
 
     def _identity(self, prompt: Prompt) -> tuple[Any, ...]:
-        context = self._contexts[prompt.index] if self._contexts else ()
         # What is as in sets from before there was a choice says nothing, so that runs go on.
-        length = 4 if context else 3 if prompt.teacher != DEFAULT_TEACHER else 2
-        return (prompt.text, prompt.answer, prompt.teacher, context)[:length]
+        length = 4 if prompt.context else 3 if prompt.teacher != DEFAULT_TEACHER else 2
+        return (prompt.text, prompt.answer, prompt.teacher, prompt.context)[:length]
 
     @cached_property
     def references_digest(self) -> str:
@@ -138,14 +135,11 @@ def load_prompts(
     if max_reference_length is not None:
         references = _References(data, tokenizer, max_reference_length)
     prompts: list[Prompt] = []
-    contexts: list[tuple[Turn, ...]] = []
     special = SpecialTexts(tokenizer)
     num_cut = 0
     for row in rows:
         prompts.append(encoder.prompt(len(prompts), row))
-        turns = encoder.turns(row)
-        special.look_at(row.where, (turn.content for turn in turns))
-        contexts.append(turns[:-1])
+        special.look_at(row.where, (turn.content for turn in prompts[-1].turns))
         num_cut += row.is_cut
         if references is not None:
             references.add(row)
@@ -153,13 +147,13 @@ def load_prompts(
         raise ConfigError(f"data.prompts={data.prompts}: no prompts in it.")
     warnings = special.warnings()
     if data.apply_chat_template:  # the last prompt's chat stands for all
-        warnings += clock_warnings(encoder.tokenizer, turns, **data.chat_template_kwargs)
+        options = data.chat_template_kwargs
+        warnings += clock_warnings(encoder.tokenizer, prompts[-1].turns, **options)
     return PromptSet(
         prompts,
         seed,
         data.shuffle,
         references.checked() if references is not None else (),
-        contexts if any(contexts) else (),
         num_cut,
         warnings + (references.warnings() if references is not None else []),
     )
@@ -210,13 +204,15 @@ class PromptEncoder:
         Raises:
             ConfigError: as `turns`; or the template refuses the chat.
         """
-        turns = self.turns(row)
+        return self._encode(row.where, self.turns(row))
+
+    def _encode(self, where: str, turns: Sequence[Turn]) -> TokenIds:
         if not self._data.apply_chat_template:
             return self.tokenizer.encode(turns[-1].content)
         try:
             return self.tokenizer.encode_chat(turns, **self._data.chat_template_kwargs)
         except ConfigError as error:
-            raise ConfigError(f"{row.where}: {error}") from None
+            raise ConfigError(f"{where}: {error}") from None
 
     def prompt(self, index: int, row: Row) -> Prompt:
         """`text` is the last user turn, with the suffix and without the template.
@@ -224,14 +220,15 @@ class PromptEncoder:
         Raises:
             ConfigError: as `ids`; or nothing is left of the row, or too much.
         """
-        prompt_ids = self._share(self.ids(row))
+        turns = self.turns(row)
+        prompt_ids = self._share(self._encode(row.where, turns))
         if not 0 < len(prompt_ids) <= self._data.max_prompt_length:
             raise ConfigError(
                 f"{row.where}: {len(prompt_ids)} tokens, allowed are 1 to data.max_prompt_length="
                 f"{self._data.max_prompt_length}. Shorten the prompt or raise the option."
             )
-        text = row.text + self._data.prompt_suffix
-        return Prompt(index, text, row.answer, prompt_ids, row.teacher)
+        text = turns[-1].content
+        return Prompt(index, text, row.answer, prompt_ids, row.teacher, turns[:-1])
 
 
 def _shared_ids(tokenizer: Tokenizer) -> Callable[[TokenIds], TokenIds]:

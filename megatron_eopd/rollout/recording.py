@@ -56,7 +56,7 @@ class Recording:
     num_rollouts: int
     """Of every iteration: rollout.batch_size."""
     vocab_size: int
-    """Of the student, without the padding of its columns."""
+    """Tokens that student and teachers share."""
     max_length: int
     """Most tokens of prompt and response together."""
     teachers: Sequence[str] = (DEFAULT_TEACHER,)
