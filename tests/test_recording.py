@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from megatron_eopd.data.tokenizer import load_tokenizer
 from megatron_eopd.errors import ConfigError
+from megatron_eopd.records import Turn
 from megatron_eopd.rollout.recording import Recording, write_rollouts
 from tests.test_data import make_rollout
 from tests.test_preflight import MODELS
@@ -43,6 +45,14 @@ def test_recorded_rollouts_come_back_as_they_were(tmp_path):
     assert recording(tmp_path).read(7) == rollouts
     first = json.loads((tmp_path / "000007.jsonl").read_text().splitlines()[0])
     assert first["response_text"] == "50 51 52 53"
+
+
+def test_the_turns_before_a_question_come_back_too(tmp_path):
+    rollouts = [make_rollout(0, 3, 4), make_rollout(0, 2, 2)]
+    context = (Turn("system", "1"), Turn("user", "2"), Turn("assistant", "3"))
+    rollouts[0] = replace(rollouts[0], prompt=replace(rollouts[0].prompt, context=context))
+    write_rollouts(tmp_path / "000007.jsonl", rollouts, TOKENIZER)
+    assert recording(tmp_path).read(7) == rollouts
 
 
 @pytest.mark.parametrize(
