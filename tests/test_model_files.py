@@ -300,11 +300,16 @@ def without_config(*names: str) -> Callable[[Path], object]:
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 BAD_FILES = {
-    "UTF-16": (config_text(json.dumps(LLAMA).encode("utf-16")), "is no UTF-8 text"),
-    "bytes": (config_text(bytes(range(256))), "is no UTF-8 text"),
-    "byte order mark": (config_text(json.dumps(LLAMA).encode("utf-8-sig")), "is no JSON"),
-    "half": (config_text(json.dumps(LLAMA)[:100]), "is no JSON"),
-    "a list": (config_text("[]"), "is a JSON list, not an object"),
+    "UTF-16": (config_text(json.dumps(LLAMA).encode("utf-16")), "byte order mark, as UTF-16"),
+    "bytes": (config_text(bytes(range(256))), "not UTF-8 text"),
+    "byte order mark": (
+        config_text(json.dumps(LLAMA).encode("utf-8-sig")),
+        "begins with a byte order mark",
+    ),
+    "half": (config_text(json.dumps(LLAMA)[:100]), "not valid JSON"),
+    "a pointer": (config_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "nothing": (config_text(""), "the file is empty"),
+    "a list": (config_text("[]"), "expected a JSON object, got []"),
     "Megatron's": (without_config(".metadata"), "It is a Megatron checkpoint without"),
     "an adapter": (without_config("adapter_config.json"), "It is an adapter alone"),
     "Meta's": (without_config("consolidated.00.pth"), "It has Meta's own format"),

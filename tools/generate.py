@@ -28,8 +28,8 @@ from megatron_eopd.cli import add_prompt_options, finite, positive, prompt_optio
 from megatron_eopd.config import RolloutConfig
 from megatron_eopd.data.chats import is_unicode
 from megatron_eopd.data.sources import RowFile
-from megatron_eopd.data.text_files import read_json_object
 from megatron_eopd.errors import ConfigError
+from megatron_eopd.text_files import read_json_object
 
 if TYPE_CHECKING:
     from megatron_eopd.data.tokenizer import Tokenizer

@@ -17,9 +17,9 @@ from jinja2 import TemplateError, TemplateSyntaxError
 # transformers adds to Jinja. It is jinja2.meta.find_undeclared_variables in that environment.
 from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
-from megatron_eopd.data.text_files import read_json_object, read_text
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
+from megatron_eopd.text_files import read_json_object, read_text
 
 DEFAULT = "default"
 _THOUGHT_ENDS = re.compile(r"</(?:\w+:)?(?:think(?:ing)?|thought)>|\[/THINK\]")

@@ -7,11 +7,11 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from megatron_eopd.data.text_files import check_is_content
 from megatron_eopd.data.tokenizer_base import Tokenizer
 from megatron_eopd.data.tokenizer_hf import HuggingFaceTokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
+from megatron_eopd.text_files import check_is_content
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FILES = (*_HF_FILES, "*.model", "*vocab*", "*.tiktoken", "merges.txt")

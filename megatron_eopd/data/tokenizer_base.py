@@ -13,9 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_eopd.data.text_files import read_json_object
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
+from megatron_eopd.text_files import read_json_object
 
 _FILES_WITH_EOS = ("generation_config.json", "config.json")
 

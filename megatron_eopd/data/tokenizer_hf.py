@@ -14,10 +14,10 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_eopd.data.templates import ChatTemplate, choose_template
-from megatron_eopd.data.text_files import check_is_content, read_json_object, read_text
 from megatron_eopd.data.tokenizer_base import Tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
+from megatron_eopd.text_files import check_is_content, read_json_object, read_text
 
 CONFIG = "tokenizer_config.json"
 _EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")

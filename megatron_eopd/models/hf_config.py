@@ -14,6 +14,7 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.models import config_keys, rope
 from megatron_eopd.models.families import family_of
 from megatron_eopd.models.families.base import Family
+from megatron_eopd.text_files import read_json_object
 
 
 def read_hf_config(hf_path: Path) -> PretrainedConfig:
@@ -64,17 +65,7 @@ def read_json(hf_path: Path) -> dict[str, Any]:
     path = Path(hf_path) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{hf_path}: no config.json there. {_instead_of_config(Path(hf_path))}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is no UTF-8 text ({error}). Save it as UTF-8.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: is no JSON ({error}). Copy the file again.") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{path}: is a JSON {type(raw).__name__}, not an object. Copy the file again."
-        )
-    return raw
+    return read_json_object(path)
 
 
 _HINTS = {
