@@ -5,7 +5,6 @@ model. Out: a dict for torch.save, of numbers, texts and one argparse.Namespace,
 with weights_only=True. What --use-checkpoint-args does not take over is said by `extra_options`.
 """
 
-import math
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PretrainedConfig
 from megatron_eopd.config import ModelConfig
 from megatron_eopd.model_paths import RELEASE, TRACKER, iteration_name
 from megatron_eopd.models.megatron_config import transformer_config
-from megatron_eopd.parallel.layout import Layout
+from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 
 VOCAB_DIVISOR = 128
 """Megatron-LM's default of --make-vocab-size-divisible-by."""
@@ -100,7 +99,7 @@ def model_args(hf_config: PretrainedConfig, config: TransformerConfig) -> Namesp
         untie_embeddings_and_output_weights=not hf_config.tie_word_embeddings,
         make_vocab_size_divisible_by=VOCAB_DIVISOR,
         # Stored without padding, which Megatron-Core adds as it loads.
-        padded_vocab_size=math.ceil(hf_config.vocab_size / VOCAB_DIVISOR) * VOCAB_DIVISOR,
+        padded_vocab_size=pad_vocab_size(hf_config.vocab_size, VOCAB_DIVISOR, tp=1),
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         no_save_optim=True,
