@@ -118,10 +118,8 @@ def compare_logits(
     check_divides(hf_config, context.layout, "model")
     chunks = build_model(hf_dir, ModelConfig(dtype="float32"), context)
     model = chunks[-1].eval()
-    errors: list[Exception] = []
-    with collecting(errors):
-        load_mcore_weights(chunks, resolve_checkpoint(mcore_dir), context)
-    raise_together(errors, context.cpu_group)
+    path = resolve_checkpoint(mcore_dir)
+    load_mcore_weights(chunks, path, hf_config.vocab_size, context)
     prompt = Prompt(0, text="", answer="", prompt_ids=tuple(token_ids[:1]))
     response = tuple(token_ids[1:])
     rollout = Rollout(prompt, 0, response, (0.0,) * len(response), "stop", 0)
@@ -133,6 +131,7 @@ def compare_logits(
 
     result = map_hidden(chunks, batches, at_last_stage, context)
     found: list = [None]
+    errors: list[Exception] = []
     with collecting(errors):
         if context.layout.rank == context.layout.last_stage_leader:
             stored = MCoreCheckpoint(mcore_dir).embedding_dtype()

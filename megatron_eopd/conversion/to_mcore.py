@@ -18,7 +18,7 @@ from megatron_eopd.model_paths import is_hugging_face, is_mcore, resolve_checkpo
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint, copy_side_files, fingerprint
 from megatron_eopd.models.hf_weights import fill_shard
-from megatron_eopd.models.mcore_files import MCoreWriter, Source
+from megatron_eopd.models.mcore_writer import MCoreWriter, Source
 from megatron_eopd.parallel.init import ParallelContext
 
 PART_BYTES = 512 * 2**20

@@ -6,17 +6,16 @@ of Megatron-LM's that holds those two, and its newest checkpoint the weights.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
+from megatron_eopd.errors import CheckpointError
 from megatron_eopd.model_paths import is_mcore, resolve_checkpoint
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
-from megatron_eopd.models.hf_files import HFCheckpoint, weight_files
+from megatron_eopd.models.hf_files import HFCheckpoint, listing, weight_files
 from megatron_eopd.models.hf_weights import load_hf_weights
-from megatron_eopd.models.mcore_files import MCoreCheckpoint, loading_errors
+from megatron_eopd.models.mcore_files import MCoreCheckpoint, pieces_of
 from megatron_eopd.models.tensor_shapes import tensor_shapes
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
@@ -61,28 +60,35 @@ def load_weights(chunks: Sequence[CausalLM], path: Path, context: ParallelContex
         CheckpointError: missing, damaged, or of another model.
     """
     if is_mcore(resolve_checkpoint(path)):
-        load_mcore_weights(chunks, path, context)
+        load_mcore_weights(chunks, path, read_hf_config(path).vocab_size, context)
     else:
         load_hf_weights(chunks, path, read_hf_config(path), context.layout, context.cpu_group)
 
 
-def load_mcore_weights(chunks: Sequence[CausalLM], path: Path, context: ParallelContext) -> None:
-    """From a Megatron distributed checkpoint of any layout; of a run's, only the weights."""
-    # This says what is damaged, where dist_checkpointing raises anything; and all ranks stop before
-    # the collectives of loading when one of them cannot read.
+def load_mcore_weights(
+    chunks: Sequence[CausalLM], path: Path, vocab_size: int, context: ParallelContext
+) -> None:
+    """From a Megatron distributed checkpoint of any layout; of a run's, only the weights. Each rank
+    reads what it has. `vocab_size`: without padding."""
     errors: list[Exception] = []
-    with collecting(errors):
-        checkpoint = _open(path)
+    with collecting(errors):  # one rank may be unable to read
+        read_weights(chunks, _open(path), vocab_size)
     raise_together(errors, context.cpu_group)
-    state = {str(n): _tensors_of(chunk, checkpoint) for n, chunk in enumerate(chunks)}
-    with loading_errors(checkpoint.path):
-        loaded = dist_checkpointing.load(state, str(checkpoint.path))
-    for n, chunk in enumerate(chunks):
-        parameters = dict(chunk.named_parameters())
-        missing = parameters.keys() - loaded[str(n)].keys()
-        assert not missing, f"{sorted(missing)} have no part in Megatron's state"
-        for name, parameter in parameters.items():
-            parameter.data.copy_(loaded[str(n)][name])
+
+
+def read_weights(chunks: Sequence[CausalLM], checkpoint: MCoreCheckpoint, vocab_size: int) -> None:
+    """
+    Raises:
+        CheckpointError: listing all that does not fit, before anything is read.
+    """
+    pieces = [piece for chunk in chunks for piece in _pieces(chunk, checkpoint)]
+    problems = [problem for p in pieces if (problem := checkpoint.problem(p, vocab_size))]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights are those of another model:\n{listing(problems)}"
+        )
+    for piece in pieces:
+        piece.data.copy_(checkpoint.read(piece))
 
 
 def _open(path: Path) -> MCoreCheckpoint:
@@ -91,10 +97,10 @@ def _open(path: Path) -> MCoreCheckpoint:
     return checkpoint
 
 
-def _tensors_of(chunk: CausalLM, checkpoint: MCoreCheckpoint) -> dict[str, Any]:
-    """Objects are TransformerEngine's float8 scales, which no layer here has a use for."""
-    return {
-        name: checkpoint.stored_as(item)
-        for name, item in chunk.sharded_state_dict().items()
-        if not isinstance(item, ShardedObject)
-    }
+def _pieces(chunk: CausalLM, checkpoint: MCoreCheckpoint) -> list[ShardedTensor]:
+    """Views of the parameters, by the keys of this checkpoint. Objects are TransformerEngine's
+    float8 scales, which no layer here has a use for."""
+    items = [i for i in chunk.sharded_state_dict().values() if not isinstance(i, ShardedObject)]
+    missing = {*chunk.parameters()} - {item.data for item in items}
+    assert not missing, f"{len(missing)} parameters have no part in Megatron's state"
+    return [p for item in items for p in pieces_of(checkpoint.stored_as(item), item.data.detach())]

@@ -1,46 +1,34 @@
 """A Megatron distributed checkpoint on disk, tensor by tensor.
 
-Megatron-Core itself loads and saves whole models (checkpoint.py). Converting needs one tensor at a
-time, so this file goes one level down, to torch.distributed.checkpoint, which defines the format
+Megatron-Core itself loads and saves whole models, and runs what a foreign checkpoint has pickled.
+So this file goes one level down, to torch.distributed.checkpoint, which defines the format
 (`torch_dist`): `.metadata` says which file holds which piece of which tensor, and Megatron adds
 `metadata.json` and `common.pt`. Keys and shapes still come from Megatron's own sharded_state_dict.
 """
 
-import io
 import math
 import pickle
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import is_dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import (
-    CheckpointingConfig,
-    CheckpointingException,
-    save_config,
-)
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_eopd.errors import CheckpointError
 from megatron_eopd.model_paths import resolve_checkpoint
@@ -105,7 +93,7 @@ class MCoreCheckpoint:
         self._chunks_of: dict[str, dict[Offsets, list[ChunkStorageMetadata]]] = {}
         self._reader = FileSystemReader(self.path)
         try:
-            self._metadata = self._reader.read_metadata()
+            self._metadata = read_metadata(path)
             problems = list(self._file_problems())
         except Exception as error:  # a damaged pickle raises nearly anything
             raise CheckpointError(
@@ -168,15 +156,20 @@ class MCoreCheckpoint:
     def embedding_dtype(self) -> torch.dtype:
         return self._keys[self._style.prefix + EMBEDDING].properties.dtype
 
-    def problem(self, piece: ShardedTensor) -> str | None:
-        """Why this piece cannot be read, if it cannot."""
+    def has(self, key: str) -> bool:
+        return key in self._keys
+
+    def problem(self, piece: ShardedTensor, vocab_size: int | None = None) -> str | None:
+        """Why this piece cannot be read, if it cannot. `vocab_size`: rows that a vocabulary must
+        have, where the model's has padding behind them."""
         stored = self._keys.get(piece.key)
         if not isinstance(stored, TensorStorageMetadata):
             return f"{piece.key}: missing"
-        shape = tuple(stored.size)
+        shape, expected = tuple(stored.size), list(piece.global_shape)
         # A vocabulary may be stored with more padding or less.
-        padded = piece.allow_shape_mismatch and shape[0] >= piece.global_shape[0]
-        if shape != piece.global_shape and not (padded and shape[1:] == piece.global_shape[1:]):
+        if piece.allow_shape_mismatch and shape:
+            expected[0] = max(vocab_size or expected[0], shape[0])
+        if list(shape) != expected:
             return f"{piece.key}: shape {list(shape)}, expected {list(piece.global_shape)}"
         if stored.properties.dtype not in DTYPES:
             return f"{piece.key}: type {stored.properties.dtype} is not supported"
@@ -193,18 +186,21 @@ class MCoreCheckpoint:
         )
 
     def read(self, piece: ShardedTensor) -> torch.Tensor:
-        """In the stored type, and in the memory it was loaded into where it is stored whole."""
-        shape = _with_prepended(piece)
+        """In the stored type, and in the memory it was loaded into where it is stored whole. Rows
+        of a vocabulary that are not stored are padding, and zero."""
+        shape = stored_shape(piece)
         first = self._chunks(piece.key, piece.prepend_axis_num)[
             piece.global_offset[: piece.prepend_axis_num]
         ]
         overlaps = [(c, o) for c in first if (o := _overlap(c, piece.global_offset, shape))]
         found = sum(math.prod(part.stop - part.start for part in o) for _, o in overlaps)
-        if found != math.prod(shape):
+        rows = min(shape[0], max(self._keys[piece.key].size[0] - piece.global_offset[0], 0))
+        stored = rows * math.prod(shape[1:]) if piece.allow_shape_mismatch else math.prod(shape)
+        if found != stored:
             raise CheckpointError(f"{self.path}: parts of {piece.key} are missing.")
-        if len(overlaps) == 1:
+        if len(overlaps) == 1 and found == math.prod(shape):
             return self._load(piece.key, *overlaps[0]).view(piece.local_shape)
-        out = torch.empty(shape, dtype=self.dtype(piece))
+        out = torch.zeros(shape, dtype=self.dtype(piece))
         for chunk, overlap in overlaps:
             place = tuple(
                 slice(part.start - start, part.stop - start)
@@ -220,6 +216,13 @@ class MCoreCheckpoint:
             for chunk in self._keys[key].chunks:
                 chunks[tuple(chunk.offsets[:num_prepended])].append(chunk)
         return self._chunks_of[key]
+
+    def read_object(self, key: str) -> bytes:
+        """As it was written."""
+        with loading_errors(self.path):
+            info = self._metadata.storage_data[MetadataIndex(key)]
+            with (self.path / info.relative_path).open("rb") as file:
+                return self._reader._slice_file(file, info).read()
 
     def _load(
         self, key: str, chunk: ChunkStorageMetadata, overlap: tuple[slice, ...]
@@ -237,6 +240,45 @@ class MCoreCheckpoint:
         ]
 
 
+class _Unpickler(pickle.Unpickler):
+    """Makes what a `.metadata` is made of and nothing else: a pickle may call any function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if self._is_known(module) else None
+        is_record = is_dataclass(found) or (isinstance(found, type) and issubclass(found, Enum))
+        if (is_record and found.__module__ == module) or isinstance(found, torch.dtype):
+            return found
+        if (module, name) in _DESCRIPTION_NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no description needs")
+
+    def _is_known(self, module: str) -> bool:
+        return module == "torch" or module in _DESCRIPTION_MODULES
+
+
+# torch's, and Megatron-Core's additions in checkpoints of its own.
+_DESCRIPTION_MODULES = (
+    *(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")),
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+_DESCRIPTION_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+}
+
+
+def read_metadata(path: Path) -> Metadata:
+    """
+    Raises:
+        pickle.UnpicklingError, and nearly anything else over a damaged file.
+    """
+    with (path / ".metadata").open("rb") as file:
+        return _Unpickler(file).load()
+
+
 def _unfinished(path: Path, marker: str) -> CheckpointError:
     """marker: `.metadata` or `metadata.json`, which are written after all data, in this order."""
     return CheckpointError(
@@ -244,7 +286,8 @@ def _unfinished(path: Path, marker: str) -> CheckpointError:
     )
 
 
-def _with_prepended(piece: ShardedTensor) -> tuple[int, ...]:
+def stored_shape(piece: ShardedTensor) -> tuple[int, ...]:
+    """With the axes of layer and expert, of which it is one."""
     return (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
 
 
@@ -260,140 +303,3 @@ def _overlap(
     if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
         return None
     return tuple(slice(*pair) for pair in zip(starts, stops, strict=True))
-
-
-@dataclass(frozen=True)
-class Source:
-    """A parameter to be written: where the checkpoint puts it, and how to get it."""
-
-    item: ShardedBase
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
-    """Called once, when its bytes are about to be written."""
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class MCoreWriter:
-    """Writes a checkpoint part by part, each a file of its own, by any rank in any order.
-
-    A part is complete when its list of contents lies beside it; `finish` makes one description
-    out of all lists.
-    """
-
-    def __init__(
-        self, directory: Path, parts: Sequence[Sequence[Source]], objects: dict[str, bytes]
-    ) -> None:
-        """objects: what Megatron keeps beside tensors, by key, as torch.save writes it."""
-        self._directory = directory
-        self._parts = parts
-        self._writer = FileSystemWriter(directory, overwrite=True)
-        self._objects = objects
-        plans = [SavePlan(_write_items(sources)) for sources in parts]
-        plans[0].items.extend(
-            WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects
-        )
-        plans, self._metadata = create_default_global_save_plan(plans)
-        self._plans = self._writer.prepare_global_plan(plans)
-
-    def is_written(self, number: int) -> bool:
-        return self._contents(number).is_file()
-
-    def write_part(self, number: int) -> None:
-        planner = _LazyPlanner(self._parts[number], self._objects)
-        with _failed_writes_as_os_errors():
-            results = self._writer.write_data(self._plans[number], planner).wait()
-        unfinished = self._contents(number).with_suffix(".partial")
-        unfinished.write_bytes(pickle.dumps(results))
-        unfinished.rename(self._contents(number))
-
-    def finish(self, common: dict[str, Any]) -> None:
-        """Once, after all parts are written.
-
-        common: what belongs to no tensor, for Megatron-LM; a run has no need of it.
-        """
-        lists = [self._contents(number) for number in range(len(self._parts))]
-        results: list[list[WriteResult]] = [pickle.loads(path.read_bytes()) for path in lists]
-        self._writer.finish(self._metadata, results)
-        save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
-        # 0.16 asks for this file; 0.19 keeps its like elsewhere and still reads this one.
-        torch.save(common, self._directory / "common.pt")
-        for path in lists:
-            path.unlink()
-
-    def _contents(self, number: int) -> Path:
-        return self._directory / f"part-{number:05d}.written"
-
-
-@contextmanager
-def _failed_writes_as_os_errors() -> Iterator[None]:
-    """torch.save covers an OSError (a full disk) with a RuntimeError over what it then finds."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-
-
-def _write_items(sources: Sequence[Source]) -> list[WriteItem]:
-    items = []
-    for source in sources:
-        meta = torch.empty(source.shape, dtype=source.dtype, device="meta")
-        for piece in pieces_of(source.item, meta):
-            for rows in _row_chunks(piece):
-                chunk = _chunk(piece, rows)
-                data = TensorWriteData(
-                    chunk, TensorProperties(dtype=source.dtype), torch.Size(piece.global_shape)
-                )
-                index = MetadataIndex(piece.key, chunk.offsets)
-                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-    return items
-
-
-def _row_chunks(piece: ShardedTensor) -> Iterator[slice]:
-    rows = piece.data.shape[0]
-    step = max(CHUNK_BYTES // max(piece.data[:1].nbytes, 1), 1)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _chunk(piece: ShardedTensor, rows: slice) -> ChunkStorageMetadata:
-    axis = piece.prepend_axis_num
-    offsets, sizes = list(piece.global_offset), list(_with_prepended(piece))
-    offsets[axis] += rows.start
-    sizes[axis] = rows.stop - rows.start
-    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-
-
-class _LazyPlanner(DefaultSavePlanner):
-    """Hands out the chunks of one part in order, holding one parameter at a time."""
-
-    def __init__(self, sources: Sequence[Source], objects: dict[str, bytes]) -> None:
-        super().__init__()
-        self._chunks = _chunks_in_order(sources)
-        self._objects = objects
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(self._objects[write_item.index.fqn])
-        index, tensor = next(self._chunks)
-        assert index == write_item.index, f"{write_item.index} asked for, {index} is next"
-        return tensor
-
-
-def _chunks_in_order(sources: Sequence[Source]) -> Iterator[tuple[MetadataIndex, torch.Tensor]]:
-    for source in sources:
-        # A call of its own, so that nothing holds this parameter when the next one is made.
-        yield from _chunks_of(source)
-
-
-def _chunks_of(source: Source) -> Iterator[tuple[MetadataIndex, torch.Tensor]]:
-    for piece in pieces_of(source.item, source.make()):
-        for rows in _row_chunks(piece):
-            chunk = _chunk(piece, rows)
-            yield MetadataIndex(piece.key, chunk.offsets), piece.data[rows].view(chunk.sizes)

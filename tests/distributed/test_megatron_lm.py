@@ -44,7 +44,7 @@ from tests.distributed.test_conversion import (
     same_bits,
 )
 from tests.ranks import context_for, leave_groups, run_ranks
-from tests.tiny_models import LLAMA3_ROPE, make_model
+from tests.tiny_models import LLAMA3_ROPE, SHAPE, make_model
 
 MOE = "qwen3_moe"
 
@@ -324,7 +324,7 @@ def check_loading(dirs, foreign):
         reference = loaded(hf_dir, context)
         for style in STYLES:
             (model,) = build_model(hf_dir, ModelConfig(), context)
-            load_mcore_weights([model], foreign / family / style, context)
+            load_mcore_weights([model], foreign / family / style, SHAPE["vocab_size"], context)
             for (name, found), expected in zip(
                 model.named_parameters(), reference.parameters(), strict=True
             ):
