@@ -13,6 +13,10 @@ class CheckpointError(ExpectedError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class DiskError(ExpectedError, OSError):
+    """A file of the run cannot be written, for a reason that is not the run's own."""
+
+
 class EngineError(ExpectedError, RuntimeError):
     """The engine died, answered nonsense or did not answer in time. The run cannot go on."""
 
@@ -29,5 +33,17 @@ class LostRankError(ExpectedError, RuntimeError):
     """Another rank died or hangs; the message says in which stage this one noticed."""
 
 
+class Interrupted(Exception):
+    """The run was asked to stop, and does. The message says by what, and where."""
+
+
 class NonFiniteError(ExpectedError, RuntimeError):
-    """Loss or gradient is NaN or infinite. Raised on every rank, before the weights change."""
+    """Loss, gradient or an updated weight is NaN or infinite. Raised on every rank."""
+
+
+class SpikeError(ExpectedError, RuntimeError):
+    """Too many gradient norms in a row were too large. Raised on every rank."""
+
+
+class ReplicaError(ExpectedError, RuntimeError):
+    """Data-parallel ranks hold different weights. Raised on every rank, before a save."""

@@ -35,7 +35,8 @@ class HealthCheck:
     def look(self, scalars: Mapping[str, float], sync: SyncReport) -> None:
         """At one iteration. What it has nothing of, such as the mismatch of a batch of references
         alone, is not among the scalars; a NaN is a sign like a value that is too large."""
-        if self._first is None and "rollout/length_mean" in scalars:
+        has_entropy = "entropy/student_mean" in scalars  # not where every step was skipped
+        if self._first is None and has_entropy and "rollout/length_mean" in scalars:
             self._first = scalars
         mismatch = scalars.get("mismatch/mult_prob_error", nan) - 1
         if self._mismatch is None and isfinite(mismatch):
@@ -100,7 +101,7 @@ class HealthCheck:
         return signs
 
     def _has_collapsed(self, values: Mapping[str, float]) -> bool:
-        if self._first is None:
+        if self._first is None or "entropy/student_mean" not in values:
             return False
         bound = min(self._first["entropy/student_mean"], values["entropy/teacher_mean"])
         return not values["entropy/student_mean"] >= COLLAPSED * bound

@@ -12,7 +12,7 @@ all speak of the same token, and no stage shifts anything by one.
 # context-parallel ranks.
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -185,13 +185,26 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class StepFault:
+    """Why an optimizer step was not taken, or must not be kept; the same on every rank."""
+
+    kind: Literal["gradient", "weights", "spike"]
+    """Loss or gradient not finite; updated weights not finite; a gradient norm that is too large.
+    Only `weights` is found when the weights have changed."""
+    message: str
+    figures: dict[str, Any]
+    """For whoever looks into it."""
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did, the same on every rank. Made by training.step."""
 
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; NaN of a gradient that is not finite."""
     lr: float
     sums: dict[str, tuple[float, float]]
     """Metric name → (sum, count) over the valid tokens of all data-parallel ranks."""
     values: dict[str, list[float]]
     """Metric name → its value at each of those tokens, for percentiles and histograms."""
+    fault: StepFault | None = None

@@ -34,7 +34,8 @@ def iteration_scalars(
         "entropy/teacher_p50": percentile(teacher_entropy, 0.5),
         "entropy/teacher_p90": percentile(teacher_entropy, 0.9),
         "mismatch/logprob_abs_p99": percentile(mismatch, 0.99),
-        "optim/grad_norm": sum(r.grad_norm for r in reports) / len(reports),
+        "optim/grad_norm": _finite_mean([r.grad_norm for r in reports]),
+        "optim/skipped_steps": sum(r.fault is not None for r in reports),
         "optim/lr": reports[-1].lr,
         "weight_sync/seconds": sync.seconds,
         "weight_sync/bytes": sync.num_bytes,
@@ -46,6 +47,12 @@ def iteration_scalars(
     scalars["time/total"] = times.total
     scalars["throughput/tokens_per_s"] = num_tokens(rollouts) / times.total
     return scalars
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    """Over those that are finite; NaN of none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def num_tokens(rollouts: Sequence[Rollout]) -> int:
@@ -114,17 +121,19 @@ def step_line(
     stages = " ".join(seconds(stage) for stage in ("rollout", "score", "train", "sync"))
     memory = next(v for name, v in scalars.items() if name.startswith("memory/"))
     references = scalars["rollout/reference_fraction"]
+    skipped = scalars["optim/skipped_steps"]
     parts = [
         f"step {iteration}/{total}",
-        f"loss {scalars['loss/total']:.4f}",
-        f"rev_kl {scalars['loss/reverse_kl']:.3f}",
-        f"gate {scalars['gate/fraction']:.3f}",
-        f"teacher_H {scalars['entropy/teacher_mean']:.3f}",
-        f"student_H {scalars['entropy/student_mean']:.3f}",
+        *named("loss", "loss/total", ".4f"),
+        *named("rev_kl", "loss/reverse_kl", ".3f"),
+        *named("gate", "gate/fraction", ".3f"),
+        *named("teacher_H", "entropy/teacher_mean", ".3f"),
+        *named("student_H", "entropy/student_mean", ".3f"),
         *([f"references {references:.0%}"] if references else []),
         *named("len", "rollout/length_mean", ".1f"),
         *named("mismatch", "mismatch/logprob_abs_mean", ".1e"),
-        f"gnorm {scalars['optim/grad_norm']:.2f}",
+        *named("gnorm", "optim/grad_norm", ".2f"),
+        *([f"skipped {skipped}"] if skipped else []),
         f"tokens {scalars['throughput/tokens_total']:,.0f}",
         f"tok/s {scalars['throughput/tokens_per_s']:.0f}",
         f"{memory:.1f} GiB",

@@ -18,6 +18,10 @@ from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import DEFAULT_TEACHER, Rollout
 
+STATE_FILE = "state.json"
+"""Stands beside the one batch of a step that went wrong: the batch is replayed in every iteration,
+because a run that looks into it starts where it has weights."""
+
 LARGEST_LOGPROB = 1e-3
 """A log-probability is at most 0, but for the rounding of the engine that made it."""
 
@@ -42,10 +46,14 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], tokenizer: Tokenizer
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w") as file:
-        for rollout in rollouts:
-            row = {"response_text": tokenizer.decode(rollout.response_ids)}
-            file.write(json.dumps(row | dataclasses.asdict(rollout)) + "\n")
+        file.writelines(rollout_lines(rollouts, tokenizer))
     os.replace(unfinished, path)
+
+
+def rollout_lines(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> Iterator[str]:
+    for rollout in rollouts:
+        row = {"response_text": tokenizer.decode(rollout.response_ids)}
+        yield json.dumps(row | dataclasses.asdict(rollout)) + "\n"
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Recording:
         Raises:
             ConfigError: a file is missing, or the first one cannot be replayed.
         """
-        missing = [n for n in iterations if not rollout_file(self.directory, n).is_file()]
+        missing = [n for n in iterations if not self._file(n).is_file()]
         if missing:
             raise ConfigError(
                 f"{rollout_file(self.directory, missing[0])}: no recorded rollouts for iteration "
@@ -86,7 +94,7 @@ class Recording:
             ConfigError: the file is missing, or holds another number of rollouts; or a line of it
                 is no rollout of this run (which one, and why).
         """
-        path = rollout_file(self.directory, iteration)
+        path = self._file(iteration)
         if not path.is_file():
             raise ConfigError(
                 f"{path}: no recorded rollouts for this iteration. Record them with "
@@ -99,6 +107,11 @@ class Recording:
                 f"(it is {self.num_rollouts})."
             )
         return rollouts
+
+    def _file(self, iteration: int) -> Path:
+        if (self.directory / STATE_FILE).is_file():
+            return next(self.directory.glob("*.jsonl"), rollout_file(self.directory, iteration))
+        return rollout_file(self.directory, iteration)
 
     def _checked(self, where: str, rollout: Rollout) -> Rollout:
         for fault in self._faults(rollout):

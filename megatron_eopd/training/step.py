@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 
-from megatron_eopd.errors import NonFiniteError
-from megatron_eopd.losses.vocab_parallel import describe_non_finite
 from megatron_eopd.metrics.means import Means, Reduced
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.pipeline import hidden_states, map_hidden, run_schedule
-from megatron_eopd.records import MicroBatch, StepReport
+from megatron_eopd.records import MicroBatch, StepFault, StepReport
 from megatron_eopd.schedules import START, Progress
+from megatron_eopd.training.guards import gradient_fault, spike_fault, weight_fault
 from megatron_eopd.training.optimizer import Trainable
-from megatron_eopd.training.token_loss import NON_FINITE, StepSettings, TokenLoss
+from megatron_eopd.training.replicas import check_replicas
+from megatron_eopd.training.token_loss import StepSettings, TokenLoss
 
 
 def train_step(
@@ -34,15 +34,18 @@ def train_step(
     num_rounds: int,
     progress: Progress,
     compare_engine: bool = False,
+    compare_replicas: bool = False,
+    skip_above: float | None = None,
 ) -> StepReport:
-    """Forward, backward, clip, step, over this rank's microbatches.
+    """Forward, backward, clip, step, over this rank's microbatches. A step with a fault is not
+    taken; only the fault of the update itself comes when it was.
 
     `rounds`: `num_rounds` portions of the microbatches, each taken when the one before is done.
-    `progress`: of the run before this step. `compare_engine`: see StepSettings.
+    `progress`: of the run before this step. `compare_engine`: see StepSettings. `skip_above`: a
+    bound of the gradient norm.
 
     Raises:
-        NonFiniteError: on every rank. Weights are as they were before the step, unless the update
-            itself was what overflowed.
+        ReplicaError: on every rank, where `compare_replicas` asks for the comparison.
     """
     means = accumulate_gradients(
         student,
@@ -54,11 +57,23 @@ def train_step(
         compare_engine=compare_engine,
     )
     shared = share_from_last_stage(means, context)
-    _refuse_non_finite(student, shared, context)
+    if compare_replicas:
+        # Here, and not after the update: that heals the replicas, and not the gradient.
+        check_replicas(student, context)
     lr = student.set_lr(progress)
+    fault = gradient_fault(student, shared, context) or spike_fault(student, skip_above, context)
+    if fault is not None:
+        return skipped_report(fault, lr, shared)
     _, grad_norm, _ = student.optimizer.step()
-    _refuse_spoilt_weights(student, lr, float(grad_norm), context)
-    return StepReport(float(grad_norm), lr, shared.sums, shared.values)
+    fault = weight_fault(student, lr, float(grad_norm), context)
+    return StepReport(float(grad_norm), lr, shared.sums, shared.values, fault)
+
+
+def skipped_report(fault: StepFault, lr: float, shared: Reduced) -> StepReport:
+    """Of a step that was not taken. Its figures join no mean unless they are sound."""
+    if fault.kind == "gradient":
+        return StepReport(math.nan, lr, {}, {name: [] for name in shared.values}, fault)
+    return StepReport(fault.figures["grad_norm"], lr, shared.sums, shared.values, fault)
 
 
 def accumulate_gradients(
@@ -146,41 +161,3 @@ def share_from_last_stage(means: Means, context: ParallelContext) -> Reduced:
         told = [means.reduce(context.groups.dp_cp)]
     dist.broadcast_object_list(told, src=layout.last_stage_leader, group=context.cpu_group)
     return told[0]
-
-
-def _refuse_non_finite(student: Trainable, shared: Reduced, context: ParallelContext) -> None:
-    """One number per rank decides for all: NaN and infinity survive a sum."""
-    buffers = [b for c in student.wrapped for b in (*c.buffers, *c.expert_parallel_buffers)]
-    total = _sum_of_all([buffer.grad_data for buffer in buffers], context)
-    loss = shared.sums["loss/total"][0]
-    logits = describe_non_finite(torch.tensor(shared.tallies[NON_FINITE]))
-    if logits or not (math.isfinite(loss) and math.isfinite(total)):
-        raise NonFiniteError(
-            f"loss={loss}, sum of gradients={total}: not finite. {logits} The weights were "
-            f"not changed. Look at the rollouts of this iteration, lower training.lr or "
-            f"training.clip_grad, or start again from an earlier checkpoint."
-        )
-
-
-def _refuse_spoilt_weights(
-    student: Trainable, lr: float, grad_norm: float, context: ParallelContext
-) -> None:
-    """A finite gradient can still make an update that overflows, and a checkpoint of that would be
-    the newest. With `overlap_param_gather` each part is seen by the rank that updates it."""
-    weights = [p.data for chunk in student.chunks for p in chunk.parameters()]
-    if not math.isfinite(_sum_of_all(weights, context)):
-        raise NonFiniteError(
-            f"the update made weights that are not finite (training.lr={lr:g}, gradient norm "
-            f"{grad_norm:g}). They are not saved. Start again, which goes on from the newest "
-            f"checkpoint, with a lower training.lr or a larger training.adam_eps."
-        )
-
-
-def _sum_of_all(tensors: Iterable[torch.Tensor], context: ParallelContext) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=context.device)
-    for tensor in tensors:
-        total += tensor.sum(dtype=torch.float32)
-    # cpu_group, whatever the device: all ranks, also those of other stages, must decide alike.
-    total = total.cpu()
-    dist.all_reduce(total, group=context.cpu_group)
-    return total.item()

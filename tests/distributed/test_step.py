@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from megatron_eopd.config import Config
 from megatron_eopd.data.packing import Limits, exchange_size, pack, rounds_of
-from megatron_eopd.errors import NonFiniteError
 from megatron_eopd.metrics.means import divide
 from megatron_eopd.models.build import build_model
 from megatron_eopd.models.hf_config import read_hf_config
@@ -73,7 +73,7 @@ def build(config, context):
     return make_trainable(chunks, config, context), pool, token_loss
 
 
-def take_step(student, token_loss, pool, rollouts, config, context, step):
+def take_step(student, token_loss, pool, rollouts, config, context, step, **options):
     packed = pack(rollouts, Limits.of(config.training), context.layout)
     rounds = rounds_of(packed, exchange_size(config))
     return train_step(
@@ -83,6 +83,7 @@ def take_step(student, token_loss, pool, rollouts, config, context, step):
         context,
         num_rounds=len(rounds),
         progress=Progress(step, step, config.training.train_iters),
+        **options,
     )
 
 
@@ -304,8 +305,10 @@ def check_non_finite(student_dir, teacher_dir):
     before = [p.detach().clone() for p in student.chunks[0].parameters()]
     if context.layout.is_last_stage:
         batches[1].teacher[0].payload.hidden_NH[0] = torch.nan
-    with pytest.raises(NonFiniteError, match="not changed"):
-        train_step(student, token_loss, [batches], context, num_rounds=1, progress=START)
+    report = train_step(student, token_loss, [batches], context, num_rounds=1, progress=START)
+    assert report.fault.kind == "gradient" and "not changed" in report.fault.message
+    named = report.fault.figures["not_finite"]
+    assert [where.split(" (")[0] for where in named] == ["rank 0", "rank 1"] and all(named.values())
     for old, new in zip(before, student.chunks[0].parameters(), strict=True):
         assert torch.equal(old, new)
 
@@ -320,8 +323,9 @@ def check_overflow(student_dir, teacher_dir):
     rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
     (batches,) = pool.microbatches([pack(rollouts, Limits.of(config.training), context.layout)])
     options = {"num_rounds": 1, "progress": START}
-    with pytest.raises(NonFiniteError, match=r"update made weights .* not finite .*lr=1e\+37"):
-        train_step(student, token_loss, [batches], context, **options)
+    fault = train_step(student, token_loss, [batches], context, **options).fault
+    assert fault.kind == "weights"
+    assert re.search(r"update made weights .* not finite .*lr=1e\+37", fault.message)
 
 
 def test_an_update_that_overflows_stops_all_ranks(qwen3_dir, teacher_dir, tmp_path):
