@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_eopd import checkpoint
+from megatron_eopd.checkpoints.position import read_position
+from megatron_eopd.checkpoints.resume import (
+    Candidates,
+    check_position,
+    check_schedules,
+    choose_checkpoints,
+)
 from megatron_eopd.config import Config, TeacherConfig, TrainingConfig
 from megatron_eopd.data.packing import Limits, check_budget
 from megatron_eopd.data.preview import render_preview
@@ -27,15 +33,9 @@ from megatron_eopd.models.megatron_config import uses_transformer_engine
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import student_layout, teacher_layout
 from megatron_eopd.planning.activations import Lengths, Load, Platform
-from megatron_eopd.planning.memory import Placed, Setup, describe, plan_memory
+from megatron_eopd.planning.memory import Placed, Setup, describe, describe_saving, plan_memory
 from megatron_eopd.planning.shapes import Models
 from megatron_eopd.records import DEFAULT_TEACHER, Prompt
-from megatron_eopd.resume import (
-    Candidates,
-    check_position,
-    check_schedules,
-    choose_checkpoints,
-)
 from megatron_eopd.rollout.choice import EngineChoice, choose_engine
 from megatron_eopd.rollout.recording import Recording
 
@@ -91,9 +91,9 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         check_vllm(student)
     longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
     _check_lengths(config, longest, layout)
-    candidates = _candidates(config, prompts, trains=trains)
+    candidates = _candidates(config, prompts, tokenizer.digest, trains=trains)
     begins_at = candidates.directories[0] if candidates.directories else None
-    first_iteration = checkpoint.read_position(begins_at).iteration if begins_at else 0
+    first_iteration = read_position(begins_at).iteration if begins_at else 0
     recording = _recording(config, tokenizers.vocab_size, layout) if trains else None
     if recording is not None:
         recording.check_files(range(first_iteration, config.training.train_iters))
@@ -179,12 +179,14 @@ def _check_lengths(config: Config, longest_prompt: int, layout: Layout) -> None:
             )
 
 
-def _candidates(config: Config, prompts: PromptSet, *, trains: bool) -> Candidates:
+def _candidates(
+    config: Config, prompts: PromptSet, tokenizer_digest: str, *, trains: bool
+) -> Candidates:
     """Checkpoints that the run may go on from."""
     candidates = choose_checkpoints(config, trains=trains)
     for directory in candidates.directories:
-        position = checkpoint.read_position(directory)
-        check_position(directory, position, prompts, config)
+        position = read_position(directory)
+        check_position(directory, position, prompts, tokenizer_digest, config)
         if trains:
             check_schedules(directory, position, config)
     return candidates
@@ -207,7 +209,8 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         f"{who} {max(p.total for p in placed.parameters):,}"
         for who, placed in {"student": setup.student, **setup.teachers}.items()
     )
-    who, stage, fullest = plan_memory(setup).worst
+    plan = plan_memory(setup)
+    who, stage, fullest = plan.worst
     return {
         "layout": setup.student.layout.describe(),
         "vocabulary": f"{inputs.tokenizers.vocab_size:,} tokens are compared; the student has "
@@ -230,6 +233,7 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         "parameters / rank": f"{parameters} (largest stage)",
         "memory / rank": f"{fullest.peak / 2**30:.3g} GiB on stage {stage} of the {who}, the "
         f"fullest, as docs/planning.md counts: {describe(fullest.parts_of_peak)}",
+        "checkpoints": describe_saving(plan.checkpoint_share, config.checkpoint),
         "starts": f"from {candidates[0]}" if candidates else "at iteration 0",
     }
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 from megatron_eopd.train import main
+from tests.test_resume import finish_checkpoint
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import byte_level
 
@@ -190,7 +191,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
 
 @pytest.fixture(params=[(0, 1), (0, 2), (1, 2)], ids=["one rank", "rank 0 of 2", "rank 1 of 2"])
 def rank(request, monkeypatch):
-    rank, world_size = request.param
+    return be_rank(*request.param, monkeypatch)
+
+
+def be_rank(rank: int, world_size: int, monkeypatch) -> int:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -198,22 +202,41 @@ def rank(request, monkeypatch):
     return rank
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_with_one_message(name, rank, capsys, tmp_path):
-    spoil, said = BAD[name]
+def start(name: str, tmp_path: Path, run_dir: Path, capsys) -> str:
+    """What it says on stderr."""
+    spoil, _ = BAD[name]
     model = Path(shutil.copytree(MODELS / "student", tmp_path / "model"))
     options = spoil(model) or []
     capsys.readouterr()  # what transformers says while it saves a model
     tensor_parallel = "parallel.tensor_model_parallel_size=1"
-    run_dir = tmp_path / "run"
     command = [str(QUICKSTART), f"run_dir={run_dir}", f"student.hf_path={model}", tensor_parallel]
     assert main([*command, *options]) == 1
-    errors = capsys.readouterr().err
+    return capsys.readouterr().err
+
+
+def assert_one_message(name: str, errors: str) -> None:
     assert "Traceback" not in errors
+    assert errors.startswith("error: ") and errors.count("error:") == 1
+    message = errors.removeprefix("error: ").strip()
+    assert re.search(BAD[name][1], message, re.DOTALL), message
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_one_message(name, rank, capsys, tmp_path):
+    errors = start(name, tmp_path, tmp_path / "run", capsys)
     if rank:
         assert errors == "", "rank 0 speaks for all"
         return
-    assert errors.startswith("error: ") and errors.count("error:") == 1
-    message = errors.removeprefix("error: ").strip()
-    assert re.search(said, message, re.DOTALL), message
-    assert not run_dir.exists(), "nothing was begun"
+    assert_one_message(name, errors)
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_so_it_does_on_resume(name, monkeypatch, capsys, tmp_path):
+    """And leaves what the run has."""
+    be_rank(0, 1, monkeypatch)
+    run_dir = tmp_path / "run"
+    checkpoint = finish_checkpoint(run_dir, 2)
+    before = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    assert_one_message(name, start(name, tmp_path, run_dir, capsys))
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before

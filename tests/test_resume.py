@@ -1,16 +1,18 @@
 """Which checkpoint a run goes on from, and what may have changed since."""
 
 import json
+import re
 import runpy
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from megatron_eopd import checkpoint_files, preflight
+from megatron_eopd import preflight
+from megatron_eopd.checkpoints import files
+from megatron_eopd.checkpoints.resume import choose_checkpoints
 from megatron_eopd.config import Config, load_config
 from megatron_eopd.errors import CheckpointError, ConfigError
-from megatron_eopd.resume import choose_checkpoints
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples/quickstart/eopd.toml"
@@ -30,12 +32,12 @@ def config(monkeypatch, tmp_path):
 
 def finish_checkpoint(run_dir: Path, iteration: int, **position) -> Path:
     """All of a complete checkpoint that is looked at before anything is loaded."""
-    path = checkpoint_files.checkpoint_dir(run_dir, iteration)
+    path = files.checkpoint_dir(run_dir, iteration)
     path.mkdir(parents=True)
     common = {"iteration": iteration, "seed": 1234, "prompts_digest": "", "layout": {}}
     (path / "position.json").write_text(json.dumps(common | position))
     (path / "data.distcp").write_bytes(b"data")
-    checkpoint_files.write_sums(path, checkpoint_files.sum_files(path.iterdir()))
+    files.write_sums(path, files.sum_files(path.iterdir()))
     return path
 
 
@@ -63,20 +65,20 @@ def test_a_runs_own_checkpoints_come_before_another_runs(config, tmp_path):
 def test_later_checkpoints_are_set_aside_and_kept(tmp_path):
     for n in (2, 4, 6):
         finish_checkpoint(tmp_path, n)
-    moved = checkpoint_files.set_aside_later(tmp_path, 2)
+    moved = files.set_aside_later(tmp_path, (2, 0))
     assert [path.name for path in moved] == ["superseded-000004-1", "superseded-000006-1"]
-    assert all((path / checkpoint_files.DONE).is_file() for path in moved)
-    assert checkpoint_files.newest(tmp_path).name == "000002"
+    assert all((path / files.DONE).is_file() for path in moved)
+    assert files.newest(tmp_path).name == "000002"
     finish_checkpoint(tmp_path, 4)
-    assert checkpoint_files.set_aside_later(tmp_path, 3)[0].name == "superseded-000004-2"
-    assert checkpoint_files.set_aside_later(tmp_path, 3) == []
+    assert files.set_aside_later(tmp_path, (3, 0))[0].name == "superseded-000004-2"
+    assert files.set_aside_later(tmp_path, (3, 0)) == []
 
 
 def test_a_million_iterations_are_newer_than_the_one_before(tmp_path):
     """A name of seven digits sorts before one of six."""
     for n in (999_999, 1_000_000):
         finish_checkpoint(tmp_path, n)
-    assert checkpoint_files.newest(tmp_path).name == "1000000"
+    assert files.newest(tmp_path).name == "1000000"
 
 
 LONGER = "training.train_iters=12"
@@ -169,17 +171,15 @@ def test_a_checkpoint_from_before_there_were_sums_is_taken(config, tmp_path):
 def test_large_files_are_left_to_all_ranks_together(config, tmp_path, monkeypatch):
     path = finish_checkpoint(tmp_path / "run", 2)
     flip_a_bit(path / "data.distcp")
-    monkeypatch.setattr(checkpoint_files, "QUICK_BYTES", 0)
+    monkeypatch.setattr(files, "QUICK_BYTES", 0)
     assert choose_checkpoints(config(), trains=True).directories == [path]
-    sums = checkpoint_files.read_sums(path)
-    assert len(checkpoint_files.problems_of(path, sums, sums)) == 1
+    sums = files.read_sums(path)
+    assert len(files.problems_of(path, sums, sums)) == 1
 
 
 def test_sums_are_those_of_sha256sum(tmp_path):
     path = finish_checkpoint(tmp_path, 2)
-    lines = "".join(
-        f"{found.sha256}  {name}\n" for name, found in checkpoint_files.read_sums(path).items()
-    )
+    lines = "".join(f"{found.sha256}  {name}\n" for name, found in files.read_sums(path).items())
     done = subprocess.run(["sha256sum", "-c", "-"], input=lines, cwd=path, text=True)
     assert done.returncode == 0
 
@@ -193,7 +193,7 @@ def test_the_tool_lists_and_verifies(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("verified") == 3
     flip_a_bit(run_dir / "checkpoints/000004/data.distcp")
     (run_dir / "checkpoints/000006/DONE").unlink()
-    monkeypatch.setattr(checkpoint_files, "QUICK_BYTES", 0)
+    monkeypatch.setattr(files, "QUICK_BYTES", 0)
     assert tool(["list", str(run_dir), "--iteration", "4"]) == 0, "a look at sizes"
     capsys.readouterr()
     assert tool(["verify", str(run_dir)]) == 1
@@ -206,3 +206,47 @@ def test_the_tool_lists_and_verifies(tmp_path, capsys, monkeypatch):
     assert tool(["list", str(tmp_path)]) == 2
     assert "no checkpoints there" in capsys.readouterr().err
     assert tool(["list", str(run_dir), "--iteration", "3"]) == 2
+
+
+@pytest.mark.parametrize(
+    "changed,said",
+    [
+        ({"seed": 4}, r"with seed=4 \(now \d+\): its samples could not be continued"),
+        ({"prompts_digest": "others"}, "with other prompts"),
+        ({"tokenizer_digest": "0123456789abcdef"}, r"another tokenizer, 0123456789ab \(now "),
+        ({"seed": 4, "prompts_digest": "others"}, "with seed=4 .* and other prompts"),
+    ],
+)
+def test_what_samples_depend_on_must_be_as_it_was(config, tmp_path, changed, said):
+    inputs = preflight.check(config(), 2)
+    same = {
+        "seed": config().seed,
+        "prompts_digest": inputs.prompts.digest,
+        "tokenizer_digest": inputs.tokenizers.student.digest,
+    }
+    finish_checkpoint(tmp_path / "run", 2, **same | changed)
+    with pytest.raises(ConfigError, match=said):
+        preflight.check(config(), 2)
+
+
+def test_a_format_of_the_future_is_refused_by_its_number(config, tmp_path):
+    finish_checkpoint(tmp_path / "run", 2, format=3)
+    with pytest.raises(CheckpointError, match="format 3, and this version reads up to 2"):
+        choose_checkpoints(config(), trains=True)
+
+
+@pytest.mark.parametrize(
+    "name,said",
+    [("checksums.json", "checksums.json is missing"), ("DONE", r"never finished \(no DONE in it\)")],
+)
+def test_a_file_that_says_the_rest_is_sound_must_be_there(config, tmp_path, name, said):
+    older, newer = (finish_checkpoint(tmp_path / "run", n, format=2) for n in (2, 4))
+    (newer / name).unlink()
+    found = choose_checkpoints(config(), trains=True)
+    assert found.directories == [older]
+    (warning,) = found.warnings
+    assert re.search(said, warning) and f"Going on from {older}." in warning
+    (older / "DONE").unlink()
+    (newer / "DONE").unlink(missing_ok=True)
+    found = choose_checkpoints(config(), trains=True)
+    assert found.directories == [] and len(found.warnings) == 2, "begins, and says so"

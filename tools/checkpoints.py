@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_eopd import checkpoint_files
+from megatron_eopd.checkpoints import files
 from megatron_eopd.errors import CheckpointError, ConfigError
 
 EXAMPLES = """\
@@ -44,16 +44,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def chosen(args: argparse.Namespace) -> list[Path]:
-    directories = sorted((args.run_dir / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    """By age in the run; also those that were never finished."""
+    found = (args.run_dir / "checkpoints").glob("[0-9]*")
+    directories = sorted(filter(_place, found), key=lambda path: (_place(path), path.suffix))
     if not directories:
         raise ConfigError(f"{args.run_dir}: no checkpoints there. Give the run_dir of a run.")
     if args.iteration is None:
         return directories
-    directory = checkpoint_files.checkpoint_dir(args.run_dir, args.iteration)
-    if directory not in directories:
+    of_iteration = [path for path in directories if _place(path)[0] == args.iteration]
+    if not of_iteration:
         there = ", ".join(path.name for path in directories)
-        raise ConfigError(f"no {directory}. There are {there}.")
-    return [directory]
+        raise ConfigError(f"{args.run_dir}: none of iteration {args.iteration}. There are {there}.")
+    return of_iteration
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    return files.place_of(Path(path.stem))
 
 
 def describe(directory: Path, verifies: bool) -> bool:
@@ -62,22 +68,22 @@ def describe(directory: Path, verifies: bool) -> bool:
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(directory.stat().st_mtime))
     problems = problems_of(directory, verifies)
     state = "; ".join(problems) or ("verified" if verifies else "complete")
-    print(f"{directory.name}  {size / 2**20:>12,.1f} MiB  {written}  {state}", flush=True)
+    print(f"{directory.name:<17}  {size / 2**20:>12,.1f} MiB  {written}  {state}", flush=True)
     return not problems
 
 
 def problems_of(directory: Path, verifies: bool) -> list[str]:
-    if not (directory / checkpoint_files.DONE).is_file():
+    if not (directory / files.DONE).is_file():
         return ["never finished"]
     if not verifies:
-        return checkpoint_files.quick_problems(directory)
+        return files.quick_problems(directory)
     try:
-        sums = checkpoint_files.read_sums(directory)
+        sums = files.read_sums(directory)
     except CheckpointError as error:
         return [str(error)]
     if sums is None:
         return ["has no checksums.json: it cannot be verified"]
-    return checkpoint_files.problems_of(directory, sums, sums)
+    return files.problems_of(directory, sums, sums)
 
 
 if __name__ == "__main__":

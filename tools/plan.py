@@ -186,6 +186,7 @@ def print_request(request: "Request") -> None:
 
 
 def print_plan(plan: "Plan") -> None:
+    from megatron_eopd.planning.memory import describe_saving
     from megatron_eopd.planning.search import explain
 
     print(f"student: {plan.layout.describe()}")
@@ -193,6 +194,8 @@ def print_plan(plan: "Plan") -> None:
         placement = plan.config.all_teachers[section].placement
         print(f"{section}, {placement}: {layout.describe()}")
     print(f"\n{memory_table(plan)}\n")
+    saving = describe_saving(plan.memory.checkpoint_share, plan.config.checkpoint)
+    print(f"a checkpoint: {saving}\n")
     if plan.fits:
         print(f"It fits: {plan.headroom / GIB:.1f} GiB are left.")
     else:
@@ -283,6 +286,7 @@ def plan_as_json(plan: "Plan") -> dict[str, Any]:
         "teachers": {section: asdict(layout) for section, layout in plan.teachers.items()},
         "options": plan.options,
         "headroom": plan.headroom,
+        "checkpoint_share": plan.memory.checkpoint_share,
         "memory": {
             who: [stage.parts | {"peak": stage.peak} for stage in stages]
             for who, stages in plan.memory.stages.items()

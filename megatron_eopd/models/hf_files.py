@@ -30,7 +30,8 @@ _WRITE_ELEMENTS = 16 * 2**20
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".py"}
 # Of this format, of Megatron's, and of a run's checkpoint.
 _ABOUT_WEIGHTS = {INDEX, "pytorch_model.bin.index.json", "metadata.json"}
-_ABOUT_WEIGHTS |= {"position.json", "checksums.json"}
+# Of a run's checkpoint.
+_ABOUT_WEIGHTS |= {"position.json", "checksums.json", "run_config.json", "reports.json"}
 _WEIGHTS = (INDEX, "*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 

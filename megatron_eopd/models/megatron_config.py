@@ -55,6 +55,7 @@ def transformer_config(
         expert_tensor_parallel_size=layout.expert_tp if has_experts else 1,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
+        deterministic_mode=model.deterministic_mode,
         # Of the activations between stages; Megatron cannot tell it from the parameters' type.
         pipeline_dtype=dtype,
         bf16=model.dtype == "bfloat16",

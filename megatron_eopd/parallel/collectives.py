@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_eopd.errors import EngineError, LostRankError, RemoteError
+from megatron_eopd.errors import EngineError, ExpectedError, Interrupted, LostRankError, RemoteError
 
 T = TypeVar("T")
 
@@ -62,7 +62,8 @@ def from_rank_zero(compute: Callable[[], T], group: dist.ProcessGroup) -> T:
 
     One broadcast of pickled objects over `group` (gloo), whose time-out must be longer than
     `compute` may take: the other ranks wait for that long. Rank 0 raises its own exception; the
-    others raise EngineError when it was one, and RemoteError with the same message otherwise.
+    others raise the same if it is an EngineError or Interrupted, and otherwise RemoteError with the
+    same message.
     """
     outcome: list = [None]
     own_error: Exception | None = None
@@ -80,6 +81,21 @@ def from_rank_zero(compute: Callable[[], T], group: dist.ProcessGroup) -> T:
     return result
 
 
+def gather_everywhere(value: T, group: dist.ProcessGroup) -> list[T]:
+    """Of every rank, in their order, on every rank. Picklable; over `group` (gloo)."""
+    every: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, value, group=group)
+    return every
+
+
+def gather_on_rank_zero(value: T, group: dist.ProcessGroup) -> list[T] | None:
+    """Of every rank, in their order, on the group's rank 0; None on the others."""
+    is_first = dist.get_rank(group) == 0
+    every: list | None = [None] * dist.get_world_size(group) if is_first else None
+    dist.gather_object(value, every, group_dst=0, group=group)
+    return every
+
+
 @contextmanager
 def collecting(errors: list[Exception]) -> Iterator[None]:
     """Keep an exception of the block for `raise_together`, and go on: the other ranks may be in
@@ -95,19 +111,24 @@ def raise_together(own_errors: Sequence[Exception], group: dist.ProcessGroup) ->
 
     One all-gather of pickled objects over `group` (gloo).
     """
-    gathered: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, [_encode(error) for error in own_errors], group=group)
+    gathered = gather_everywhere([_encode(error) for error in own_errors], group)
     raised = [error for errors in gathered for error in errors]
     if raised:
         raise _decode(raised) from (own_errors[0] if own_errors else None)
 
 
-def _encode(error: Exception) -> tuple[bool, str]:
+_TOLD = (EngineError, Interrupted)
+"""What all ranks raise as it is; the first of them that any rank brought."""
+
+
+def _encode(error: Exception) -> tuple[type[Exception], str]:
     """As text: an exception of another library may not survive pickling."""
-    is_engine_error = isinstance(error, EngineError)
-    return is_engine_error, str(error) if is_engine_error else f"{type(error).__name__}: {error}"
+    kind = next((kind for kind in _TOLD if isinstance(error, kind)), RemoteError)
+    speaks = isinstance(error, ExpectedError | Interrupted)
+    return kind, str(error) if speaks else f"{type(error).__name__}: {error}"
 
 
-def _decode(errors: list[tuple[bool, str]]) -> Exception:
+def _decode(errors: list[tuple[type[Exception], str]]) -> Exception:
     text = "\n".join(dict.fromkeys(message for _, message in errors))
-    return EngineError(text) if any(is_engine for is_engine, _ in errors) else RemoteError(text)
+    kinds = {kind for kind, _ in errors}
+    return next((kind for kind in _TOLD if kind in kinds), RemoteError)(text)

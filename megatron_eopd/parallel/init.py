@@ -4,17 +4,17 @@ Everything else receives a ParallelContext, or a single group out of it, as an a
 """
 
 import os
-import queue
+import random
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -52,11 +52,23 @@ def leave_no_process_behind() -> None:
     die_with_torchrun()
     require_torchrun()
     forks_die_with_their_parents()
-    # Megatron-Core hands the results of its checkpoint writers from process to process over a
-    # Manager, a server of 200 MB in a process of its own that outlives a killed rank. A save that
-    # waits for its writers reads them where they were put.
-    assert hasattr(filesystem_async, "_results_queue"), "Megatron-Core's writer has changed"
-    filesystem_async._results_queue = queue.Queue()
+
+
+def choose_deterministic_kernels() -> None:
+    """For the whole process, before it uses a GPU. An operation that has no deterministic kernel
+    raises and names itself."""
+    settings = {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # docs.pytorch.org/docs/stable/notes/randomness
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # TransformerEngine's attention
+        "NCCL_ALGO": "^NVLS",  # as Megatron-LM's --deterministic-mode asks
+    }
+    if torch.cuda.is_available():  # its kernels for that are Triton's
+        settings["VLLM_BATCH_INVARIANT"] = "1"
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    # It would also fill all fresh memory, to make reads of what nobody wrote alike.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def job_store(timeout_minutes: float) -> dist.Store:
@@ -99,6 +111,11 @@ def world_context(
     longest_wait_s: how long ranks may wait for what one of them does alone, e.g. its engine.
     """
     device = choose_device()
+    # Nothing draws from these, here at least: what is random has a seed of its own, of the run's
+    # seed and the iteration. Set, they are the same in every run all the same.
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -143,6 +160,11 @@ def join_groups(
         own, rank = getattr(layout, f"{name}_rank"), dist.get_rank(getattr(context.groups, name))
         assert rank == own, f"Megatron's rank order changed: {name} rank {rank}, expected {own}"
     return context
+
+
+def another_cpu_group(timeout_minutes: float) -> dist.ProcessGroup:
+    """All ranks, over gloo, for what runs beside the training. Collective."""
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
 def second_layout(layout: Layout, timeout: timedelta, context: ParallelContext) -> ParallelContext:

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from megatron_eopd.config import Config, TeacherConfig
+from megatron_eopd.config import CheckpointConfig, Config, TeacherConfig
 from megatron_eopd.data.packing import exchange_size
 from megatron_eopd.losses.chunked_head import chunk_size, overwrites_logits
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
@@ -69,15 +69,22 @@ def training_state(parameters: Parameters, layout: Layout, dtype: str) -> dict[s
     Gradients are float32. The optimizer has two float32 moments, and float32 master weights of
     bfloat16 ones, each on one of the ranks that hold the same parameters.
     """
-    state_bytes = 8 if dtype == "float32" else 12
-    expert_replicas = layout.stage_size // (layout.ep * layout.expert_tp)
-    optimizer = -(-parameters.dense * state_bytes // (layout.dp * layout.cp))
-    optimizer += -(-parameters.experts * state_bytes // expert_replicas)
     return {
         "weights": parameters.total * itemsize(dtype),
         "gradients": parameters.total * 4,
-        "optimizer": optimizer,
+        "optimizer": _share(parameters, layout, _state_bytes(dtype)),
     }
+
+
+def _state_bytes(dtype: str) -> int:
+    return 8 if dtype == "float32" else 12
+
+
+def _share(parameters: Parameters, layout: Layout, bytes_each: int) -> int:
+    """Of the rank, where those that hold the same parameters share them."""
+    expert_replicas = layout.stage_size // (layout.ep * layout.expert_tp)
+    dense = -(-parameters.dense * bytes_each // (layout.dp * layout.cp))
+    return dense - (-parameters.experts * bytes_each // expert_replicas)
 
 
 def itemsize(dtype: str) -> int:
@@ -150,6 +157,8 @@ class MemoryPlan:
 
     stages: dict[str, list[StageMemory]]
     """Of the `student`, and of teachers on ranks of their own by the name of their section."""
+    checkpoint_share: int
+    """Bytes of a checkpoint that the fullest rank writes, from a copy in host memory."""
 
     @property
     def worst(self) -> tuple[str, int, StageMemory]:
@@ -242,7 +251,27 @@ def plan_memory(setup: Setup) -> MemoryPlan:
         if setup.options_of(section).placement == "separate":
             pp = teacher.layout.pp
             stages[section] = [_teacher_stage(setup, section, n) for n in range(pp)]
-    return MemoryPlan(stages)
+    return MemoryPlan(stages, checkpoint_share(setup))
+
+
+def checkpoint_share(setup: Setup) -> int:
+    """As each data-parallel rank writes what it optimizes: weights, masters and moments."""
+    student = setup.student
+    bytes_each = itemsize(student.dtype) + _state_bytes(student.dtype)
+    return max(_share(parameters, student.layout, bytes_each) for parameters in student.parameters)
+
+
+def describe_saving(share: int, options: CheckpointConfig) -> str:
+    """How the fullest rank writes its share of a checkpoint, and what memory that takes."""
+    size = f"{share / 2**30:.3g} GiB on the fullest rank"
+    if not options.async_save:
+        return f"{size}; training waits while it is written (checkpoint.async_save=false)"
+    if share > options.staging_gib * 2**30:
+        return (
+            f"{size}, more than checkpoint.staging_gib={options.staging_gib:g}: training waits "
+            f"while it is written"
+        )
+    return f"{size}, copied into host memory and written while training goes on"
 
 
 def _student_stage(setup: Setup, stage: int) -> StageMemory:

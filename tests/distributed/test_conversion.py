@@ -28,24 +28,26 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_eopd import checkpoint, checkpoint_files
+from megatron_eopd.checkpoints import files
+from megatron_eopd.checkpoints.position import make_position
 from megatron_eopd.config import ModelConfig
 from megatron_eopd.conversion import to_hf, to_mcore
 from megatron_eopd.conversion.check import difference_of
-from megatron_eopd.models import hf_files, hf_weights, mcore_files
+from megatron_eopd.models import hf_files, hf_weights, mcore_writer
 from megatron_eopd.models.build import build_model
 from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import INDEX, HFCheckpoint, PlannedFile, SafetensorsWriter
 from megatron_eopd.models.hf_weights import load_hf_weights
 from megatron_eopd.models.load import load_mcore_weights
-from megatron_eopd.models.mcore_files import MCoreWriter
+from megatron_eopd.models.mcore_writer import MCoreWriter
 from megatron_eopd.parallel.init import free_port
 from megatron_eopd.training.optimizer import make_trainable
 from megatron_eopd.weight_sync.manifest import TensorSpec
 from tests.distributed.test_step import make_config
 from tests.ranks import context_for, leave_groups, run_ranks
-from tests.tiny_models import FAMILIES, make_model
+from tests.saving import save
+from tests.tiny_models import FAMILIES, SHAPE, make_model
 
 CONVERT = Path(__file__).parents[2] / "tools/convert_hf.py"
 # (TP, PP, EP, expert TP) of 4 ranks; data parallelism fills up what is left.
@@ -160,7 +162,7 @@ def check_loading(dirs, converted):
             # In the type of a run, whatever that of the checkpoint is.
             config = ModelConfig(dtype="float32" if layout[2] == 1 else "bfloat16")
             (model,), (reference,) = (build_model(dirs[family], config, context) for _ in range(2))
-            load_mcore_weights([model], converted / family, context)
+            load_mcore_weights([model], converted / family, SHAPE["vocab_size"], context)
             hf_config = read_hf_config(dirs[family])
             groups = context.layout, context.cpu_group
             load_hf_weights([reference], dirs[family], hf_config, *groups)
@@ -217,8 +219,8 @@ def save_a_run(model, family, hf_dir, out, context):
     student = make_trainable([model], config, context)
     student.wrapped[0].zero_grad_buffer()
     student.optimizer.step()  # on no gradients: Adam has moments, and weights have decayed
-    position = checkpoint.make_position(1, config.seed, "digest", context)
-    checkpoint.save(out / f"run-{family}", student, position, hf_dir, 1, context)
+    position = make_position(1, config.seed, "digest", context)
+    save(out / f"run-{family}", student, position, hf_dir, context, keep_last=1)
     hf_config = read_hf_config(hf_dir)
     exporter = Exporter([model], hf_config, hf_config.vocab_size, context, bucket_bytes=100_000)
     exporter.save_hf(hf_dir, out / f"run-{family}-hf")
@@ -229,7 +231,7 @@ def check_way_back(dirs, by_megatron, out):
     for name, family in SAVED:
         to_hf.to_hf(by_megatron / name, out / name, dirs[family], None, 10**9, False, context)
     for family, _ in RUNS:
-        run = checkpoint_files.newest(by_megatron / f"run-{family}")
+        run = files.newest(by_megatron / f"run-{family}")
         to_hf.to_hf(run, out / f"run-{family}", None, None, 10**9, False, context)
 
 
@@ -831,7 +833,7 @@ def test_memory_does_not_grow_with_the_model(qwen3_dir, tmp_path, monkeypatch):
     which are made small here: a chunk of each of the 6 keys that torch's writer keeps until a file
     is complete, one on its way, the rows being copied, and what is mapped of the source."""
     buffer = 2 * 2**20
-    monkeypatch.setattr(mcore_files, "CHUNK_BYTES", buffer)
+    monkeypatch.setattr(mcore_writer, "CHUNK_BYTES", buffer)
     monkeypatch.setattr(hf_weights, "READ_BYTES", buffer)
     monkeypatch.setattr(hf_files, "_MAPPED_BYTES", buffer)
     num_bytes = make_large_model(tmp_path / "large")

@@ -20,7 +20,8 @@ def transformers_logits(hf_dir: Path) -> torch.Tensor:
 
 
 def trainer_difference(run_dir: Path) -> float:
-    from megatron_eopd import checkpoint, checkpoint_files
+    from megatron_eopd.checkpoints import files
+    from megatron_eopd.checkpoints.loader import load
     from megatron_eopd.config import ParallelConfig, load_config
     from megatron_eopd.models.build import build_model
     from megatron_eopd.parallel.init import parallel_context
@@ -32,7 +33,7 @@ def trainer_difference(run_dir: Path) -> float:
     with parallel_context(ParallelConfig(), seed=1, longest_wait_s=0) as context:
         chunks = build_model(config.student.hf_path, config.model, context)
         student = make_trainable(chunks, config, context)
-        checkpoint.load(checkpoint_files.newest(run_dir), student, context)
+        load(files.newest(run_dir), student, 112, context)
         # Logits behind every token of a row: behind its last one, those of any next token.
         asked = [
             Rollout(Prompt(0, "", "", (row[0],)), 0, (*row[1:], 0), (0.0,) * len(row), "stop", 0)

@@ -7,6 +7,8 @@ and sha256 (so `sha256sum` can be asked too), and the file DONE is written last 
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,21 +27,42 @@ class Sum(NamedTuple):
     sha256: str
 
 
-def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
-    return run_dir / "checkpoints" / f"{iteration:06d}"
+_NAME = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def checkpoint_dir(run_dir: Path, iteration: int, steps_done: int = 0) -> Path:
+    """`steps_done`: optimizer steps of the iteration after, where a run was stopped within it."""
+    within = f"-{steps_done}" if steps_done else ""
+    return run_dir / "checkpoints" / f"{iteration:06d}{within}"
+
+
+def place_of(directory: Path) -> tuple[int, int] | None:
+    """(iteration, optimizer steps of the one after) by its name; None of what is none."""
+    match = _NAME.fullmatch(directory.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def named(run_dir: Path) -> list[Path]:
+    """What has the name of a checkpoint, the newest last. One without DONE is damaged, or was
+    written by a version that gave names before."""
+    return sorted(filter(place_of, (run_dir / "checkpoints").glob("[0-9]*")), key=place_of)
 
 
 def complete(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, the newest last."""
-    done = (run_dir / "checkpoints").glob(f"[0-9]*/{DONE}")
-    return sorted((path.parent for path in done), key=lambda path: int(path.name))
+    return [path for path in named(run_dir) if (path / DONE).is_file()]
 
 
-def set_aside_later(run_dir: Path, iteration: int) -> list[Path]:
-    """Where the complete checkpoints went that are of a later iteration, so that a run that starts
+def newest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    return next(reversed(complete(run_dir)), None)
+
+
+def set_aside_later(run_dir: Path, place: tuple[int, int]) -> list[Path]:
+    """Where the complete checkpoints went that are of a later place, so that a run that starts
     again from an earlier one never goes on from them."""
     moved = []
-    for path in [path for path in complete(run_dir) if int(path.name) > iteration]:
+    for path in [path for path in complete(run_dir) if place_of(path) > place]:
         number = 1
         while (target := path.with_name(f"superseded-{path.name}-{number}")).exists():
             number += 1
@@ -47,9 +70,31 @@ def set_aside_later(run_dir: Path, iteration: int) -> list[Path]:
     return moved
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    return next(reversed(complete(run_dir)), None)
+def put_in_place(written: Path, final: Path) -> None:
+    """Under the name by which it counts, which the file `latest` then has. An older one of that
+    name is there until this one is."""
+    replaced = final.with_name(f"{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    written.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    pointer = final.with_name("latest.new")
+    pointer.write_text(f"{final.name}\n")
+    pointer.replace(final.with_name("latest"))
+    _sync_directory(final.parent)
+
+
+def to_remove(run_dir: Path, keep_last: int, keep_best: Path | None) -> list[Path]:
+    """Complete checkpoints beyond those to keep, and what saves before the newest left behind."""
+    kept = complete(run_dir)
+    old = [path for path in kept[:-keep_last] if path != keep_best]
+    newest_place = place_of(kept[-1])
+    for path in (run_dir / "checkpoints").glob("[0-9]*.*"):
+        place = place_of(Path(path.stem))
+        if path.suffix in (".unfinished", ".replaced") and place and place <= newest_place:
+            old.append(path)
+    return old
 
 
 def sum_files(paths: Iterable[Path]) -> dict[str, Sum]:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eopd import checkpoint_files
-from megatron_eopd.checkpoint import Position, read_position, verify
+from megatron_eopd.checkpoints import files
+from megatron_eopd.checkpoints.loader import verify
+from megatron_eopd.checkpoints.position import Position, read_position
 from megatron_eopd.config import Config
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.errors import CheckpointError, ConfigError
@@ -37,7 +38,7 @@ def choose_checkpoints(config: Config, *, trains: bool) -> Candidates:
         ConfigError: there is none such, or there is one that must not be.
         CheckpointError: the one that is named, or every one, is damaged.
     """
-    options, own = config.checkpoint, checkpoint_files.complete(config.run_dir)
+    options, own = config.checkpoint, files.complete(config.run_dir)
     if not trains and options.load is not None:
         return _named(options.load)
     if trains and options.resume == "none":
@@ -47,7 +48,7 @@ def choose_checkpoints(config: Config, *, trains: bool) -> Candidates:
                 f"write over it. Use another run_dir, or checkpoint.resume=auto to go on."
             )
     elif trains and options.resume != "auto":
-        directory = checkpoint_files.checkpoint_dir(config.run_dir, options.resume)
+        directory = files.checkpoint_dir(config.run_dir, options.resume)
         if directory not in own:
             there = ", ".join(path.name for path in own)
             raise ConfigError(
@@ -56,13 +57,18 @@ def choose_checkpoints(config: Config, *, trains: bool) -> Candidates:
             )
         return _named(directory)
     if own:
-        return _sound(own[::-1])
-    return Candidates([], []) if options.load is None else _named(options.load)
+        return _sound(files.named(config.run_dir)[::-1])
+    if options.load is not None:
+        return _named(options.load)
+    left = [f"{p}: never finished, it has no {files.DONE}." for p in files.named(config.run_dir)]
+    return Candidates([], left)
 
 
 def _named(directory: Path) -> Candidates:
-    read_position(directory)
-    problems = checkpoint_files.quick_problems(directory)
+    position = read_position(directory)
+    problems = files.quick_problems(directory)
+    if position.format > 1 and not (directory / files.CHECKSUMS).is_file():
+        problems.append(f"{files.CHECKSUMS} is missing")
     if problems:
         raise CheckpointError(f"{directory} is damaged: {'; '.join(problems)}. Copy it again.")
     return Candidates([directory], [])
@@ -74,7 +80,8 @@ def _sound(newest_first: list[Path]) -> Candidates:
         try:
             _named(directory)
         except CheckpointError as error:
-            damaged.append(str(error))
+            if not candidates.directories:
+                damaged.append(str(error))
         else:
             candidates.directories.append(directory)
     if not candidates.directories:
@@ -107,7 +114,13 @@ def first_sound(candidates: Candidates, context: ParallelContext, log: RunLog) -
     return None
 
 
-def check_position(directory: Path, position: Position, prompts: PromptSet, config: Config) -> None:
+def check_position(
+    directory: Path,
+    position: Position,
+    prompts: PromptSet,
+    tokenizer_digest: str,
+    config: Config,
+) -> None:
     """
     Raises:
         ConfigError: naming what differs, and what it would do.
@@ -120,6 +133,10 @@ def check_position(directory: Path, position: Position, prompts: PromptSet, conf
     references = (position.references_digest, prompts.references_digest)
     if all(references) and references[0] != references[1]:
         different.append("other reference answers")
+    if position.tokenizer_digest not in ("", tokenizer_digest):
+        different.append(
+            f"another tokenizer, {position.tokenizer_digest[:12]} (now {tokenizer_digest[:12]})"
+        )
     if different:
         raise ConfigError(
             f"{directory} was written with {' and '.join(different)}: its samples could not be "

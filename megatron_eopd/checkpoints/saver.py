@@ -1,0 +1,322 @@
+"""Writes checkpoints, beside the training where there is room. In: student, Position. Out: files.
+
+A save has two halves. The first holds up the run: what this rank has to write is copied into host
+memory. The second writes it, on a thread with a process group of its own, while the run goes on:
+tensors, their sums, and when all ranks have done so the description and DONE, by rank 0. Without
+room for the copy the run waits for both.
+
+The format is Megatron-Core's torch_dist, readable under any parallel layout; see contents.py.
+"""
+
+import io
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_eopd.checkpoints import files
+from megatron_eopd.checkpoints.contents import (
+    adam_step,
+    items_of,
+    objects_of,
+    pieces_to_write,
+    rng_key,
+    rng_state,
+)
+from megatron_eopd.checkpoints.position import Position, best_of, write_position
+from megatron_eopd.config import CheckpointConfig
+from megatron_eopd.errors import CheckpointError, ExpectedError
+from megatron_eopd.models.hf_files import copy_side_files
+from megatron_eopd.models.mcore_files import stored_shape
+from megatron_eopd.models.mcore_writer import (
+    describe,
+    failed_writes_as_os_errors,
+    object_item,
+    shard_item,
+)
+from megatron_eopd.parallel.collectives import (
+    collecting,
+    gather_everywhere,
+    gather_on_rank_zero,
+    lost_rank,
+    raise_together,
+    tells_of_lost_rank,
+)
+from megatron_eopd.parallel.init import ParallelContext, another_cpu_group
+from megatron_eopd.training.optimizer import Trainable
+
+BACKGROUND_NICENESS = 15
+"""Of the writing thread: Linux gives it a thirtieth of a core that the training wants."""
+
+
+class Saver:
+    """The checkpoints of one run. One save is under way at most."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        hf_path: Path,
+        options: CheckpointConfig,
+        context: ParallelContext,
+        tell: Callable[[str], None],
+    ) -> None:
+        """hf_path: where config.json and the tokenizer are; they are copied, so that a checkpoint
+        can be converted, or another run start from its weights, without anything beside it.
+        Collective."""
+        self._run_dir, self._hf_path, self._options = run_dir, hf_path, options
+        self._context, self._tell = context, tell
+        self._group = another_cpu_group(options.save_timeout_minutes)
+        self._running: _Writing | None = None
+        self._last: _Writing | None = None
+
+    def save(
+        self, student: Trainable, position: Position, texts: Mapping[str, str] | None = None
+    ) -> Path:
+        """Returns when the run may change the student. Collective.
+
+        `texts`: files to be written beside, name → content.
+
+        Raises:
+            CheckpointError: this one or the one before could not be written.
+        """
+        begin = monotonic()
+        self.finish()
+        directory = files.checkpoint_dir(self._run_dir, position.iteration, position.steps_done)
+        position = replace(position, adam_step=adam_step(student))
+        errors: list[Exception] = []
+        with saving_errors(directory):
+            with collecting(errors):
+                own = _contents(student, self._context)
+                if self._context.layout.rank == 0:
+                    _begin(unfinished(directory), self._hf_path, position, texts or {})
+            raise_together(errors, self._context.cpu_group)
+        writing = _Writing(directory, own, self._context, self._group, self._completed, begin)
+        self._last = writing
+        largest = max(gather_everywhere(own.num_bytes, self._context.cpu_group))
+        if self._options.async_save and largest <= self._options.staging_gib * 2**30:
+            own.stage()
+            self._running = writing
+            writing.start()
+        else:
+            writing.write()
+        return directory
+
+    @property
+    def whole_save_s(self) -> float | None:
+        """Seconds from the last save's beginning until it counted; None while it is under way."""
+        return None if self._last is None else self._last.whole_s
+
+    def poll(self) -> None:
+        """Once an iteration: hear of a save that has failed before the next one is due. Collective.
+
+        Raises:
+            CheckpointError: on every rank.
+        """
+        if self._running is not None and all(
+            gather_everywhere(self._running.is_over, self._context.cpu_group)
+        ):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save that is under way. On every rank, or none.
+
+        Raises:
+            CheckpointError: it could not be written, or not in time.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            running.wait(self._options.save_timeout_minutes)
+
+    def close(self) -> None:
+        """Like finish, where the run has ended and only its own error counts."""
+        with suppress(ExpectedError):
+            self.finish()
+
+    def _completed(self, directory: Path, seconds: float) -> None:
+        """By rank 0. Says so, and removes what need not be kept."""
+        self._tell(f"saved {directory} in {seconds:.1f} s")
+        best = best_of(files.complete(self._run_dir), self._options.keep_best)
+        for old in files.to_remove(self._run_dir, self._options.keep_last, best):
+            shutil.rmtree(old)
+
+
+@dataclass
+class _Own:
+    """What this rank writes."""
+
+    items: list[WriteItem]
+    data: dict[MetadataIndex, torch.Tensor | bytes]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(d.nbytes if isinstance(d, torch.Tensor) else len(d) for d in self.data.values())
+
+    def stage(self) -> None:
+        """Copy it, so that training may go on."""
+        for index, value in self.data.items():
+            if isinstance(value, torch.Tensor):
+                self.data[index] = value.to("cpu", copy=True)
+
+
+def _contents(student: Trainable, context: ParallelContext) -> _Own:
+    rank, world_size = context.layout.rank, context.layout.world_size
+    own = _Own([], {})
+    for item in items_of(student):
+        for piece in pieces_to_write(item):
+            sizes = stored_shape(piece)
+            chunk = ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size(sizes))
+            own.items.append(shard_item(piece.key, chunk, piece.global_shape, piece.dtype))
+            own.data[own.items[-1].index] = piece.data.view(sizes)
+    for key, content in {**objects_of(student), rng_key(rank, world_size): rng_state()}.items():
+        own.items.append(object_item(key))
+        own.data[own.items[-1].index] = content
+    return own
+
+
+def unfinished(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.unfinished")
+
+
+def _begin(directory: Path, hf_path: Path, position: Position, texts: Mapping[str, str]) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    copy_side_files(hf_path, directory)
+    write_position(directory, position)
+    for name, text in texts.items():
+        (directory / name).write_text(text)
+
+
+class _Planner(DefaultSavePlanner):
+    """Hands out what one rank writes, and forgets it."""
+
+    def __init__(self, own: _Own) -> None:
+        super().__init__()
+        self._data = own.data
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        value = self._data.pop(write_item.index)
+        return value if isinstance(value, torch.Tensor) else io.BytesIO(value)
+
+
+class _Writing:
+    """One save's second half."""
+
+    def __init__(
+        self,
+        directory: Path,
+        own: _Own,
+        context: ParallelContext,
+        group: dist.ProcessGroup,
+        completed: Callable[[Path, float], None],
+        begin: float,
+    ) -> None:
+        """`group`: all ranks, and nobody else uses it now. `begin`: of the save, by monotonic()."""
+        self._directory, self._own, self._completed = directory, own, completed
+        self._rank, self._group = context.layout.rank, group
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._error: BaseException | None = None
+        self._begin = begin
+        self.whole_s: float | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, minutes: float) -> None:
+        self._thread.join(60 * minutes)
+        if self._thread.is_alive():
+            raise CheckpointError(
+                f"{self._directory}: not written within checkpoint.save_timeout_minutes="
+                f"{minutes:g}. Set a longer time, or look at what the disk is doing."
+            )
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
+        try:
+            self.write()
+        except BaseException as error:  # raised where the run waits for it
+            self._error = error
+
+    def write(self) -> None:
+        """Collective."""
+        with saving_errors(self._directory):
+            directory = unfinished(self._directory)
+            errors: list[Exception] = []
+            with collecting(errors), failed_writes_as_os_errors():
+                plan, results, sums = _write_own(directory, self._own, self._rank)
+            raise_together(errors, self._group)
+            every = gather_on_rank_zero((plan, results, sums), self._group)
+            with collecting(errors):
+                if every is not None:
+                    _finish(directory, self._directory, every)
+                    self._completed(self._directory, monotonic() - self._begin)
+            raise_together(errors, self._group)
+        self.whole_s = monotonic() - self._begin
+
+
+Told = tuple[SavePlan, list[WriteResult], dict[str, files.Sum]]
+"""What a rank has written, and where."""
+
+
+def _write_own(directory: Path, own: _Own, rank: int) -> Told:
+    writer = FileSystemWriter(directory, overwrite=True)
+    writer.set_up_storage_writer(False, rank=rank, use_collectives=False)  # names files by rank
+    plan = writer.prepare_local_plan(SavePlan(own.items))
+    results = writer.write_data(plan, _Planner(own)).wait()
+    names = {result.storage_data.relative_path for result in results}
+    return plan, results, files.sum_files(directory / name for name in sorted(names))
+
+
+def _finish(directory: Path, final: Path, every: Sequence[Told]) -> None:
+    """By rank 0: description, sums, DONE, and the name under which a run finds it."""
+    plans, results, sums = zip(*every, strict=True)
+    check_complete(plans)
+    describe(directory, plans, results, common={})
+    own = {name: found for of_rank in sums for name, found in of_rank.items()}
+    others = [path for path in directory.iterdir() if path.name not in own]
+    files.write_sums(directory, own | files.sum_files(others))
+    files.put_in_place(directory, final)
+
+
+def check_complete(plans: Sequence[SavePlan]) -> None:
+    """All ranks together must have written every element of every tensor once."""
+    written: dict[str, int] = {}
+    whole = {}
+    for item in (item for plan in plans for item in plan.items):
+        if item.tensor_data is not None:
+            key = item.index.fqn
+            written[key] = written.get(key, 0) + item.tensor_data.chunk.sizes.numel()
+            whole[key] = item.tensor_data.size.numel()
+    wrong = [key for key in whole if written[key] != whole[key]]
+    assert not wrong, f"{len(wrong)} tensors are not written whole, {wrong[0]} among them"
+
+
+@contextmanager
+def saving_errors(directory: Path) -> Iterator[None]:
+    """Whatever writing raises; the last checkpoint that is complete stays."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if tells_of_lost_rank(error):
+            raise lost_rank(error, f"saving {directory}") from error
+        raise CheckpointError(
+            f"{directory}: the checkpoint cannot be written ({error}). Earlier ones are whole. "
+            f"Make room, or see to it that all ranks may write there, and start the same command "
+            f"again."
+        ) from error
