@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_eopd import checkpoint
+from megatron_eopd.checkpoints.loader import load
+from megatron_eopd.checkpoints.resume import first_sound
+from megatron_eopd.checkpoints.saver import Saver
 from megatron_eopd.config import Config
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.interruption import Interruption
 from megatron_eopd.models.build import build_model
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.export import Exporter
@@ -21,7 +24,6 @@ from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.worlds import Role
 from megatron_eopd.preflight import Inputs
 from megatron_eopd.records import Prompt, Rollout
-from megatron_eopd.resume import first_sound
 from megatron_eopd.rollout.engine import RolloutEngine, SyncReport
 from megatron_eopd.rollout.engine_process import EngineProcess
 from megatron_eopd.rollout.megatron_engine import MegatronEngine, score_tokens
@@ -32,6 +34,7 @@ from megatron_eopd.schedules import Progress
 from megatron_eopd.teacher.placement import open_teachers
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.optimizer import Trainable, make_trainable
+from megatron_eopd.training.skipping import StepGuard
 from megatron_eopd.training.token_loss import TokenLoss
 from megatron_eopd.weight_sync.verify import SyncCheck, probe_sequences
 
@@ -43,6 +46,7 @@ class Session:
     config: Config
     context: ParallelContext
     log: RunLog
+    stop: Interruption
     tokenizer: Tokenizer
     prompts: PromptSet
     held_out: list[Prompt]
@@ -58,11 +62,21 @@ class Session:
     first_iteration: int
     """0, or the iteration of the checkpoint that was loaded."""
     first_step: int
-    """Optimizer steps until then."""
+    """Optimizer steps until then, without those of an iteration that was broken off."""
+    first_steps_done: int
+    """Of the first iteration, where the run was stopped within it."""
     resumed_from: Path | None
     """The checkpoint that was loaded."""
+    saver: Saver
+    guard: StepGuard
+    """Which steps are skipped."""
     resumes_evaluated: bool
     """Whether a checkpoint was loaded, and the evaluation due at its iteration was made before."""
+
+    @property
+    def first_place(self) -> tuple[int, int]:
+        """Iteration, and optimizer steps of it that were taken before."""
+        return self.first_iteration, self.first_steps_done
 
     def progress(self, iteration: int, step: int = 0) -> Progress:
         """Before step `step` of an iteration."""
@@ -99,6 +113,7 @@ def open_session(
     store: dist.Store,
     context: ParallelContext,
     log: RunLog,
+    stop: Interruption,
 ) -> Iterator[Session]:
     """On the student's ranks. `store`: the job's, where separate teachers are met."""
     times, tokenizers = StageTimes(log, "start-up"), inputs.tokenizers
@@ -117,7 +132,8 @@ def open_session(
         with times("checkpoint"):
             directory = first_sound(inputs.candidates, context, log)
             if directory is not None:
-                position = checkpoint.load(directory, student, context)
+                vocab_size = read_hf_config(config.student.hf_path).vocab_size
+                position = load(directory, student, vocab_size, context)
                 log.line(f"resumed from {directory}")
         with times("teachers"):
             teachers = stack.enter_context(
@@ -126,13 +142,19 @@ def open_session(
                 )
             )
         with times("engine"):
-            engine = _make_engine(process, config, inputs, student.chunks, context, log)
+            engine = _make_engine(process, config, inputs, student.chunks, context, log, stop)
         stack.enter_context(closing(engine))
+        saver = stack.enter_context(
+            closing(
+                Saver(config.run_dir, config.student.hf_path, config.checkpoint, context, log.line)
+            )
+        )
         log.startup |= times.seconds
         yield Session(
             config=config,
             context=context,
             log=log,
+            stop=stop,
             tokenizer=tokenizers.student,
             prompts=inputs.prompts,
             held_out=inputs.held_out,
@@ -148,8 +170,15 @@ def open_session(
             max_probe_tokens=inputs.max_sequence_length - 1,
             vocab_size=tokenizers.vocab_size,
             first_iteration=position.iteration if position else 0,
-            first_step=position.steps_of(config) if position else 0,
+            first_step=position.steps_of(config) - position.steps_done if position else 0,
+            first_steps_done=position.steps_done if position else 0,
             resumed_from=directory,
+            saver=saver,
+            guard=StepGuard(
+                config.training,
+                position.grad_norms if position else (),
+                position.skipped_in_a_row if position else 0,
+            ),
             resumes_evaluated=position is not None and position.is_evaluated,
         )
 
@@ -197,11 +226,18 @@ def _make_engine(
     chunks: Sequence[CausalLM],
     context: ParallelContext,
     log: RunLog,
+    stop: Interruption,
 ) -> RolloutEngine:
     """`process`: vLLM's, on rank 0 of a run that wants it."""
     rollout = config.rollout
     if not inputs.engine.is_vllm:
-        return MegatronEngine(chunks, inputs.tokenizers.vocab_size, rollout.max_num_seqs, context)
+        return MegatronEngine(
+            chunks,
+            inputs.tokenizers.vocab_size,
+            rollout.max_num_seqs,
+            context,
+            pause=stop.pause_in_wait,
+        )
     # vLLM's model has the compared tokens and no padding, so it never samples any.
     exporter = make_exporter(config, chunks, inputs.tokenizers.vocab_size, context)
     return VllmEngine(
@@ -214,4 +250,5 @@ def _make_engine(
         export_buckets=exporter.buckets,
         cpu_group=context.cpu_group,
         tell=log.line,
+        must_leave=stop.must_leave,
     )

@@ -1,12 +1,9 @@
 """A command's work on every rank: check, join the ranks, build, work, leave together."""
 
-import signal
 import socket
-import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore
@@ -14,17 +11,22 @@ from torch.distributed import PrefixStore
 from megatron_eopd import preflight
 from megatron_eopd.build import Session, open_session
 from megatron_eopd.config import Config
-from megatron_eopd.errors import ExpectedError
+from megatron_eopd.errors import Interrupted
+from megatron_eopd.interruption import Interruption
+from megatron_eopd.leaving import as_expected, fail_together, leave_if_stopped, stop_together
 from megatron_eopd.parallel.init import (
     ParallelContext,
+    choose_deterministic_kernels,
     job_store,
     leave_no_process_behind,
     own_rank,
     world_context,
 )
+from megatron_eopd.parallel.meeting import began_at, torchrun_store
 from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, smallest_world, student_layout
 from megatron_eopd.run_lock import run_lock
-from megatron_eopd.run_log import RunLog, seconds_since_start, tell_torchrun
+from megatron_eopd.run_log import RunLog, seconds_since_start
+from megatron_eopd.stop_signals import StopSignals
 from megatron_eopd.teacher.placement import rank_table, wire_store
 from megatron_eopd.teacher.separate import serve
 
@@ -45,6 +47,10 @@ def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bo
     """`work` on the student's ranks, while those of separate teachers serve them. `trains`: see
     preflight.check."""
     leave_no_process_behind()
+    job = torchrun_store()
+    leave_if_stopped(job)
+    if config.model.deterministic_mode:
+        choose_deterministic_kernels()
     rank, world_size = own_rank()
     imports_s = seconds_since_start()
     inputs = preflight.check(config, world_size, trains=trains)
@@ -52,7 +58,17 @@ def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bo
     # An evaluation reads, and may do so beside the run.
     with run_lock(config.run_dir) if trains and rank == 0 else nullcontext():
         startup = {"imports": imports_s, "checks": checks_s}
-        _meet_and_work(config, work, inputs, rank, world_size, startup)
+        _meet_and_work(config, work, inputs, rank, world_size, startup, job)
+
+
+def _limit(config: Config, job: dist.Store | None) -> float | None:
+    """When the job must be over, by time.monotonic(), as its first start counts."""
+    minutes = config.checkpoint.exit_duration_minutes
+    if minutes is None:
+        return None
+    now = time.time()
+    began = now - seconds_since_start()
+    return time.monotonic() + 60 * minutes - (now - (began_at(job, began) if job else began))
 
 
 def _meet_and_work(
@@ -62,17 +78,21 @@ def _meet_and_work(
     rank: int,
     world_size: int,
     startup: dict[str, float],
+    job: dist.Store | None,
 ) -> None:
-    """`startup`: what was done until here, in seconds."""
+    """`startup`: what was done until here, in seconds. `job`: torchrun's store, with what outlives
+    this start."""
     roles = roles_of(config, world_size)
     role = next(role for role in roles.values() if role.holds(rank))
     store = job_store(config.parallel.distributed_timeout_minutes)
     store.set(f"host/{rank}", socket.gethostname())
-    with _world(role, config, rank, store) as (context, log):
+    limit = _limit(config, job)
+    with _world(role, config, rank, store, job) as (context, log, signals):
         if role.name != STUDENT:
             teacher = config.all_teachers[role.name]
             students = student_layout(config, world_size)
             log.stage = f"service as [{role.name}]"
+            signals.keeps_work = True  # the student's: it lets this teacher go
             serve(
                 teacher,
                 role,
@@ -88,41 +108,35 @@ def _meet_and_work(
         if rank == 0:
             _tell_plan(config, inputs, world_size, store, log)
         log.startup |= startup
-        with open_session(config, inputs, roles, store, context, log) as session:
+        stop = Interruption(signals, log, context.cpu_group, limit)
+        with open_session(config, inputs, roles, store, context, log, stop) as session:
             parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in log.startup.items())
             log.line(f"start-up: {seconds_since_start():.1f} s ({parts})")
             work(session)
 
 
-def _say_where_when_stopped(log: RunLog) -> None:
-    """torchrun stops the ranks that are left with SIGTERM, and with SIGKILL 30 s later."""
-
-    def stopped(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.alarm(10)  # an exit that is raised in a destructor is lost
-        log.error(
-            f"error: stopped by SIGTERM in {log.stage}: another rank failed first, or somebody "
-            f"ended the job."
-        )
-        raise SystemExit(1)
-
-    signal.signal(signal.SIGTERM, stopped)
-
-
 @contextmanager
 def _world(
-    role: Role, config: Config, rank: int, store: dist.Store
-) -> Iterator[tuple[ParallelContext, RunLog]]:
-    """The ranks of one role. An expected error ends all of them together."""
+    role: Role, config: Config, rank: int, store: dist.Store, job: dist.Store | None
+) -> Iterator[tuple[ParallelContext, RunLog, StopSignals]]:
+    """The ranks of one role. An expected error, or a stop, ends all of them together."""
     layout, minutes = role.layout(config, rank), config.parallel.distributed_timeout_minutes
     own = PrefixStore(role.name, store)
     with world_context(layout, own, minutes, config.seed, config.longest_wait_s) as context:
         log = RunLog(config.run_dir, rank)
-        _say_where_when_stopped(log)
+        signals = StopSignals(log, config.checkpoint.exit_grace_seconds)
         try:
-            yield context, log
-        except ExpectedError as error:
-            _fail_together(error, log, context)
+            yield context, log, signals
+        except Interrupted as interruption:
+            signals.ignore()
+            stop_together(str(interruption), log, context, job)
+        except Exception as error:
+            expected = as_expected(error, log.stage)
+            if expected is None:
+                raise
+            signals.ignore()
+            fail_together(expected, log, context)
+        signals.ignore()
         log.close()
 
 
@@ -146,17 +160,3 @@ def _tell_plan(
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "ranks.txt").write_text(table + "\n")
     log.line(table)
-
-
-def _fail_together(error: Exception, log: RunLog, context: ParallelContext) -> NoReturn:
-    """Tell the error once, by rank 0, and exit. torchrun ends all ranks with the first that exits,
-    so the others wait until rank 0 has spoken; a rank that failed alone speaks for itself."""
-    tell_torchrun(f"error: {error}")
-    if context.layout.rank == 0:
-        log.error(f"error: {error}")
-    try:
-        dist.monitored_barrier(context.cpu_group, timeout=timedelta(seconds=15))
-    except RuntimeError:
-        if context.layout.rank != 0:
-            log.error(f"error on rank {context.layout.rank}: {error}")
-    sys.exit(1)

@@ -5,16 +5,24 @@ step reports ─▶ new weights in the engine.
 """
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 
-from megatron_eopd import checkpoint, report
+from megatron_eopd import report
 from megatron_eopd.build import Session
 from megatron_eopd.data.packing import Limits, PackedRollouts, exchange_size, pack, rounds_of
-from megatron_eopd.errors import EngineError, NonFiniteError
-from megatron_eopd.evaluation.evaluate import Evaluation, evaluate_on
+from megatron_eopd.errors import EngineError
 from megatron_eopd.health import HealthCheck
 from megatron_eopd.metrics.writer import MetricsWriter, rounded
-from megatron_eopd.records import Prompt, Rollout, StepReport
+from megatron_eopd.milestones import (
+    begun_work,
+    evaluate_if_due,
+    evaluate_student,
+    save,
+    save_if_due,
+    saved_when_interrupted,
+)
+from megatron_eopd.records import MicroBatch, Prompt, Rollout
 from megatron_eopd.rollout.engine import Sampling, SyncReport
 from megatron_eopd.rollout.recording import rollout_file, write_rollouts
 from megatron_eopd.rollout.references import (
@@ -24,7 +32,9 @@ from megatron_eopd.rollout.references import (
 )
 from megatron_eopd.run_files import finish, open_files, publish
 from megatron_eopd.run_log import StageTimes
+from megatron_eopd.step_faults import settle
 from megatron_eopd.training.step import train_step
+from megatron_eopd.unfinished import Unfinished
 
 
 def train(session: Session) -> None:
@@ -42,30 +52,52 @@ def iterate(session: Session, writer: MetricsWriter | None) -> None:
     done = session.first_iteration if session.resumes_evaluated else -1
     if config.training.train_iters == done:
         return
-    sync = push_first_weights(session)
+    push_first_weights(session)
     health = HealthCheck(config, log)
+    session.stop.begin_work()
     with log.progress(session.first_iteration, config.training.train_iters) as bar:
         for iteration in range(session.first_iteration, config.training.train_iters + 1):
-            if iteration > done:
-                evaluate_if_due(session, iteration, writer)
-                save_if_due(session, iteration)
-            if iteration == config.training.train_iters:
-                break
-            times = stage_times(session, iteration)
-            with times("rollout"):
-                rollouts = draw_rollouts(session, iteration)
-            plans = plan_steps(session, rollouts)
-            reports = optimize(session, plans, iteration, times)
-            with times("sync"):
-                sync = session.push_weights(iteration + 1, rollouts)
-            scalars = report.iteration_scalars(rollouts, reports, sync, times)
-            scalars |= report.packing_scalars(plans, session.context.layout)
-            publish(session, iteration + 1, scalars, rollouts, reports, writer)
-            health.look(scalars, sync)
-            if sync.is_unsound:  # the trainer's own weights are good
-                save(session, iteration + 1, is_evaluated=False)
-                raise EngineError(sync.probe.message)
+            work = begun_work(session, iteration)
+            with saved_when_interrupted(session, work):
+                if iteration > done:
+                    evaluate_if_due(session, work, writer)
+                    work.is_evaluated = True
+                    work.is_saved = save_if_due(session, work)
+                if iteration == config.training.train_iters:
+                    break
+                times = stage_times(session, iteration)
+                session.stop.pause("begin", is_boundary=work.rollouts is None)
+                if work.rollouts is None:
+                    with times("rollout"):
+                        work.add_rollouts(draw_rollouts(session, iteration))
+                plans = plan_steps(session, work.rollouts)
+                optimize(session, plans, work, times)
+            finish_iteration(session, work, plans, times, health, writer)
             bar.update()
+
+
+def finish_iteration(
+    session: Session,
+    work: Unfinished,
+    plans: list[PackedRollouts],
+    times: StageTimes,
+    health: HealthCheck,
+    writer: MetricsWriter | None,
+) -> None:
+    """Give the engine the new weights, and tell what the iteration was."""
+    version, rollouts, reports = work.iteration + 1, work.rollouts, work.reports
+    with times("sync"):
+        sync = session.push_weights(version, rollouts)
+    scalars = report.iteration_scalars(rollouts, reports, sync, times)
+    scalars |= report.packing_scalars(plans, session.context.layout)
+    publish(session, version, scalars, rollouts, reports, writer)
+    health.look(scalars, sync)
+    if sync.is_unsound:  # the trainer's own weights are good
+        save(session, Unfinished(version))
+        session.saver.finish()
+        raise EngineError(sync.probe.message)
+    session.saver.poll()
+    session.stop.end_iteration(session.saver.whole_save_s)
 
 
 def push_first_weights(session: Session) -> SyncReport:
@@ -100,7 +132,8 @@ def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
     answered = places_of_references(len(prompts), fraction, config.seed, iteration)
     open_prompts = [p for n, p in enumerate(prompts) if n not in answered]
     given_prompts = [p for n, p in enumerate(prompts) if n in answered]
-    sampled = iter(sample(session, open_prompts, iteration))
+    with session.stop.waiting("rollout"):
+        sampled = iter(sample(session, open_prompts, iteration))
     given = iter(reference_rollouts(given_prompts, session.prompts, count, version=iteration))
     # In the prompts' order, so that both are spread over the optimizer steps.
     places = [n for n in range(len(prompts)) for _ in range(count)]
@@ -141,70 +174,45 @@ def plan_steps(session: Session, rollouts: list[Rollout]) -> list[PackedRollouts
 
 
 def optimize(
-    session: Session, plans: list[PackedRollouts], iteration: int, times: StageTimes
-) -> list[StepReport]:
-    """Score and train, step by step."""
-    config = session.config
-    rounds = [rounds_of(plan, exchange_size(config)) for plan in plans]
+    session: Session, plans: list[PackedRollouts], work: Unfinished, times: StageTimes
+) -> None:
+    """Score and train, step by step, those that were not taken before."""
+    config, iteration, first = session.config, work.iteration, work.steps_done
+    session.stop.pause("rollouts")
+    rounds = [rounds_of(plan, exchange_size(config)) for plan in plans[first:]]
     # All steps at once: a teacher on its own ranks goes on while the student trains.
     all_rounds = [portion for step in rounds for portion in step]
     scored = times.each("score", session.teachers.microbatches(all_rounds))
-    reports = []
-    for number, own_rounds in enumerate(rounds):
-        try:
-            with times("train"):
-                step_report = train_step(
-                    session.student,
-                    session.token_loss,
-                    islice(scored, len(own_rounds)),
-                    session.context,
-                    num_rounds=len(own_rounds),
-                    progress=session.progress(iteration, number),
-                    # Only here does the student still have the weights that wrote the rollouts.
-                    compare_engine=number == 0,
-                )
-        except NonFiniteError:
-            if session.context.layout.rank == 0:
-                path = config.run_dir / "rollouts" / f"{iteration:06d}-nonfinite.jsonl"
-                step = [r for rank in plans[number] for batch in rank for r in batch]
-                write_rollouts(path, step, session.tokenizer)
-            raise
-        reports.append(step_report)
+    for number, own_rounds in enumerate(rounds, start=first):
+        progress = session.progress(iteration, number)
+        interval = config.training.check_replicas_interval
+        with times("train"):
+            step_report = train_step(
+                session.student,
+                session.token_loss,
+                pausing(session, islice(scored, len(own_rounds)), number),
+                session.context,
+                num_rounds=len(own_rounds),
+                progress=progress,
+                # Only here does the student still have the weights that wrote the rollouts.
+                compare_engine=number == 0,
+                compare_replicas=interval > 0 and progress.steps % interval == 0,
+                skip_above=session.guard.skip_above(),
+            )
+        batch = [r for rank in plans[number] for part in rank for r in part]
+        settle(session, iteration, number, batch, step_report)
+        work.add_step(step_report)
+        session.stop.pause(f"step {number}")
     session.student.gather_parameters()
-    return reports
 
 
-def evaluate_if_due(session: Session, iteration: int, writer: MetricsWriter | None) -> None:
-    config = session.config
-    ends = (0, config.training.train_iters)
-    due = iteration in ends or (
-        config.evaluation.interval and iteration % config.evaluation.interval == 0
-    )
-    if not (due and session.held_out):
-        return
-    result = evaluate_student(session)
-    figures = " | ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in result.figures.items())
-    session.log.line(f"eval {iteration} | {figures}")
-    if writer is not None:
-        writer.write(iteration, result.figures)
-        each, count = config.evaluation.samples_per_problem, config.logging.text_samples
-        shown, marks = result.samples[::each][:count], result.correct[::each][:count]
-        text = report.samples_markdown(shown, session.tokenizer, marks)
-        writer.text(iteration, "evaluation", text)
-
-
-def evaluate_student(session: Session) -> Evaluation:
-    """The held-out problems, with the weights that the engine was given last."""
-    return evaluate_on(
-        session.held_out,
-        session.engine,
-        session.teachers,
-        session.token_loss,
-        session.student.chunks,
-        session.tokenizer,
-        session.config,
-        session.context,
-    )
+def pausing(
+    session: Session, rounds: Iterator[list[MicroBatch]], step: int
+) -> Iterator[list[MicroBatch]]:
+    """The same rounds. A step that is broken off between them leaves no trace."""
+    for number, microbatches in enumerate(rounds):
+        session.stop.pause(f"step {step} round {number}", until=f"step {step}")
+        yield microbatches
 
 
 def evaluate(session: Session) -> None:
@@ -215,32 +223,3 @@ def evaluate(session: Session) -> None:
         path = session.config.run_dir / f"evaluation-{session.first_iteration:06d}.json"
         path.write_text(json.dumps(figures, indent=2) + "\n")
         session.log.line("\n" + report.figures_table(figures) + f"\n\nwritten to {path}")
-
-
-def save_if_due(session: Session, iteration: int) -> None:
-    config = session.config
-    last = iteration == config.training.train_iters
-    if iteration > 0 and (last or iteration % config.checkpoint.save_interval == 0):
-        save(session, iteration)
-
-
-def save(session: Session, iteration: int, is_evaluated: bool = True) -> None:
-    config = session.config
-    position = checkpoint.make_position(
-        iteration,
-        config.seed,
-        session.prompts.digest,
-        session.context,
-        references_digest=session.prompts.references_digest,
-        optimizer_steps=session.progress(iteration).steps,
-        train_iters=config.training.train_iters,
-        is_evaluated=is_evaluated,
-    )
-    checkpoint.save(
-        config.run_dir,
-        session.student,
-        position,
-        hf_path=config.student.hf_path,
-        keep_last=config.checkpoint.keep_last,
-        context=session.context,
-    )

@@ -4,13 +4,17 @@ import json
 import subprocess
 from pathlib import Path
 
-from megatron_eopd import checkpoint_files, report
+from megatron_eopd import report
 from megatron_eopd.build import Session, make_exporter
+from megatron_eopd.checkpoints import files
 from megatron_eopd.config import Config, changed_options
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.run_log import seconds_since_start
+
+RUN_CONFIG = "run_config.json"
+"""In a checkpoint: the options of the run that wrote it."""
 
 
 def open_files(session: Session) -> MetricsWriter | None:
@@ -19,18 +23,24 @@ def open_files(session: Session) -> MetricsWriter | None:
         return None
     _tell_changes(session)
     config = session.config
-    for moved in checkpoint_files.set_aside_later(config.run_dir, session.first_iteration):
+    for moved in files.set_aside_later(config.run_dir, session.first_place):
         session.log.line(f"WARNING: set aside a later checkpoint, {moved}")
     _save_provenance(config)
-    return MetricsWriter(config.run_dir, session.first_iteration, config.logging.trackers)
+    return MetricsWriter(
+        config.run_dir,
+        session.first_iteration if session.resumed_from is not None else None,
+        config.logging.trackers,
+        is_evaluated=session.resumes_evaluated,
+    )
 
 
 def _tell_changes(session: Session) -> None:
     """A resumed run may have other options, but never in silence."""
     if session.resumed_from is None:
         return
-    # Of the run that wrote the checkpoint, which need not be this one.
-    saved = session.resumed_from.parents[1] / "config.json"
+    saved = session.resumed_from / RUN_CONFIG
+    if not saved.is_file():  # from before checkpoints had one
+        saved = session.resumed_from.parents[1] / "config.json"
     if saved.is_file():
         new = json.loads(session.config.model_dump_json())
         for change in changed_options(json.loads(saved.read_text()), new):
@@ -74,14 +84,20 @@ def publish(
         log.line(report.step_line(iteration, config.training.train_iters, scalars, remaining_s))
 
 
+def export(session: Session, directory: Path) -> None:
+    """The student in Hugging Face's format. Collective."""
+    config = session.config
+    # All of the student's columns, also those that no token uses.
+    columns = read_hf_config(config.student.hf_path).vocab_size
+    exporter = make_exporter(config, session.student.chunks, columns, session.context)
+    exporter.save_hf(config.student.hf_path, directory)
+
+
 def finish(session: Session, writer: MetricsWriter | None) -> None:
     """The export, which all ranks gather, and the report."""
     config = session.config
     if config.checkpoint.export_hf:
-        # All of the student's columns, also those that no token uses.
-        columns = read_hf_config(config.student.hf_path).vocab_size
-        exporter = make_exporter(config, session.student.chunks, columns, session.context)
-        exporter.save_hf(config.student.hf_path, config.run_dir / "hf")
+        export(session, config.run_dir / "hf")
     if writer is None:
         return
     writer.close()

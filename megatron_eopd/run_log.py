@@ -52,15 +52,19 @@ class RunLog:
         self._file = path.open("a", buffering=1)
 
     def line(self, text: str) -> None:
-        self._file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+        self._write(text)
         if self._speaks:
             tqdm.write(text)
 
     def error(self, text: str) -> None:
         """Like line, but on stderr, and from any rank."""
-        self._file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+        self._write(text)
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # a full disk is told on the terminal, and by what must be written
+            self._file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
 
     def progress(self, first: int, total: int) -> tqdm:
         """A bar over iterations; none where the terminal is a file or another rank's."""
@@ -77,7 +81,8 @@ class RunLog:
         return (now - begin) / (finished - first) * (total - finished)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 class StageTimes:

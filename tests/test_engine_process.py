@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eopd.errors import EngineError
+from megatron_eopd.errors import EngineError, Interrupted
 from megatron_eopd.rollout.engine_process import EngineProcess
 
 REPOSITORY = Path(__file__).parents[1]
@@ -66,6 +66,20 @@ def test_late_process_is_killed(process):
     with pytest.raises(EngineError, match=r"no answer within 1 s while hanging, and was killed"):
         process.ask("begin_update", doing="hanging", wait_s=1, timeout_s=1)
     assert time.monotonic() - begin < 3
+    wait_until_gone(process.pid)
+
+
+def test_a_wait_that_must_be_left_is_and_takes_the_process_with_it(process):
+    os.kill(process.pid, signal.SIGSTOP)
+    reasons = iter([None, "SIGTERM"])
+    with pytest.raises(Interrupted, match="stopped by SIGTERM while test engine was generating"):
+        process.ask(
+            "begin_update",
+            doing="generating",
+            wait_s=60,
+            must_leave=lambda: next(reasons),
+            timeout_s=1,
+        )
     wait_until_gone(process.pid)
 
 

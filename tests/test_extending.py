@@ -118,7 +118,7 @@ from megatron_eopd.config import LoggingConfig
 from megatron_eopd.metrics.writer import MetricsWriter
 
 names = LoggingConfig.model_validate({"trackers": ["csv"]}).trackers
-for resumed_at, iterations in ((0, (1, 2, 3)), (1, (2,))):
+for resumed_at, iterations in ((None, (1, 2, 3)), (1, (2,))):
     writer = MetricsWriter(Path("run"), resumed_at, names)
     for iteration in iterations:
         writer.write(iteration, {"loss/total": iteration / 2}, {"entropy/teacher": [1.0]})

@@ -1,21 +1,26 @@
 """What the loop does, in which order: with an engine, teachers and a step that only take notes."""
 
 import json
+from contextlib import nullcontext
+from math import nan
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_eopd import loop
+from megatron_eopd import loop, milestones, step_faults
 from megatron_eopd.build import Session
-from megatron_eopd.config import Config
+from megatron_eopd.config import Config, TrainingConfig
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.data.tokenizer import load_tokenizer
-from megatron_eopd.errors import EngineError, NonFiniteError
+from megatron_eopd.errors import ConfigError, EngineError, NonFiniteError, ReplicaError, SpikeError
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
 from megatron_eopd.parallel.layout import Layout
-from megatron_eopd.records import Prompt, Rollout, StepReport
+from megatron_eopd.records import Prompt, Rollout, StepFault, StepReport
 from megatron_eopd.rollout.engine import SyncReport
+from megatron_eopd.rollout.recording import Recording
 from megatron_eopd.run_log import RunLog
+from megatron_eopd.training.skipping import StepGuard
+from megatron_eopd.unfinished import Unfinished
 from megatron_eopd.weight_sync.verify import Probe
 from tests.test_preflight import MODELS
 
@@ -44,6 +49,13 @@ class NotingEngine:
         ]
 
 
+class NeverStops:
+    """A run's Interruption, of which nobody wants anything."""
+
+    def __getattr__(self, _name):
+        return lambda *_args, **_options: nullcontext()
+
+
 class NotingTeachers:
     """Scores a round when it is asked for the next one, and not before."""
 
@@ -56,19 +68,22 @@ class NotingTeachers:
             yield packed[0]
 
 
-def noting_step(events: list, fails_at: int | None = None):
+def noting_step(events: list, faults: dict[int, str]):
+    """`faults`: kind of a fault by optimizer step."""
     losses, entropies = ("total", "reverse_kl"), ("teacher_mean", "student_mean")
     names = [f"loss/{n}" for n in losses] + [f"entropy/{n}" for n in entropies]
     sums = dict.fromkeys([*names, "gate/fraction"], (3.0, 6.0))
 
-    def train_step(student, token_loss, rounds, context, *, num_rounds, progress, compare_engine):
+    def train_step(student, token_loss, rounds, context, *, progress, compare_engine, **options):
         taken = [batch for portion in rounds for batch in portion]
         assert len(taken) == STEP, "one sequence to a microbatch"
         step = progress.steps
-        events.append(f"step {step}{' beside the engine' if compare_engine else ''}")
-        if step == fails_at:
-            raise NonFiniteError("loss=nan")
+        compared = " of equal replicas" if options["compare_replicas"] else ""
+        events.append(f"step {step}{' beside the engine' if compare_engine else ''}{compared}")
         values = {"entropy/teacher": [0.5], "entropy/student": [0.5], "mismatch/logprob_abs": [0.0]}
+        if step in faults:
+            fault = StepFault(faults[step], f"loss=nan at {step}.", {"not_finite": {}})
+            return StepReport(nan, 1e-3, {}, {name: [] for name in values}, fault)
         return StepReport(1.0, 1e-3, sums, values)
 
     return train_step
@@ -78,14 +93,18 @@ def noting_step(events: list, fails_at: int | None = None):
 def run(tmp_path, monkeypatch):
     """Runs the loop; gives back what happened, in order."""
 
-    def run(*, first=0, evaluated=False, unsound=None, fails_at=None, **sections) -> list[str]:
+    def run(*, first=0, evaluated=False, unsound=None, faults=None, **sections) -> list[str]:
         events: list[str] = []
         options = {
             "run_dir": tmp_path,
             "student": {"hf_path": MODELS / "student"},
             "teacher": {"hf_path": MODELS / "teacher"},
             "rollout": {"batch_size": BATCH, "samples_per_prompt": 2},
-            "training": {"train_iters": 3, "global_batch_size": STEP},
+            "training": {
+                "train_iters": 3,
+                "global_batch_size": STEP,
+                "check_replicas_interval": 0,
+            },
             "checkpoint": {"save_interval": 2},
             "evaluation": {"interval": 2, "task": "countdown"},
         }
@@ -96,8 +115,9 @@ def run(tmp_path, monkeypatch):
         gathering = SimpleNamespace(gather_parameters=lambda: events.append("gather"))
         session = Session(
             config=config,
-            context=SimpleNamespace(layout=Layout(tp=1, pp=1, dp=1, rank=0)),
+            context=SimpleNamespace(layout=Layout(tp=1, pp=1, dp=1, rank=0), cpu_group=None),
             log=log,
+            stop=NeverStops(),
             tokenizer=load_tokenizer(MODELS / "student"),
             prompts=PromptSet(PROMPTS, seed=1, shuffle=True),
             held_out=PROMPTS[:2],
@@ -111,21 +131,24 @@ def run(tmp_path, monkeypatch):
             vocab_size=112,
             first_iteration=first,
             first_step=first * (BATCH // STEP),
+            first_steps_done=0,
+            saver=SimpleNamespace(finish=lambda: None, poll=lambda: None, whole_save_s=None),
             resumed_from=None,
+            guard=StepGuard(config.training),
             resumes_evaluated=evaluated,
         )
         figures = SimpleNamespace(figures={"eval/countdown/pass@1": 0.5}, samples=[], correct=[])
-        monkeypatch.setattr(loop, "train_step", noting_step(events, fails_at))
+        monkeypatch.setattr(loop, "train_step", noting_step(events, faults or {}))
+        monkeypatch.setattr(step_faults, "from_rank_zero", lambda compute, group: compute())
         monkeypatch.setattr(
-            loop, "evaluate_student", lambda session: events.append("evaluate") or figures
+            milestones, "evaluate_student", lambda session: events.append("evaluate") or figures
         )
-        monkeypatch.setattr(
-            loop,
-            "save",
-            lambda session, iteration, is_evaluated=True: events.append(
-                f"save {iteration}{'' if is_evaluated else ' unevaluated'}"
-            ),
-        )
+
+        def noted_save(session, work):
+            events.append(f"save {work.iteration}{'' if work.is_evaluated else ' unevaluated'}")
+
+        monkeypatch.setattr(milestones, "save", noted_save)
+        monkeypatch.setattr(loop, "save", noted_save)
         run.events = events
         loop.iterate(session, MetricsWriter(tmp_path, resumed_at=first))
         return events
@@ -181,13 +204,74 @@ def test_the_first_push_must_be_sound(run):
 
 
 def test_a_step_that_is_not_finite_leaves_its_rollouts(run, tmp_path):
-    """Those of the step, and no others."""
-    with pytest.raises(NonFiniteError):
-        run(fails_at=3)
+    """Those of the step, and no others; nothing is saved or given to the engine after it."""
+    with pytest.raises(NonFiniteError, match=r"nonfinite/000001-1.*on_nonfinite=skip"):
+        run(faults={3: "gradient"})
     assert run.events[-1] == "step 3" and "push 2" not in run.events
-    lines = (tmp_path / "rollouts/000001-nonfinite.jsonl").read_text().splitlines()
+    folder = tmp_path / "nonfinite/000001-1"
+    lines = (folder / "000001.jsonl").read_text().splitlines()
     assert len(lines) == STEP
     assert {json.loads(line)["weight_version"] for line in lines} == {1}
+    state = json.loads((folder / "state.json").read_text())
+    assert (state["iteration"], state["step_of_iteration"], state["optimizer_step"]) == (1, 1, 3)
+    assert (state["grad_norm"], state["fault"]) == ("nan", "gradient")
+
+
+def test_the_batch_of_a_faulty_step_replays_in_every_iteration(run, tmp_path):
+    """A run that looks into it starts where it has weights, which is not where the fault was."""
+    with pytest.raises(NonFiniteError):
+        run(faults={4: "weights"})
+    folder = tmp_path / "nonfinite/000002"
+    recording = Recording(folder, num_rollouts=STEP, vocab_size=112, max_length=99)
+    recording.check_files(range(5))
+    assert recording.read(0) == recording.read(2) == recording.read(4)
+    assert [r.weight_version for r in recording.read(0)] == [2, 2]
+    (folder / "000002.jsonl").unlink()
+    with pytest.raises(ConfigError, match="5 of the 5 files"):
+        recording.check_files(range(5))
+
+
+SKIP = {"on_nonfinite": "skip", "max_skipped_steps": 2}
+
+
+def test_a_skipped_step_is_counted_and_in_no_mean(run, tmp_path):
+    """Also an iteration of which no step is left has its line, its push and its checkpoint."""
+    events = run(faults={1: "gradient", 2: "gradient", 4: "spike", 5: "gradient"}, training=SKIP)
+    assert events[-3:] == ["push 3", "evaluate", "save 3"]
+    rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "time/total" in r]
+    assert [row["optim/skipped_steps"] for row in rows] == [1, 1, 2]
+    assert [row.get("loss/total") for row in rows] == [0.5, 0.5, None]
+    assert [row.get("optim/grad_norm") for row in rows] == [1, 1, None]
+    assert (tmp_path / "spikes/000002").is_dir() and (tmp_path / "nonfinite/000002-1").is_dir()
+    log = (tmp_path / "log/rank0.txt").read_text()
+    assert "WARNING: skipped, number 2 in a row of at most 2: iteration 1" in log
+    assert "skipped 2" in log.splitlines()[-2]
+
+
+@pytest.mark.parametrize(("kind", "error"), [("gradient", NonFiniteError), ("spike", SpikeError)])
+def test_too_many_skipped_steps_in_a_row_end_the_run(run, kind, error):
+    with pytest.raises(error, match=r"number 3 in a row, and training.max_skipped_steps=2"):
+        run(faults=dict.fromkeys((0, 2, 3, 4), kind), training=SKIP)
+    assert run.events[-1].startswith("step 4")
+
+
+def test_an_update_that_was_made_is_never_skipped(run):
+    with pytest.raises(NonFiniteError, match="newest checkpoint"):
+        run(faults={1: "weights"}, training=SKIP)
+    assert run.events[-1] == "step 1"
+
+
+def test_replicas_are_compared_before_every_nth_step(run):
+    events = run(training={"check_replicas_interval": 3})
+    compared = [e for e in events if e.endswith("of equal replicas")]
+    assert [e.split()[1] for e in compared] == ["0", "3"]
+
+
+def test_a_disk_that_is_full_loses_neither_run_nor_message(run, tmp_path):
+    (tmp_path / "nonfinite").write_text("no folder can be made here")
+    run(faults={0: "gradient"}, training=SKIP)
+    assert "WARNING" in (log := (tmp_path / "log/rank0.txt").read_text())
+    assert "could not be written" in log
 
 
 def test_samples_of_other_weights_are_not_trained_on(run, monkeypatch):
@@ -195,3 +279,14 @@ def test_samples_of_other_weights_are_not_trained_on(run, monkeypatch):
     monkeypatch.setattr(NotingEngine, "version", stuck, raising=False)
     with pytest.raises(AssertionError, match="weight version 7 in iteration 0"):
         run()
+
+
+def test_of_replicas_that_differ_nothing_is_saved(tmp_path, monkeypatch):
+    def differ(student, context):
+        raise ReplicaError("norm.weight")
+
+    monkeypatch.setattr(milestones, "check_replicas", differ)
+    options = SimpleNamespace(run_dir=tmp_path, training=TrainingConfig())
+    with pytest.raises(ReplicaError):
+        milestones.save(SimpleNamespace(config=options, student=None, context=None), Unfinished(3))
+    assert not list(tmp_path.iterdir())

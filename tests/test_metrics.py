@@ -52,10 +52,24 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
     """Its first evaluation is made again, and stands in the file once."""
     for _ in range(2):
-        writer = MetricsWriter(tmp_path, resumed_at=0)
+        writer = MetricsWriter(tmp_path, resumed_at=None)
         writer.write(0, {"eval/t/pass@1": 0.5})
         writer.close()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_an_evaluation_stands_in_the_file_once(tmp_path):
+    """Kept where the checkpoint came behind it, also before the first iteration; forgotten where
+    the run stopped before it, and is to make it again."""
+    for first, row in ((0, {"iteration": 0}), (2, {"iteration": 2})):
+        writer = MetricsWriter(tmp_path, resumed_at=None)
+        writer.write(first, {"loss/total": 0.25})
+        writer.write(first, {"eval/t/pass@1": 0.5})
+        writer.close()
+        kept = [row | {"loss/total": 0.25}, row | {"eval/t/pass@1": 0.5}]
+        for is_evaluated, rows in ((True, kept), (False, kept[:1])):
+            MetricsWriter(tmp_path, first, is_evaluated=is_evaluated).close()
+            assert read_metrics(tmp_path / "metrics.jsonl") == rows
 
 
 def test_percentiles_interpolate():

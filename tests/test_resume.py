@@ -237,7 +237,7 @@ def test_a_format_of_the_future_is_refused_by_its_number(config, tmp_path):
 
 @pytest.mark.parametrize(
     "name,said",
-    [("checksums.json", "checksums.json is missing"), ("DONE", r"never finished \(no DONE in it\)")],
+    [("checksums.json", "checksums.json is missing"), ("DONE", "never finished .no DONE in it")],
 )
 def test_a_file_that_says_the_rest_is_sound_must_be_there(config, tmp_path, name, said):
     older, newer = (finish_checkpoint(tmp_path / "run", n, format=2) for n in (2, 4))

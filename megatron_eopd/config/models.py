@@ -102,6 +102,9 @@ class ModelConfig(Section):
     make_vocab_size_divisible_by: int = Field(128, gt=0)
     """The vocabulary is padded to a multiple of this times `tensor_model_parallel_size`; padded
     columns never enter a softmax."""
+    deterministic_mode: bool = False
+    """On GPUs: the same run gives the same bits, by slower kernels (docs/running.md says how far
+    that goes). On CPU it always does."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Activation recomputation of the student: of the core attention, or of whole layers."""
     recompute_method: Literal["uniform", "block"] = "uniform"

@@ -39,6 +39,20 @@ class TrainingConfig(Section):
     """Added to Adam's root mean square of gradients."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is NaN or infinite, after its rollouts were put into
+    RUN_DIR/nonfinite: the end of the run, or the next step, with the weights as they were. An
+    update that makes such weights always ends the run."""
+    max_skipped_steps: int = Field(10, gt=0)
+    """Most steps in a row that are skipped, for whichever reason; one more ends the run."""
+    skip_grad_norm_factor: float | None = Field(None, gt=1)
+    """Skip a step whose gradient norm is above this many times the median of the last
+    `skip_grad_norm_window` steps. Default: none is skipped."""
+    skip_grad_norm_window: int = Field(128, gt=1)
+    """Steps that the median is over; before half as many are known no step is skipped."""
+    check_replicas_interval: int = Field(10, ge=0)
+    """Optimizer steps between comparisons of the data-parallel ranks' weights, bit by bit; they are
+    also compared before each save. 0: never."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs (GPU)."""
     overlap_param_gather: bool = False
@@ -70,6 +84,16 @@ class CheckpointConfig(Section):
     """Iterations between checkpoints; the last iteration always saves."""
     keep_last: int = Field(3, gt=0)
     """Older complete checkpoints are removed once a newer one is complete."""
+    keep_best: str | None = None
+    """Also keep the checkpoint with the best value of this figure of an evaluation, such as
+    `pass@8` or `reverse_kl` (lower is better of what ends in `_kl`, `loss` or `fraction`)."""
+    async_save: bool = True
+    """Copy a checkpoint into host memory and write it while training goes on."""
+    staging_gib: float = Field(16.0, gt=0)
+    """Most host memory that a rank may use for such a copy; training waits while a larger one is
+    written."""
+    save_timeout_minutes: float = Field(60.0, gt=0)
+    """A checkpoint that is not written by then ends the run."""
     resume: Literal["auto", "none"] | int = "auto"
     """Of RUN_DIR's own checkpoints: `auto` goes on from the newest, a number from that iteration's,
     and `none` is an error where there are any."""
@@ -77,8 +101,17 @@ class CheckpointConfig(Section):
     """Checkpoint of another run, …/checkpoints/000120, whose run goes on in this RUN_DIR with
     optimizer and position, while RUN_DIR has none of its own. To start anew from its weights set
     `student.hf_path` to it."""
+    exit_grace_seconds: float = Field(25.0, gt=0)
+    """How long a run may take to stop after SIGTERM, SIGINT, SIGUSR1 or SIGHUP, the save included.
+    What can be finished in it is; the rest is for the resumed run. torchrun kills its ranks 30 s
+    after a signal of its own."""
+    exit_duration_minutes: float | None = Field(None, gt=0)
+    """Save and stop before this time since the job began, by the pace of the last iteration and the
+    last save. Default: no limit."""
     export_hf: bool = True
     """Write the student as a Hugging Face directory, RUN_DIR/hf, after the last iteration."""
+    export_hf_interval: int = Field(0, ge=0)
+    """Checkpoints between further ones, RUN_DIR/hf-000120; 0: none."""
 
 
 class EvaluationConfig(Section):

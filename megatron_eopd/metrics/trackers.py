@@ -27,9 +27,9 @@ class Tracker(Protocol):
 class TensorBoard:
     """RUN_DIR/tensorboard."""
 
-    def __init__(self, run_dir: Path, resumed_at: int) -> None:
-        """`resumed_at`: the iteration behind which everything is forgotten; 0 for all."""
-        first = resumed_at + 1 if resumed_at else 0
+    def __init__(self, run_dir: Path, resumed_at: int | None) -> None:
+        """`resumed_at`: the iteration behind which everything is forgotten; None for all."""
+        first = 0 if resumed_at is None else resumed_at + 1
         self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=first)
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
@@ -48,5 +48,5 @@ class TensorBoard:
         self._writer.close()
 
 
-TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": TensorBoard}
+TRACKERS: dict[str, Callable[[Path, int | None], Tracker]] = {"tensorboard": TensorBoard}
 """By the words of logging.trackers: (run directory, iteration resumed at) → tracker."""

@@ -18,22 +18,30 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, run_dir: Path, resumed_at: int, trackers: Sequence[str] = ("tensorboard",)
+        self,
+        run_dir: Path,
+        resumed_at: int | None,
+        trackers: Sequence[str] = ("tensorboard",),
+        *,
+        is_evaluated: bool = True,
     ) -> None:
+        """`resumed_at`: None of a run that begins. `is_evaluated`: whether the evaluation there was
+        made before; otherwise a broken-off run may have made it after its checkpoint."""
         self._path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.tokens_total = self._truncate_after(resumed_at)
+        self.tokens_total = self._truncate_after(resumed_at, is_evaluated)
         """Response tokens that the run has trained on."""
         self._file = self._path.open("a")
         self._trackers = [TRACKERS[name](run_dir, resumed_at) for name in trackers]
 
-    def _truncate_after(self, iteration: int) -> int:
+    def _truncate_after(self, iteration: int | None, is_evaluated: bool) -> int:
         """Returns the tokens of the rows that are kept."""
         if not self._path.is_file():
             return 0
-        # At 0 nothing counts: the evaluation before the first iteration is made again.
-        rows = read_metrics(self._path) if iteration else []
+        rows = read_metrics(self._path) if iteration is not None else []
         kept = [row for row in rows if row["iteration"] <= iteration]
+        if not is_evaluated:
+            kept = [row for row in kept if row["iteration"] < iteration or not _is_evaluation(row)]
         unfinished = self._path.with_suffix(".unfinished")
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(unfinished, self._path)
@@ -62,6 +70,10 @@ class MetricsWriter:
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in row)
 
 
 def rounded(value: float) -> float:

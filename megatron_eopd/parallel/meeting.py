@@ -17,6 +17,7 @@ from torch.distributed import PrefixStore
 from megatron_eopd.errors import LostRankError
 
 CONNECT_TIMEOUT_S = 30.0
+STOPPED, BEGAN = "run/stopped", "run/began"
 POLL_S = 0.02
 
 
@@ -36,6 +37,31 @@ def require_torchrun() -> None:
             f"torchrun has ended, its store does not answer at {host}:{port}: {error}. Start the "
             f"same command again."
         ) from None
+
+
+def torchrun_store() -> dist.Store | None:
+    """What all starts of one job share; None without torchrun."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+
+
+def note_stop(store: dist.Store, reason: str) -> None:
+    """Whatever torchrun starts after this shall not begin: see `stopped_before`."""
+    store.set(STOPPED, reason)
+
+
+def stopped_before(store: dist.Store) -> str | None:
+    """Why the job was asked to stop, if it was."""
+    return store.get(STOPPED).decode() if store.check([STOPPED]) else None
+
+
+def began_at(store: dist.Store, now: float) -> float:
+    """When the job's first start was, by time.time() of the host that was first to ask. `now`: the
+    answer to the first one."""
+    return float(store.compare_set(BEGAN, "", str(now)).decode())
 
 
 def fresh_part(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:

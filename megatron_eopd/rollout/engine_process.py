@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from megatron_eopd.errors import EngineError
+from megatron_eopd.errors import EngineError, Interrupted
 from megatron_eopd.rollout.messages import Reply, Request
 
 CHILD_MODULE = "megatron_eopd.rollout.vllm_child"
@@ -70,14 +70,23 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, verb: str, *, doing: str, wait_s: float, **arguments: Any) -> Any:
+    def ask(
+        self,
+        verb: str,
+        *,
+        doing: str,
+        wait_s: float,
+        must_leave: Callable[[], str | None] | None = None,
+        **arguments: Any,
+    ) -> Any:
         """Post a request and wait for its answer.
 
         Raises:
             EngineError: the process died, refused, or did not answer in time.
+            Interrupted: see `answer`.
         """
         self.post(verb, doing=doing, **arguments)
-        return self.answer(wait_s)
+        return self.answer(wait_s, must_leave=must_leave)
 
     def post(self, verb: str, *, doing: str, **arguments: Any) -> None:
         if self._process.poll() is not None:
@@ -88,10 +97,21 @@ class EngineProcess:
         except OSError:
             raise self._death() from None
 
-    def answer(self, wait_s: float, tell: Callable[[str], None] | None = None) -> Any:
+    def answer(
+        self,
+        wait_s: float,
+        tell: Callable[[str], None] | None = None,
+        must_leave: Callable[[], str | None] | None = None,
+    ) -> Any:
         """The reply to the request posted last. A process that is late is killed: whatever it
-        does next would answer a question nobody asks any more. `tell` hears every few seconds
-        what the process wrote last."""
+        does next would answer a question nobody asks any more; and so when `must_leave` says why
+        nobody can wait for it any longer. `tell` hears every few seconds what the process wrote
+        last.
+
+        Raises:
+            EngineError: as `ask` does.
+            Interrupted: `must_leave` said so.
+        """
         begin = told = time.monotonic()
         deadline = begin + wait_s
         while not self._connection.poll(0.05):
@@ -100,6 +120,9 @@ class EngineProcess:
             if tell is not None and time.monotonic() - told > TELL_INTERVAL_S:
                 told = time.monotonic()
                 tell(f"{self._name} {self._doing}, {told - begin:.0f} s: {self._last_line()}")
+            if must_leave is not None and (reason := must_leave()) is not None:
+                self.kill()
+                raise Interrupted(f"stopped by {reason} while {self._name} was {self._doing}")
             if time.monotonic() > deadline:
                 self.kill()
                 raise EngineError(

@@ -30,7 +30,10 @@ class MegatronEngine:
         vocab_size: int,
         max_num_seqs: int,
         context: ParallelContext,
+        pause: Callable[[], None] | None = None,
     ) -> None:
+        """`pause`: called by all ranks between two batches of sequences; may raise."""
+        self._pause = pause or (lambda: None)
         self._chunks = chunks
         self._vocab_size = vocab_size
         self._max_num_seqs = max_num_seqs
@@ -44,7 +47,9 @@ class MegatronEngine:
         replicas = 1 if layout.experts_span_replicas else layout.dp
         own = jobs[layout.dp_rank % replicas :: replicas]
         rollouts = []
-        for first in range(0, len(own), self._max_num_seqs):
+        most = -(-len(jobs) // replicas)  # as many batches on every rank, be the last one empty
+        for first in range(0, most, self._max_num_seqs):
+            self._pause()
             rollouts += self._round(own[first : first + self._max_num_seqs], sampling)
         parts: list = [None] * layout.dp
         dist.all_gather_object(parts, rollouts, group=self._context.groups.dp)

@@ -90,6 +90,7 @@ class VllmEngine:
         export_buckets: ExportBuckets,
         cpu_group: dist.ProcessGroup,
         tell: Callable[[str], None] | None = None,
+        must_leave: Callable[[], str | None] | None = None,
     ):
         """Collective: returns once the engine is ready, on every rank.
 
@@ -100,10 +101,13 @@ class VllmEngine:
         cpu_group: gloo, all trainer ranks. They wait in it for rank 0's engine, so its time-out
             must be longer than every time-out of the two sections.
         tell: hears how the start goes on.
+        must_leave: asked on rank 0 while it waits for responses: why it cannot any longer. Then all
+            ranks are Interrupted, and the engine is gone.
         """
         self._rollout, self._weight_sync = rollout, weight_sync
         self._max_model_len = max_model_len
         self._group = cpu_group
+        self._must_leave = must_leave
         self._process = process
         self._version: int | None = None
         self._bridge = WeightBridge(
@@ -125,6 +129,7 @@ class VllmEngine:
                 "generate",
                 f"generating {len(requests)} responses",
                 self._rollout.generate_timeout_s,
+                must_leave=self._must_leave,
                 requests=requests,
             ),
             self._group,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits
-from megatron_eopd.errors import TeacherError
+from megatron_eopd.errors import Interrupted, LostRankError, TeacherError
 from megatron_eopd.parallel.collectives import naming_stage
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout
@@ -40,6 +40,8 @@ from megatron_eopd.teacher.model import (
     vocab_cut,
 )
 
+FAREWELL_S = 3.0
+
 Rounds = Sequence[Mapping[int, Item]]
 
 
@@ -49,6 +51,8 @@ class Farewell:
 
     error: str | None
     """Why it ends early; None after its last iteration."""
+    is_stop: bool = False
+    """Whether the run was asked to end early, and will go on another time."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,10 @@ class Requests:
     def post(self, number: int, request: Rounds | Farewell) -> None:
         """By the student's rank 0."""
         self.store.set(f"request/{number}", pickle.dumps(request))
-        # With its answers the student has the teacher's word that it was read; not so in an error.
-        failed = isinstance(request, Farewell) and request.error is not None
-        if number and not failed:
+        # With its answers the student has the teacher's word that it was read; not so if it ends
+        # early.
+        is_early = isinstance(request, Farewell) and request.error is not None
+        if number and not is_early:
             self.store.delete_key(f"request/{number - 1}")
 
     def read(self, number: int, timeout_s: float) -> Rounds | Farewell:
@@ -73,6 +78,15 @@ class Requests:
                 f"[teacher] the student asked for nothing within {timeout_s:.0f} s; it is gone."
             ) from None
         return pickle.loads(self.store.get(f"request/{number}"))
+
+    def is_stopped(self, number: int) -> bool:
+        """Whether the student has left, as it was asked to, instead of taking all that it wanted
+        before request `number`. Its word may come a moment after its connections closed."""
+        try:
+            request = self.read(number, FAREWELL_S)
+        except TeacherError:
+            return False
+        return isinstance(request, Farewell) and request.is_stop
 
     def fail(self, text: str) -> None:
         self.store.set("failed", text)
@@ -158,7 +172,8 @@ class SeparateTeacher:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         """Let the teacher's ranks go, and say why if it is early."""
         if self._route.student.rank == 0:
-            self._requests.post(self._number, Farewell(_reason(error)))
+            farewell = Farewell(_reason(error), is_stop=isinstance(error, Interrupted))
+            self._requests.post(self._number, farewell)
 
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
@@ -174,8 +189,8 @@ class SeparateTeacher:
 
 def _reason(error: BaseException | None) -> str | None:
     """In a line; None without an error."""
-    if error is None or isinstance(error, SystemExit):  # its signal handler has said why
-        return None if error is None else "it was stopped by a signal"
+    if error is None:
+        return None
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
@@ -193,10 +208,13 @@ def serve(
 
     Raises:
         TeacherError: the student is gone, late, or has failed.
+        Interrupted: the student was asked to stop.
     """
     requests = Requests(store)
     try:
         _serve(teacher, role, config, swaps, vocab_size, requests, students, context)
+    except Interrupted:
+        raise
     except Exception as error:
         requests.fail(f"{type(error).__name__}: {error}")
         raise
@@ -227,6 +245,8 @@ def _serve(
         while True:
             request = requests.read(number, longest_pause_s(config))
             if isinstance(request, Farewell):
+                if request.is_stop:
+                    raise Interrupted("the student was stopped, and this teacher with it")
                 if request.error is not None:  # nobody takes what is still on its way
                     raise TeacherError(f"[{role.name}] the student ended early: {request.error}")
                 break
@@ -239,7 +259,11 @@ def _serve(
                     wire.swap(list(send_scores(items, owners_of(plan), held, route)), [])
             number += 1
         wire.flush()
-    except WireError as error:
+    except (WireError, LostRankError) as error:
+        if requests.is_stopped(number + 1):
+            raise Interrupted("the student was stopped, and this teacher with it") from None
+        if isinstance(error, LostRankError):
+            raise
         raise TeacherError(f"[{role.name}] the student is gone or late: {error}") from None
 
 

@@ -7,7 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eopd.errors import CheckpointError, EngineError, LostRankError, RemoteError
+from megatron_eopd.errors import (
+    CheckpointError,
+    EngineError,
+    Interrupted,
+    LostRankError,
+    RemoteError,
+)
 from megatron_eopd.models.mcore_files import loading_errors
 from megatron_eopd.parallel.collectives import (
     collecting,
@@ -29,6 +35,12 @@ def check_all_outcomes() -> None:
 
     with pytest.raises(EngineError, match=r"^vLLM died$"):
         from_rank_zero(die, group)
+
+    def leave() -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$"):
+        from_rank_zero(leave, group)
 
     expected = ZeroDivisionError if rank == 0 else RemoteError
     with pytest.raises(expected, match="by zero"):

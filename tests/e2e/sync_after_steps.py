@@ -14,6 +14,7 @@ from megatron_eopd import launch, loop
 from megatron_eopd.build import Session
 from megatron_eopd.config import load_config
 from megatron_eopd.rollout.megatron_engine import score_tokens
+from megatron_eopd.unfinished import Unfinished
 from tests.engine.toy import largest_difference
 
 
@@ -30,7 +31,7 @@ def train_once(session: Session, iteration: int) -> None:
     loop.optimize(
         session,
         loop.plan_steps(session, rollouts),
-        iteration,
+        Unfinished(iteration),
         loop.stage_times(session, iteration),
     )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_eopd.checkpoints.files import complete
 from megatron_eopd.metrics.writer import read_metrics
 from megatron_eopd.parallel.init import free_port
 from tests.e2e.jobs import SEPARATE, Job, job, repeat_recorded
@@ -94,9 +95,37 @@ def test_torchrun_brings_a_run_back_that_ends_as_if_nothing_had_died(
         assert run.torchrun.returncode == 0, stderr
         wait_until_gone(run.processes, 5)
     assert "resumed from" in run.log()
+    assert_same_end(run.run_dir, undisturbed["beside"])
+
+
+def test_a_run_that_torchrun_stops_is_saved_and_goes_on(undisturbed, recorded, tmp_path):
+    """Within an iteration, the separate teacher with it; long before the next checkpoint is due."""
+    options = [*THREE_ITERATIONS, *SEPARATE]
+    with job(tmp_path / "run", recorded, 3, *options) as run:
+        run.wait_for(lambda: "step 1/" in run.log())
+        begin = time.monotonic()
+        run.torchrun.terminate()
+        run.torchrun.communicate(timeout=60)
+        assert run.torchrun.returncode != 0 and time.monotonic() - begin < 28
+        wait_until_gone(run.processes, 5)
+    for rank in range(3):
+        assert "stopped" in run.log(rank).splitlines()[-1] and "error" not in run.log(rank)
+    stopped_at = complete(run.run_dir)[-1].name
+    with job(tmp_path / "run", recorded, 3, *options) as run:
+        _, stderr = run.torchrun.communicate(timeout=150)
+        assert run.torchrun.returncode == 0, stderr
+    assert f"resumed from {run.run_dir}/checkpoints/{stopped_at}" in run.log()
+    assert_same_end(run.run_dir, undisturbed["apart"])
+    clocked = ("time/", "memory/", "throughput/tokens_per_s", "weight_sync/seconds")
     ours, theirs = (
-        load_file(path / "hf/model.safetensors") for path in (run.run_dir, undisturbed["beside"])
+        [{n: v for n, v in row.items() if not n.startswith(clocked)} for row in rows]
+        for rows in (read_metrics(d / "metrics.jsonl") for d in (run.run_dir, undisturbed["apart"]))
     )
+    assert ours == theirs
+
+
+def assert_same_end(run_dir: Path, other: Path) -> None:
+    ours, theirs = (load_file(path / "hf/model.safetensors") for path in (run_dir, other))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 

@@ -128,18 +128,27 @@ def test_after_three_steps_the_engine_scores_as_the_trainer_does(tied, tp, pp, t
 
 
 def test_a_student_of_experts_reaches_the_engine_with_every_step(tmp_path):
-    """vLLM packs the experts' weights anew in each sync: the first and all later ones compute."""
+    """vLLM packs the experts' weights anew in each sync: the first and all later ones compute. And
+    a resume from the second iteration takes the third one again, to the bit."""
     student = shutil.copytree(MODELS / "student", tmp_path / "student")
     make_model("qwen3_moe", student, seed=4, vocab_size=112)
     sizes = ["tensor_model_parallel_size=1", "expert_model_parallel_size=2"]
     options = [f"student.hf_path={student}", *(f"parallel.{size}" for size in sizes)]
-    done = train(tmp_path / "run", *options, "training.lr=1e-3", "evaluation.task=none")
+    options += ["training.lr=1e-3", "evaluation.task=none"]
+    done = train(tmp_path / "run", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row["weight_sync/version"] for row in rows] == [1, 2, 3]
     for row in rows:
         assert 0 < row["weight_sync/probe_difference"] < 3e-5
         assert 0 < row["mismatch/logprob_abs_mean"] <= row["mismatch/logprob_abs_p99"] < 1e-4
+    straight = Path(shutil.copytree(tmp_path / "run", tmp_path / "straight"))
+    shutil.rmtree(tmp_path / "run/checkpoints/000003")
+    done = train(tmp_path / "run", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "000002" in done.stdout.split("resumed from")[1]
+    assert timeless(tmp_path / "run") == timeless(straight)
+    assert_same_weights(tmp_path / "run/hf", straight / "hf")
 
 
 def test_models_of_other_widths_share_the_tokens_that_both_have(tmp_path):

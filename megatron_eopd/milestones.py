@@ -1,0 +1,120 @@
+"""What is due between iterations: an evaluation, a checkpoint, an export. In: Session, Unfinished.
+
+And what a stop leaves of an iteration, which is saved like the rest. All ranks call all of it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_eopd import report
+from megatron_eopd.build import Session
+from megatron_eopd.checkpoints.position import make_position
+from megatron_eopd.errors import Interrupted
+from megatron_eopd.evaluation.evaluate import Evaluation, evaluate_on
+from megatron_eopd.metrics.writer import MetricsWriter, rounded
+from megatron_eopd.run_files import RUN_CONFIG, export
+from megatron_eopd.training.replicas import check_replicas
+from megatron_eopd.unfinished import Unfinished, read_unfinished
+
+
+def evaluate_if_due(session: Session, work: Unfinished, writer: MetricsWriter | None) -> None:
+    config, iteration = session.config, work.iteration
+    ends = (0, config.training.train_iters)
+    due = iteration in ends or (
+        config.evaluation.interval and iteration % config.evaluation.interval == 0
+    )
+    if not (due and session.held_out):
+        return
+    session.stop.pause("evaluation", until="evaluation", is_boundary=True)
+    with session.stop.waiting("evaluation"):
+        result = evaluate_student(session)
+    work.figures = {name: rounded(value) for name, value in result.figures.items()}
+    figures = " | ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in result.figures.items())
+    session.log.line(f"eval {iteration} | {figures}")
+    if writer is not None:
+        writer.write(iteration, result.figures)
+        each, count = config.evaluation.samples_per_problem, config.logging.text_samples
+        shown, marks = result.samples[::each][:count], result.correct[::each][:count]
+        text = report.samples_markdown(shown, session.tokenizer, marks)
+        writer.text(iteration, "evaluation", text)
+
+
+def evaluate_student(session: Session) -> Evaluation:
+    """The held-out problems, with the weights that the engine was given last."""
+    return evaluate_on(
+        session.held_out,
+        session.engine,
+        session.teachers,
+        session.token_loss,
+        session.student.chunks,
+        session.tokenizer,
+        session.config,
+        session.context,
+    )
+
+
+def save_if_due(session: Session, work: Unfinished) -> bool:
+    """Whether it was."""
+    options = session.config.checkpoint
+    is_last = work.iteration == session.config.training.train_iters
+    is_due = is_last or work.iteration % options.save_interval == 0
+    if work.iteration == 0 or not is_due:
+        return False
+    save(session, work)
+    every = options.export_hf_interval
+    if every and work.iteration % (every * options.save_interval) == 0:
+        export(session, session.config.run_dir / f"hf-{work.iteration:06d}")
+    if is_last:
+        session.saver.finish()
+    return True
+
+
+def save(session: Session, work: Unfinished) -> None:
+    """What is finished, and what there is of the iteration that is not."""
+    config = session.config
+    if config.training.check_replicas_interval:
+        check_replicas(session.student, session.context)
+    position = make_position(
+        work.iteration,
+        config.seed,
+        session.prompts.digest,
+        session.context,
+        references_digest=session.prompts.references_digest,
+        tokenizer_digest=session.tokenizer.digest,
+        optimizer_steps=session.progress(work.iteration, work.steps_done).steps,
+        train_iters=config.training.train_iters,
+        is_evaluated=work.is_evaluated,
+        steps_done=work.steps_done,
+        figures=work.figures,
+        grad_norms=session.guard.grad_norms,
+        skipped_in_a_row=session.guard.skipped_in_a_row,
+    )
+    texts = work.files(config, session.tokenizer)
+    with session.stop.saving():
+        session.saver.save(
+            session.student, position, texts | {RUN_CONFIG: config.model_dump_json()}
+        )
+
+
+def begun_work(session: Session, iteration: int) -> Unfinished:
+    """What there is of an iteration: something only where the run was stopped within it."""
+    resumed = session.resumed_from is not None and iteration == session.first_iteration
+    if not (resumed and session.resumes_evaluated):
+        return Unfinished(iteration, is_saved=resumed)
+    return read_unfinished(session.resumed_from, iteration, session.config)
+
+
+@contextmanager
+def saved_when_interrupted(session: Session, work: Unfinished) -> Iterator[None]:
+    """What the block has done when it is interrupted is saved, and nothing of it is done again."""
+    try:
+        yield
+    except Interrupted as interruption:
+        done = f"with {work.steps_done} optimizer steps of iteration {work.iteration} taken"
+        with session.stop.saving():
+            if not work.is_saved:
+                session.log.line(f"{interruption}: saving")
+                session.student.gather_parameters()
+                save(session, work)
+            session.saver.finish()
+        raise Interrupted(f"{interruption}, and saved {done}") from None

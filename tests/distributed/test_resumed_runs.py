@@ -1,0 +1,47 @@
+"""6 iterations are 3, a resume, and 3 more, to the bit: a student of experts, and live rollouts of
+the trainer's own sampler. (tests/e2e has vLLM's; test_interruption.py stops within an iteration.)
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.distributed.test_interruption import ROOT, few_prompts, rows, start
+from tests.tiny_models import make_model
+
+__all__ = ["few_prompts"]
+
+
+def test_experts_go_on_as_if_nothing_had_happened(tmp_path):
+    model = Path(shutil.copytree(ROOT / "examples/quickstart/models/student", tmp_path / "model"))
+    make_model("qwen3_moe", model, vocab_size=112)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    options = [
+        f"student.hf_path={model}",
+        "parallel.expert_model_parallel_size=2",
+        "training.lr_decay_style=constant",
+        'logging.trackers=["tensorboard"]',
+        "evaluation.interval=3",
+    ]
+    assert start(straight, *options, "training.train_iters=6") == 0
+    assert start(resumed, *options, "training.train_iters=3") == 0
+    assert start(resumed, *options, "training.train_iters=6") == 0
+    # At its own end the shorter run made an evaluation that is due in the longer one too.
+    assert rows(resumed) == rows(straight)
+    ours, theirs = (load_file(path / "hf/model.safetensors") for path in (resumed, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+    sampled = [
+        {path.name: path.read_bytes() for path in run_dir.glob("rollouts/*.jsonl")}
+        for run_dir in (resumed, straight)
+    ]
+    assert sampled[0] == sampled[1] and len(sampled[0]) == 6
+    steps = [shown_steps(path) for path in (resumed, straight)]
+    assert steps[0] == steps[1] and steps[0]["loss/total"] == [1, 2, 3, 4, 5, 6]
+
+
+def shown_steps(run_dir: Path) -> dict[str, list[int]]:
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {name: [e.step for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
