@@ -3,6 +3,7 @@
 # make test         lint and tests, on both supported lines of Megatron-Core
 # make test-matrix  gradient parity over all layouts that fit 8 processes, and over all options in threes;
 #                   rewrites their tables in docs
+# make chaos        random faults over toy runs: make chaos FAULTS=100 SEED=1 (20 take some 10 minutes)
 # make bench        loss, weight-sync, step and conversion benchmarks for the device at hand
 # make install      only the environment, .venv
 
@@ -38,7 +39,7 @@ REAL_SUFFIX := Answer in a few short steps, one line each.
 REAL_PROMPTS := --apply-chat-template --prompt-suffix " $(REAL_SUFFIX)" --max-prompt-length 112
 REAL_OPTIONS ?=
 
-.PHONY: install quickstart real test test-matrix lint bench toy-models clean
+.PHONY: install quickstart real test test-matrix chaos lint bench toy-models clean
 
 install: $(VENV)/installed
 
@@ -108,6 +109,12 @@ test: lint $(OVERLAY)/installed
 test-matrix: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.distributed.parity_matrix
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.distributed.crossing_matrix
+
+# docs/reliability.md
+FAULTS ?= 20
+SEED ?= 1
+chaos: install
+	$(BIN)/python -m tests.chaos --faults $(FAULTS) --seed $(SEED)
 
 $(OVERLAY)/installed: $(VENV)/installed
 	$(PIP) install --upgrade --target $(OVERLAY) --no-deps --ignore-requires-python $(MCORE_SECOND)

@@ -1,0 +1,82 @@
+"""The toy runs that faults meet: their options, how they end undisturbed, and where they lie."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos.start import Start
+from tests.e2e.jobs import repeat_recorded
+
+DISK_MIB = 64
+UNDISTURBED_S = 400.0
+_COMMON = (
+    *("rollout.batch_size=32", "training.global_batch_size=16", "training.micro_batch_size=4"),
+    *("training.lr_warmup_steps=0", "evaluation.task=none", "checkpoint.save_interval=1"),
+    # A held rank is to be missed soon.
+    "parallel.distributed_timeout_minutes=0.5",
+)
+_LONGEST_WAITS = ("rollout.start_timeout_s", "rollout.generate_timeout_s", "weight_sync.timeout_s")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Runs that differ in nothing but where they lie."""
+
+    folder: Path
+    has_engine: bool
+    iterations: int
+
+    @property
+    def options(self) -> list[str]:
+        recorded = "none" if self.has_engine else self._recorded()
+        # How long ranks wait for the one that has the engine.
+        waits = [f"{name}={60 if self.has_engine else 1}" for name in _LONGEST_WAITS]
+        own = [f"training.train_iters={self.iterations}", f"rollout.replay={recorded}"]
+        return [*_COMMON, *waits, *own]
+
+    def _recorded(self) -> Path:
+        folder = self.folder / "recorded"
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            repeat_recorded(folder, self.iterations)
+        return folder
+
+    def undisturbed(self) -> Path:
+        """The run that nothing happens to, made once."""
+        run_dir = self.folder / ("undisturbed-engine" if self.has_engine else "undisturbed")
+        if not run_dir.is_dir():
+            start = Start(run_dir, self.options, 0, run_dir.with_suffix(".txt"))
+            try:
+                start.torchrun.wait(UNDISTURBED_S)
+                assert start.torchrun.returncode == 0, start.output()
+            finally:
+                start.kill()
+        return run_dir
+
+
+@contextmanager
+def small_disk(directory: Path) -> Iterator[Path]:
+    """The directory, as a file system of its own if that may be mounted: one that can be filled."""
+    directory.mkdir(parents=True)
+    is_mounted = mount(directory)
+    try:
+        yield directory
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", str(directory)], check=False)
+
+
+def mount(directory: Path) -> bool:
+    """Whether it was allowed."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(directory)]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def can_mount(folder: Path) -> bool:
+    with small_disk(folder / "try") as directory:
+        return directory.is_mount()
