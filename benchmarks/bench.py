@@ -1,4 +1,4 @@
-"""Benchmarks: the loss, the LM heads, the weight sync, an iteration, checkpoint conversion.
+"""Benchmarks: the loss, the LM heads, the weight sync, an iteration, saves, checkpoint conversion.
 
 Prints tables and writes JSON. Every figure stands beside a plain memory copy measured in the
 same run, because absolute times of a shared machine say little.
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_checkpoint import bench_checkpoint
 from bench_convert import bench_convert
 from bench_head import bench_head
 from bench_loss import add_options, bench_loss, markdown
@@ -28,7 +29,8 @@ from megatron_eopd.metrics.writer import read_metrics
 
 EXAMPLES = """examples:
   python benchmarks/bench.py                        everything
-  python benchmarks/bench.py --only sync            one of loss, head, sync, step, convert
+  python benchmarks/bench.py --only sync            one of loss, head, sync, step, checkpoint,
+                                                    convert
   python benchmarks/bench.py --output bench.json    where the JSON goes
   python benchmarks/bench.py --only loss --cases float32 tp2 --contenders ours modelopt
   python benchmarks/bench.py --only loss --cases plot --plot docs/images/loss_bench.png
@@ -158,7 +160,7 @@ def figures_table(name: str, figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-BENCHMARKS = ("loss", "head", "sync", "step", "convert")
+BENCHMARKS = ("loss", "head", "sync", "step", "checkpoint", "convert")
 
 
 def main() -> None:
@@ -174,6 +176,7 @@ def main() -> None:
     chosen = [arguments.only] if arguments.only else BENCHMARKS
     run = {"loss": lambda: bench_loss(arguments), "head": bench_head}
     run |= {"sync": bench_sync, "step": bench_step, "convert": bench_convert}
+    run["checkpoint"] = bench_checkpoint
     # Where fresh memory comes in small pages, whoever allocates most pays most.
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     results = {"device": device(), "torch": torch.__version__, "GLIBC_TUNABLES": tunables}

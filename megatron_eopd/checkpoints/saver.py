@@ -34,6 +34,7 @@ from megatron_eopd.checkpoints.contents import (
     rng_key,
     rng_state,
 )
+from megatron_eopd.checkpoints.pace import Pace
 from megatron_eopd.checkpoints.position import Position, best_of, write_position
 from megatron_eopd.config import CheckpointConfig
 from megatron_eopd.errors import CheckpointError, ExpectedError
@@ -58,6 +59,9 @@ from megatron_eopd.training.optimizer import Trainable
 
 BACKGROUND_NICENESS = 15
 """Of the writing thread: Linux gives it a thirtieth of a core that the training wants."""
+BACKGROUND_SHARE = 0.1
+"""Of the time that the thread works; in the rest it sleeps. The kernel writes in the background for
+it, without its low priority, and would slow a step down by half where every core trains."""
 
 
 class Saver:
@@ -79,6 +83,7 @@ class Saver:
         self._group = another_cpu_group(options.save_timeout_minutes)
         self._running: _Writing | None = None
         self._last: _Writing | None = None
+        self._staging: list[torch.Tensor] = []
 
     def save(
         self, student: Trainable, position: Position, texts: Mapping[str, str] | None = None
@@ -105,7 +110,7 @@ class Saver:
         self._last = writing
         largest = max(gather_everywhere(own.num_bytes, self._context.cpu_group))
         if self._options.async_save and largest <= self._options.staging_gib * 2**30:
-            own.stage()
+            own.stage(self._staging)
             self._running = writing
             writing.start()
         else:
@@ -114,7 +119,8 @@ class Saver:
 
     @property
     def whole_save_s(self) -> float | None:
-        """Seconds from the last save's beginning until it counted; None while it is under way."""
+        """Seconds from the last save's beginning until it counted, as if the run had waited for
+        it; None while it is under way."""
         return None if self._last is None else self._last.whole_s
 
     def poll(self) -> None:
@@ -156,31 +162,40 @@ class _Own:
     """What this rank writes."""
 
     items: list[WriteItem]
-    data: dict[MetadataIndex, torch.Tensor | bytes]
+    data: list[torch.Tensor | bytes | None]
+    """Of each item, until it is written."""
 
     @property
     def num_bytes(self) -> int:
-        return sum(d.nbytes if isinstance(d, torch.Tensor) else len(d) for d in self.data.values())
+        return sum(d.nbytes if isinstance(d, torch.Tensor) else len(d) for d in self.data)
 
-    def stage(self) -> None:
-        """Copy it, so that training may go on."""
-        for index, value in self.data.items():
-            if isinstance(value, torch.Tensor):
-                self.data[index] = value.to("cpu", copy=True)
+    def stage(self, buffers: list[torch.Tensor]) -> None:
+        """Copy it, so that training may go on. `buffers`: of the save before, empty at first; fresh
+        memory for each would be taken from what the next step is used to have at hand."""
+        tensors = [n for n, value in enumerate(self.data) if isinstance(value, torch.Tensor)]
+        if not buffers:
+            buffers += [torch.empty_like(self.data[n], device="cpu") for n in tensors]
+        for number, buffer in zip(tensors, buffers, strict=True):
+            self.data[number] = buffer.copy_(self.data[number])
+
+    def add(self, item: WriteItem, data: torch.Tensor | bytes) -> None:
+        self.items.append(item)
+        self.data.append(data)
 
 
 def _contents(student: Trainable, context: ParallelContext) -> _Own:
     rank, world_size = context.layout.rank, context.layout.world_size
-    own = _Own([], {})
+    own = _Own([], [])
     for item in items_of(student):
         for piece in pieces_to_write(item):
             sizes = stored_shape(piece)
             chunk = ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size(sizes))
-            own.items.append(shard_item(piece.key, chunk, piece.global_shape, piece.dtype))
-            own.data[own.items[-1].index] = piece.data.view(sizes)
+            own.add(
+                shard_item(piece.key, chunk, piece.global_shape, piece.dtype),
+                piece.data.view(sizes),
+            )
     for key, content in {**objects_of(student), rng_key(rank, world_size): rng_state()}.items():
-        own.items.append(object_item(key))
-        own.data[own.items[-1].index] = content
+        own.add(object_item(key), content)
     return own
 
 
@@ -198,15 +213,30 @@ def _begin(directory: Path, hf_path: Path, position: Position, texts: Mapping[st
 
 
 class _Planner(DefaultSavePlanner):
-    """Hands out what one rank writes, and forgets it."""
+    """Hands out what one rank writes, and forgets it.
 
-    def __init__(self, own: _Own) -> None:
+    torch's writer holds on to the last piece that it wrote of each name, which together may be all
+    of them. So it is given numbers under one name.
+    """
+
+    def __init__(self, own: _Own, pace: Callable[[], None]) -> None:
         super().__init__()
-        self._data = own.data
+        self._own, self._pace = own, pace
+
+    def plan(self) -> SavePlan:
+        numbers = (MetadataIndex("", torch.Size([n])) for n in range(len(self._own.items)))
+        pairs = zip(self._own.items, numbers, strict=True)
+        return SavePlan([replace(item, index=number) for item, number in pairs])
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        value = self._data.pop(write_item.index)
+        self._pace()
+        (number,) = write_item.index.offset
+        value, self._own.data[number] = self._own.data[number], None
         return value if isinstance(value, torch.Tensor) else io.BytesIO(value)
+
+    def named(self, results: Sequence[WriteResult]) -> list[WriteResult]:
+        items = self._own.items
+        return [replace(r, index=items[r.index.offset[0]].index) for r in results]
 
 
 class _Writing:
@@ -226,10 +256,12 @@ class _Writing:
         self._rank, self._group = context.layout.rank, group
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._error: BaseException | None = None
+        self._pace = Pace()
         self._begin = begin
         self.whole_s: float | None = None
 
     def start(self) -> None:
+        self._pace = Pace(BACKGROUND_SHARE)
         self._thread.start()
 
     @property
@@ -237,6 +269,7 @@ class _Writing:
         return not self._thread.is_alive()
 
     def wait(self, minutes: float) -> None:
+        self._pace.hurry()
         self._thread.join(60 * minutes)
         if self._thread.is_alive():
             raise CheckpointError(
@@ -259,7 +292,7 @@ class _Writing:
             directory = unfinished(self._directory)
             errors: list[Exception] = []
             with collecting(errors), failed_writes_as_os_errors():
-                plan, results, sums = _write_own(directory, self._own, self._rank)
+                plan, results, sums = _write_own(directory, self._own, self._rank, self._pace)
             raise_together(errors, self._group)
             every = gather_on_rank_zero((plan, results, sums), self._group)
             with collecting(errors):
@@ -267,20 +300,25 @@ class _Writing:
                     _finish(directory, self._directory, every)
                     self._completed(self._directory, monotonic() - self._begin)
             raise_together(errors, self._group)
-        self.whole_s = monotonic() - self._begin
+        self.whole_s = monotonic() - self._begin - self._pace.slept_s
 
 
 Told = tuple[SavePlan, list[WriteResult], dict[str, files.Sum]]
 """What a rank has written, and where."""
 
 
-def _write_own(directory: Path, own: _Own, rank: int) -> Told:
+def _write_own(directory: Path, own: _Own, rank: int, pace: Pace) -> Told:
     writer = FileSystemWriter(directory, overwrite=True)
     writer.set_up_storage_writer(False, rank=rank, use_collectives=False)  # names files by rank
-    plan = writer.prepare_local_plan(SavePlan(own.items))
-    results = writer.write_data(plan, _Planner(own)).wait()
+    planner = _Planner(own, pace)
+    plan = writer.prepare_local_plan(planner.plan())
+    results = planner.named(writer.write_data(plan, planner).wait())
     names = {result.storage_data.relative_path for result in results}
-    return plan, results, files.sum_files(directory / name for name in sorted(names))
+    return (
+        SavePlan(own.items),
+        results,
+        files.sum_files((directory / name for name in sorted(names)), pace),
+    )
 
 
 def _finish(directory: Path, final: Path, every: Sequence[Told]) -> None:

@@ -32,11 +32,11 @@ def held(monkeypatch) -> SimpleNamespace:
     gate = SimpleNamespace(may_write=threading.Event(), fails=lambda rank: False)
     write = saver._write_own
 
-    def write_later(directory, own, rank):
+    def write_later(directory, own, rank, pace):
         assert gate.may_write.wait(60)
         if gate.fails(rank):
             raise OSError(28, "No space left on device")
-        return write(directory, own, rank)
+        return write(directory, own, rank, pace)
 
     monkeypatch.setattr(saver, "_write_own", write_later)
     return gate
