@@ -145,9 +145,7 @@ def open_session(
             engine = _make_engine(process, config, inputs, student.chunks, context, log, stop)
         stack.enter_context(closing(engine))
         saver = stack.enter_context(
-            closing(
-                Saver(config.run_dir, config.student.hf_path, config.checkpoint, context, log.line)
-            )
+            Saver(config.run_dir, config.student.hf_path, config.checkpoint, context, log.line)
         )
         log.startup |= times.seconds
         yield Session(

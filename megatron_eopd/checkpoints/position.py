@@ -6,6 +6,7 @@ that no code of a checkpoint is ever run.
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -83,10 +84,13 @@ def write_position(directory: Path, position: Position) -> None:
 
 def best_of(directories: Iterable[Path], figure: str | None) -> Path | None:
     """The checkpoint with the best value of an evaluation's figure, such as `pass@8`, the newest of
-    several; None where none was evaluated so."""
+    several; None where none was evaluated so. A damaged one is not."""
     best, best_value = None, -inf
     for directory in directories:
-        for name, value in read_position(directory).figures.items():
+        figures: dict[str, float] = {}
+        with suppress(CheckpointError):
+            figures = read_position(directory).figures
+        for name, value in figures.items():
             if name.rpartition("/")[2] != figure:
                 continue
             merit = -value if figure.endswith(SMALLER_IS_BETTER) else value

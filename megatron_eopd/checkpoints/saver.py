@@ -37,7 +37,15 @@ from megatron_eopd.checkpoints.contents import (
 from megatron_eopd.checkpoints.pace import Pace
 from megatron_eopd.checkpoints.position import Position, best_of, write_position
 from megatron_eopd.config import CheckpointConfig
-from megatron_eopd.errors import CheckpointError, ExpectedError
+from megatron_eopd.errors import (
+    CheckpointError,
+    EngineError,
+    ExpectedError,
+    Interrupted,
+    NonFiniteError,
+    ReplicaError,
+    SpikeError,
+)
 from megatron_eopd.models.hf_files import copy_side_files
 from megatron_eopd.models.mcore_files import stored_shape
 from megatron_eopd.models.mcore_writer import (
@@ -62,6 +70,10 @@ BACKGROUND_NICENESS = 15
 BACKGROUND_SHARE = 0.1
 """Of the time that the thread works; in the rest it sleeps. The kernel writes in the background for
 it, without its low priority, and would slow a step down by half where every core trains."""
+
+EVERYBODYS = (NonFiniteError, SpikeError, ReplicaError, EngineError, Interrupted)
+"""Errors that are raised on every rank."""
+ALONE_S = 10.0
 
 
 class Saver:
@@ -110,7 +122,9 @@ class Saver:
         self._last = writing
         largest = max(gather_everywhere(own.num_bytes, self._context.cpu_group))
         if self._options.async_save and largest <= self._options.staging_gib * 2**30:
-            own.stage(self._staging)
+            with collecting(errors):
+                own.stage(self._staging)
+            raise_together(errors, self._context.cpu_group)
             self._running = writing
             writing.start()
         else:
@@ -144,17 +158,25 @@ class Saver:
         if running is not None:
             running.wait(self._options.save_timeout_minutes)
 
-    def close(self) -> None:
-        """Like finish, where the run has ended and only its own error counts."""
-        with suppress(ExpectedError):
-            self.finish()
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """The run has ended, and only its own error counts. What is under way is finished if all
+        ranks have that error; of one that is lost, the others would wait for long."""
+        running, self._running = self._running, None
+        if running is not None:
+            is_everybodys = error is None or isinstance(error, EVERYBODYS)
+            minutes = self._options.save_timeout_minutes if is_everybodys else ALONE_S / 60
+            with suppress(ExpectedError):
+                running.wait(minutes)
 
     def _completed(self, directory: Path, seconds: float) -> None:
         """By rank 0. Says so, and removes what need not be kept."""
         self._tell(f"saved {directory} in {seconds:.1f} s")
         best = best_of(files.complete(self._run_dir), self._options.keep_best)
         for old in files.to_remove(self._run_dir, self._options.keep_last, best):
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass
@@ -174,13 +196,18 @@ class _Own:
         memory for each would be taken from what the next step is used to have at hand."""
         tensors = [n for n, value in enumerate(self.data) if isinstance(value, torch.Tensor)]
         if not buffers:
-            buffers += [torch.empty_like(self.data[n], device="cpu") for n in tensors]
+            buffers += [_host_memory_for(self.data[n]) for n in tensors]
         for number, buffer in zip(tensors, buffers, strict=True):
             self.data[number] = buffer.copy_(self.data[number])
 
     def add(self, item: WriteItem, data: torch.Tensor | bytes) -> None:
         self.items.append(item)
         self.data.append(data)
+
+
+def _host_memory_for(tensor: torch.Tensor) -> torch.Tensor:
+    """Page-locked where it is filled from a GPU, which is several times as fast."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
 
 
 def _contents(student: Trainable, context: ParallelContext) -> _Own:

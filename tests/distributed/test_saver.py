@@ -1,6 +1,7 @@
 """A checkpoint is written while training goes on: of what was there when it began."""
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from megatron_eopd.checkpoints.loader import load
 from megatron_eopd.checkpoints.position import make_position, read_position
 from megatron_eopd.checkpoints.saver import Saver
 from megatron_eopd.config.training import CheckpointConfig
-from megatron_eopd.errors import CheckpointError
+from megatron_eopd.errors import CheckpointError, LostRankError, NonFiniteError
 from megatron_eopd.models import mcore_files
 from megatron_eopd.models.build import build_model
 from megatron_eopd.training.optimizer import make_trainable
@@ -116,8 +117,8 @@ def check_failure(held, student_dir, teacher_dir, run_dir):
             its_saver.poll()
     assert files.complete(run_dir) == [good]
     held.fails = lambda rank: False
-    its_saver.save(student, position(3, context))
-    its_saver.close()
+    with its_saver:
+        its_saver.save(student, position(3, context))
     assert [path.name for path in files.complete(run_dir)] == ["000001", "000003"]
     assert not list((run_dir / "checkpoints").glob("*.unfinished")), "what failed is swept away"
     leave_groups()
@@ -142,6 +143,32 @@ def test_a_disk_that_hangs_ends_the_wait(held, qwen3_dir, teacher_dir, tmp_path)
     run_ranks(1, tmp_path, check_late, held, qwen3_dir, teacher_dir, tmp_path / "run")
 
 
+def check_left(held, student_dir, teacher_dir, run_dir):
+    """Of an error that all ranks have, and of one that this rank has alone."""
+    student, context, _, its_saver = start(student_dir, teacher_dir, run_dir)
+    threading.Timer(0.5, held.may_write.set).start()
+    with pytest.raises(NonFiniteError), its_saver:
+        its_saver.save(student, position(1, context))
+        raise NonFiniteError
+    assert [path.name for path in files.complete(run_dir)] == ["000001"]
+    held.may_write.clear()
+    begin = time.monotonic()
+    with pytest.raises(LostRankError), its_saver:
+        its_saver.save(student, position(2, context))
+        raise LostRankError
+    assert time.monotonic() - begin < 5
+    assert [path.name for path in files.complete(run_dir)] == ["000001"]
+    held.may_write.set()
+    leave_groups()
+
+
+def test_a_run_that_ends_finishes_its_save_unless_a_rank_is_lost(
+    held, qwen3_dir, teacher_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(saver, "ALONE_S", 0.5)
+    run_ranks(2, tmp_path, check_left, held, qwen3_dir, teacher_dir, tmp_path / "run")
+
+
 def check_kept(student_dir, teacher_dir, run_dir):
     student, context, _, _ = start(student_dir, teacher_dir, run_dir)
     options = {"keep_last": 2, "keep_best": "pass@8"}
@@ -151,6 +178,7 @@ def check_kept(student_dir, teacher_dir, run_dir):
         save(run_dir, student, place, student_dir, context, **options)
     assert [path.name for path in files.complete(run_dir)] == ["000002", "000005", "000006"]
     options["keep_best"] = "pass@1"
+    (run_dir / "checkpoints/000002/position.json").write_text("{")  # damaged, and no reason to stop
     save(run_dir, student, position(6, context, steps_done=2), student_dir, context, **options)
     assert [path.name for path in files.complete(run_dir)] == ["000005", "000006", "000006-2"]
     # Again under the same name: the newer one counts.
