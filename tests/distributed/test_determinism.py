@@ -32,7 +32,7 @@ def check_steps(student_dir, teacher_dir, out):
         out.write_text(json.dumps(rows))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe"])
 def test_steps_are_the_same_again(family, tmp_path):
     student, teacher = (make_model(family, tmp_path / f"m{n}", seed=n) for n in (1, 2))
     run_ranks(2, tmp_path, check_steps, student, teacher, tmp_path / "rows.json")

@@ -30,11 +30,11 @@ def greedy_tokens(reader: str, path: Path) -> list[list[int]]:
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.skipif(not vllm_available(), reason="vLLM is not installed")
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_a_converted_model_writes_the_same_tokens_everywhere(family, tmp_path):
+def test_a_converted_model_writes_the_same_tokens_everywhere(tmp_path):
     """Hugging Face → Megatron on two ranks → Hugging Face; the trainer reads the one in the middle.
-    vLLM stands for rope scaling and for experts that are not of this project's making."""
-    source = make_model(family, tmp_path / "hf")
+    vLLM stands for rope scaling that is not of this project's making. (Of experts a run compares
+    it with the trainer, in test_train.py.)"""
+    source = make_model("llama", tmp_path / "hf")
     mcore, back = tmp_path / "mcore", tmp_path / "back"
     run(*TORCHRUN, "tools/convert_hf.py", "to-mcore", source, mcore)
     run("tools/convert_hf.py", "to-hf", mcore, back, "--max-shard-size", "500KB")
