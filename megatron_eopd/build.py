@@ -130,7 +130,9 @@ def open_session(
             student = _build_student(config, context)
         position = None
         with times("checkpoint"):
-            directory = first_sound(inputs.candidates, context, log)
+            # Each rank has listed the folder by itself, and on a shared disk not all see the same.
+            candidates = from_rank_zero(lambda: inputs.candidates, context.cpu_group)
+            directory = first_sound(candidates, context, log)
             if directory is not None:
                 vocab_size = read_hf_config(config.student.hf_path).vocab_size
                 position = load(directory, student, vocab_size, context)

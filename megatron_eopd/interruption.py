@@ -104,11 +104,11 @@ class Interruption:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """While what happens must not be ended by the grace time."""
-        self._signals.is_saving = True
+        before, self._signals.is_saving = self._signals.is_saving, True
         try:
             yield
         finally:
-            self._signals.is_saving = False
+            self._signals.is_saving = before
 
     def _agree(self, reason: str | None) -> None:
         told = torch.tensor([0 if reason is None else 1 + REASONS.index(reason)])

@@ -92,7 +92,8 @@ def _meet_and_work(
             teacher = config.all_teachers[role.name]
             students = student_layout(config, world_size)
             log.stage = f"service as [{role.name}]"
-            signals.keeps_work = True  # the student's: it lets this teacher go
+            # The student lets this teacher go, when it has saved.
+            signals.keeps_work = signals.is_saving = True
             serve(
                 teacher,
                 role,

@@ -6,6 +6,7 @@ step reports ─▶ new weights in the engine.
 
 import json
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from itertools import islice
 
 from megatron_eopd import report
@@ -18,6 +19,7 @@ from megatron_eopd.milestones import (
     begun_work,
     evaluate_if_due,
     evaluate_student,
+    finish_save,
     save,
     save_if_due,
     saved_when_interrupted,
@@ -40,8 +42,10 @@ from megatron_eopd.unfinished import Unfinished
 def train(session: Session) -> None:
     """All iterations, then the export and the report. Every rank of the student calls this."""
     writer = open_files(session)
-    iterate(session, writer)
-    finish(session, writer)
+    # However it ends: what a tracker has not written is a hole in the curves of the resumed run.
+    with nullcontext() if writer is None else closing(writer):
+        iterate(session, writer)
+        finish(session, writer)
 
 
 def iterate(session: Session, writer: MetricsWriter | None) -> None:
@@ -94,7 +98,7 @@ def finish_iteration(
     health.look(scalars, sync)
     if sync.is_unsound:  # the trainer's own weights are good
         save(session, Unfinished(version))
-        session.saver.finish()
+        finish_save(session)
         raise EngineError(sync.probe.message)
     session.saver.poll()
     session.stop.end_iteration(session.saver.whole_save_s)

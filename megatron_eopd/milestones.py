@@ -65,8 +65,14 @@ def save_if_due(session: Session, work: Unfinished) -> bool:
     if every and work.iteration % (every * options.save_interval) == 0:
         export(session, session.config.run_dir / f"hf-{work.iteration:06d}")
     if is_last:
-        session.saver.finish()
+        finish_save(session)
     return True
+
+
+def finish_save(session: Session) -> None:
+    """Wait for the one that is under way, however long after a signal."""
+    with session.stop.saving():
+        session.saver.finish()
 
 
 def save(session: Session, work: Unfinished) -> None:
@@ -89,7 +95,8 @@ def save(session: Session, work: Unfinished) -> None:
         grad_norms=session.guard.grad_norms,
         skipped_in_a_row=session.guard.skipped_in_a_row,
     )
-    texts = work.files(config, session.tokenizer)
+    is_first = session.context.layout.rank == 0  # which writes them
+    texts = work.files(config, session.tokenizer) if is_first else {}
     with session.stop.saving():
         session.saver.save(
             session.student, position, texts | {RUN_CONFIG: config.model_dump_json()}
@@ -116,5 +123,5 @@ def saved_when_interrupted(session: Session, work: Unfinished) -> Iterator[None]
                 session.log.line(f"{interruption}: saving")
                 session.student.gather_parameters()
                 save(session, work)
-            session.saver.finish()
+            finish_save(session)
         raise Interrupted(f"{interruption}, and saved {done}") from None

@@ -100,7 +100,6 @@ def finish(session: Session, writer: MetricsWriter | None) -> None:
         export(session, config.run_dir / "hf")
     if writer is None:
         return
-    writer.close()
     hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
     table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
     minutes = seconds_since_start() / 60

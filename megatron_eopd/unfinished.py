@@ -35,8 +35,6 @@ class Unfinished:
     """Of its optimizer steps."""
     figures: dict[str, float] = field(default_factory=dict)
     """Of the evaluation before them; none once a step is taken."""
-    figures: dict[str, float] = field(default_factory=dict)
-    """Of the evaluation before it, if one was due."""
 
     @property
     def steps_done(self) -> int:

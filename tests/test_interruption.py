@@ -228,3 +228,13 @@ def test_a_save_is_not_ended_by_the_grace_time(process):
     child.stdout.readline()
     assert child.stdout.readline().startswith("WARNING: 0.2 s (checkpoint.exit_grace_seconds)")
     assert child.poll() is None
+
+
+def test_a_save_within_a_save_ends_no_protection():
+    signals = SimpleNamespace(is_saving=False)
+    stop = Interruption(signals, None, None)
+    with stop.saving():
+        with stop.saving():
+            pass
+        assert signals.is_saving, "what is written in the background is waited for here"
+    assert not signals.is_saving

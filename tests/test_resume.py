@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and what may have changed since."""
 
+import errno
 import json
 import re
 import runpy
@@ -250,3 +251,18 @@ def test_a_file_that_says_the_rest_is_sound_must_be_there(config, tmp_path, name
     (newer / "DONE").unlink(missing_ok=True)
     found = choose_checkpoints(config(), trains=True)
     assert found.directories == [] and len(found.warnings) == 2, "begins, and says so"
+
+
+def test_a_sector_that_cannot_be_read_is_damage(config, tmp_path, monkeypatch):
+    older, newer = (finish_checkpoint(tmp_path / "run", n, format=2) for n in (2, 4))
+    read = files._sha256
+
+    def fail(file, *rest):
+        if str(newer) in file.name and file.name.endswith("data.distcp"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file, *rest)
+
+    monkeypatch.setattr(files, "_sha256", fail)
+    found = choose_checkpoints(config(), trains=True)
+    assert found.directories == [older]
+    assert "data.distcp cannot be read (Input/output error)" in found.warnings[0]

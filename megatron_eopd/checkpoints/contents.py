@@ -231,6 +231,7 @@ def rng_state() -> bytes:
             "python": random.getstate(),
             "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
             "torch": torch.get_rng_state(),
+            "kind": _kind_of_device(),
             "device": torch.cuda.get_rng_state(),
             "megatron": get_cuda_rng_tracker().get_states(),
         }
@@ -243,8 +244,13 @@ def restore_rng(content: bytes) -> None:
     random.setstate(state["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    if state["kind"] == _kind_of_device():  # another kind's generator has another state
+        torch.cuda.set_rng_state(state["device"])
+        get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _kind_of_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _as_torch_saves(value: Any) -> bytes:

@@ -74,7 +74,7 @@ def set_aside_later(run_dir: Path, place: tuple[int, int]) -> list[Path]:
 
 def put_in_place(written: Path, final: Path) -> None:
     """Under the name by which it counts, which the file `latest` then has. An older one of that
-    name is there until this one is."""
+    name is out of the way between two renames, and only then."""
     replaced = final.with_name(f"{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -183,7 +183,12 @@ def problems_of(directory: Path, sums: Mapping[str, Sum], to_sum: Iterable[str])
             problems.append(f"{name} has {path.stat().st_size} of {expected.num_bytes} bytes")
     wrong_already = {problem.split(" ", 1)[0] for problem in problems}
     for name in set(to_sum) - wrong_already:
-        with (directory / name).open("rb") as file:
-            if _sha256(file) != sums[name].sha256:
-                problems.append(f"{name} has other content than was written")
+        try:
+            with (directory / name).open("rb") as file:
+                is_same = _sha256(file) == sums[name].sha256
+        except OSError as error:  # a bad sector
+            problems.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if not is_same:
+            problems.append(f"{name} has other content than was written")
     return sorted(problems)

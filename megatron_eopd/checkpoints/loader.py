@@ -34,12 +34,17 @@ from megatron_eopd.training.optimizer import Trainable
 def verify(directory: Path, context: ParallelContext) -> list[str]:
     """What is wrong with the content of its files, on every rank. Collective: each rank reads a
     part of them."""
-    sums = read_sums(directory) or {}
+    try:
+        sums = read_sums(directory) or {}
+    except (CheckpointError, OSError) as error:
+        sums, unread = {}, [str(error)]
+    else:
+        unread = []
     names = sorted(sums, key=lambda name: (-sums[name].num_bytes, name))
     own = names[context.layout.rank :: context.layout.world_size]
-    found = problems_of(directory, {name: sums[name] for name in own}, own)
+    found = unread + problems_of(directory, {name: sums[name] for name in own}, own)
     every = gather_everywhere(found, context.cpu_group)
-    return sorted(problem for problems in every for problem in problems)
+    return sorted({problem for problems in every for problem in problems})
 
 
 def load(

@@ -43,6 +43,7 @@ from megatron_eopd.errors import (
     ExpectedError,
     Interrupted,
     NonFiniteError,
+    RemoteError,
     ReplicaError,
     SpikeError,
 )
@@ -71,7 +72,7 @@ BACKGROUND_SHARE = 0.1
 """Of the time that the thread works; in the rest it sleeps. The kernel writes in the background for
 it, without its low priority, and would slow a step down by half where every core trains."""
 
-EVERYBODYS = (NonFiniteError, SpikeError, ReplicaError, EngineError, Interrupted)
+EVERYBODYS = (NonFiniteError, SpikeError, ReplicaError, EngineError, RemoteError, Interrupted)
 """Errors that are raised on every rank."""
 ALONE_S = 10.0
 
@@ -164,9 +165,12 @@ class Saver:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         """The run has ended, and only its own error counts. What is under way is finished if all
         ranks have that error; of one that is lost, the others would wait for long."""
+        if error is None:
+            self.finish()
         running, self._running = self._running, None
         if running is not None:
-            is_everybodys = error is None or isinstance(error, EVERYBODYS)
+            self._tell("the run ends; finishing the save that is under way")
+            is_everybodys = isinstance(error, EVERYBODYS)
             minutes = self._options.save_timeout_minutes if is_everybodys else ALONE_S / 60
             with suppress(ExpectedError):
                 running.wait(minutes)
@@ -307,8 +311,8 @@ class _Writing:
             raise self._error
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
         try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
             self.write()
         except BaseException as error:  # raised where the run waits for it
             self._error = error
@@ -335,7 +339,8 @@ Told = tuple[SavePlan, list[WriteResult], dict[str, files.Sum]]
 
 
 def _write_own(directory: Path, own: _Own, rank: int, pace: Pace) -> Told:
-    writer = FileSystemWriter(directory, overwrite=True)
+    # Copying ahead would use this thread's current GPU, which is the first for every rank.
+    writer = FileSystemWriter(directory, overwrite=True, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(False, rank=rank, use_collectives=False)  # names files by rank
     planner = _Planner(own, pace)
     plan = writer.prepare_local_plan(planner.plan())

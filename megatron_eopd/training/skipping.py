@@ -22,7 +22,8 @@ class StepGuard:
     ) -> None:
         """The last two: as the checkpoint has them."""
         self._training = training
-        self.grad_norms = tuple(grad_norms)[-training.skip_grad_norm_window :]
+        skips = training.skip_grad_norm_factor is not None
+        self.grad_norms = tuple(grad_norms)[-training.skip_grad_norm_window :] if skips else ()
         """Of the last steps, the oldest first; empty unless spikes are skipped."""
         self.skipped_in_a_row = skipped_in_a_row
 
