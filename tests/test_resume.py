@@ -206,6 +206,9 @@ def test_the_tool_lists_and_verifies(tmp_path, capsys, monkeypatch):
     ]
     assert tool(["list", str(tmp_path)]) == 2
     assert "no checkpoints there" in capsys.readouterr().err
+    (run_dir / "checkpoints/000008.unfinished").mkdir()
+    assert tool(["list", str(run_dir), "--iteration", "8"]) == 0
+    assert "being written" in capsys.readouterr().out
     assert tool(["list", str(run_dir), "--iteration", "3"]) == 2
 
 

@@ -63,7 +63,11 @@ def _place(path: Path) -> tuple[int, int] | None:
 
 
 def describe(directory: Path, verifies: bool) -> bool:
-    """Print its line; whether it is sound."""
+    """Print its line; whether it is sound. What has not got its name yet is no checkpoint, and
+    not wrong."""
+    if directory.suffix:
+        print(f"{directory.name:<17}  being written, or left by a save that was broken off")
+        return True
     size = sum(path.stat().st_size for path in directory.iterdir())
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(directory.stat().st_mtime))
     problems = problems_of(directory, verifies)
