@@ -13,7 +13,13 @@ from megatron_eopd.build import Session, open_session
 from megatron_eopd.config import Config
 from megatron_eopd.errors import Interrupted
 from megatron_eopd.interruption import Interruption
-from megatron_eopd.leaving import as_expected, fail_together, leave_if_stopped, stop_together
+from megatron_eopd.leaving import (
+    as_expected,
+    fail_together,
+    leave_if_stopped,
+    let_threads_be_quiet,
+    stop_together,
+)
 from megatron_eopd.parallel.init import (
     ParallelContext,
     choose_deterministic_kernels,
@@ -47,6 +53,7 @@ def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bo
     """`work` on the student's ranks, while those of separate teachers serve them. `trains`: see
     preflight.check."""
     leave_no_process_behind()
+    let_threads_be_quiet()
     job = torchrun_store()
     leave_if_stopped(job)
     if config.model.deterministic_mode:

@@ -4,6 +4,7 @@ torchrun ends all ranks with the first that exits, and with --max-restarts start
 """
 
 import sys
+import threading
 from contextlib import suppress
 from datetime import timedelta
 from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS, ESTALE
@@ -38,6 +39,18 @@ def as_expected(error: Exception, stage: str) -> ExpectedError | None:
             f"disk, and start the same command again; it goes on from the newest checkpoint."
         )
     return None
+
+
+def let_threads_be_quiet() -> None:
+    """A library's thread that meets a full disk prints a traceback, and raises it once more on the
+    thread that next has something for it; only that is told."""
+    told = threading.excepthook
+
+    def tell(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is None or as_expected(failure.exc_value, "") is None:
+            told(failure)
+
+    threading.excepthook = tell
 
 
 def fail_together(error: Exception, log: RunLog, context: ParallelContext) -> NoReturn:

@@ -1,11 +1,12 @@
 """Which errors end a run with one line, whatever raised them."""
 
 import errno
+import threading
 
 import pytest
 
 from megatron_eopd.errors import ConfigError, DiskError, LostRankError
-from megatron_eopd.leaving import as_expected
+from megatron_eopd.leaving import as_expected, let_threads_be_quiet
 from megatron_eopd.run_log import RunLog
 
 
@@ -40,3 +41,20 @@ def test_a_full_disk_does_not_silence_the_last_words(tmp_path, monkeypatch, caps
     log.error("two")
     log.close()
     assert "two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error,prints", [(OSError(errno.ENOSPC, "full"), False), (KeyError("of ours"), True)]
+)
+def test_threads_of_libraries_are_quiet_about_what_is_told(error, prints, monkeypatch):
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    let_threads_be_quiet()
+
+    def fail():
+        raise error
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert bool(printed) == prints
