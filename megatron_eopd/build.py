@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_eopd.checkpoints.loader import load
+from megatron_eopd.checkpoints.position import Position, make_position
 from megatron_eopd.checkpoints.resume import first_sound
 from megatron_eopd.checkpoints.saver import Saver
 from megatron_eopd.config import Config
@@ -128,15 +129,8 @@ def open_session(
         raise_together(errors, context.cpu_group)
         with times("student"):
             student = _build_student(config, context)
-        position = None
         with times("checkpoint"):
-            # Each rank has listed the folder by itself, and on a shared disk not all see the same.
-            candidates = from_rank_zero(lambda: inputs.candidates, context.cpu_group)
-            directory = first_sound(candidates, context, log)
-            if directory is not None:
-                vocab_size = read_hf_config(config.student.hf_path).vocab_size
-                position = load(directory, student, vocab_size, context)
-                log.line(f"resumed from {directory}")
+            directory, position = _go_on(config, inputs, student, context, log)
         with times("teachers"):
             teachers = stack.enter_context(
                 open_teachers(
@@ -169,18 +163,29 @@ def open_session(
             # To score a sequence vLLM also samples the token behind it.
             max_probe_tokens=inputs.max_sequence_length - 1,
             vocab_size=tokenizers.vocab_size,
-            first_iteration=position.iteration if position else 0,
-            first_step=position.steps_of(config) - position.steps_done if position else 0,
-            first_steps_done=position.steps_done if position else 0,
+            first_iteration=position.iteration,
+            first_step=position.steps_of(config) - position.steps_done,
+            first_steps_done=position.steps_done,
             resumed_from=directory,
             saver=saver,
-            guard=StepGuard(
-                config.training,
-                position.grad_norms if position else (),
-                position.skipped_in_a_row if position else 0,
-            ),
-            resumes_evaluated=position is not None and position.is_evaluated,
+            guard=StepGuard(config.training, position.grad_norms, position.skipped_in_a_row),
+            resumes_evaluated=directory is not None and position.is_evaluated,
         )
+
+
+def _go_on(
+    config: Config, inputs: Inputs, student: Trainable, context: ParallelContext, log: RunLog
+) -> tuple[Path | None, Position]:
+    """The checkpoint that was loaded, and where the run stands."""
+    # Each rank has listed the folder by itself, and on a shared disk not all see the same.
+    candidates = from_rank_zero(lambda: inputs.candidates, context.cpu_group)
+    directory = first_sound(candidates, context, log)
+    if directory is None:
+        return None, make_position(0, config.seed, inputs.prompts.digest, context)
+    vocab_size = read_hf_config(config.student.hf_path).vocab_size
+    position = load(directory, student, vocab_size, context)
+    log.line(f"resumed from {directory}")
+    return directory, position
 
 
 def _build_student(config: Config, context: ParallelContext) -> Trainable:

@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from megatron_eopd.checkpoints import files, saver
+from megatron_eopd.checkpoints import files, saver, writing
 from megatron_eopd.checkpoints.loader import load
 from megatron_eopd.checkpoints.position import make_position, read_position
 from megatron_eopd.checkpoints.saver import Saver
@@ -31,7 +31,7 @@ from tests.tiny_models import make_model
 def held(monkeypatch) -> SimpleNamespace:
     """Writing waits until `may_write` is set, and then fails if `fails`."""
     gate = SimpleNamespace(may_write=threading.Event(), fails=lambda rank: False)
-    write = saver._write_own
+    write = writing._write_own
 
     def write_later(directory, own, rank, pace):
         assert gate.may_write.wait(60)
@@ -39,7 +39,7 @@ def held(monkeypatch) -> SimpleNamespace:
             raise OSError(28, "No space left on device")
         return write(directory, own, rank, pace)
 
-    monkeypatch.setattr(saver, "_write_own", write_later)
+    monkeypatch.setattr(writing, "_write_own", write_later)
     return gate
 
 
