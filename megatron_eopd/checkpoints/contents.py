@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_eopd.models.mcore_files import CHUNK_BYTES, pieces_of
+from megatron_eopd.models.mcore_writer import serialised
 from megatron_eopd.training.optimizer import Trainable
 
 MASTER, *MOMENTS = STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -73,7 +74,7 @@ def objects_of(student: Trainable) -> dict[str, bytes]:
     for chunk in student.chunks:
         for sharded in chunk.sharded_state_dict().values():
             if isinstance(sharded, ShardedObject) and not any(sharded.replica_id):
-                found[sharded.unique_key] = _as_torch_saves([sharded.data])
+                found[sharded.unique_key] = serialised([sharded.data])
     return found
 
 
@@ -226,7 +227,7 @@ def rng_key(rank: int, world_size: int) -> str:
 def rng_state() -> bytes:
     """Of this rank, in types that torch.load takes from anybody (weights_only)."""
     name, keys, *rest = np.random.get_state()
-    return _as_torch_saves(
+    return serialised(
         {
             "python": random.getstate(),
             "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
@@ -251,9 +252,3 @@ def restore_rng(content: bytes) -> None:
 
 def _kind_of_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _as_torch_saves(value: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()

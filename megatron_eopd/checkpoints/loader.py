@@ -23,7 +23,6 @@ from megatron_eopd.checkpoints.contents import (
 from megatron_eopd.checkpoints.files import problems_of, read_sums
 from megatron_eopd.checkpoints.position import Position, read_position, sizes_of
 from megatron_eopd.errors import CheckpointError
-from megatron_eopd.models.hf_files import listing
 from megatron_eopd.models.load import read_weights
 from megatron_eopd.models.mcore_files import MCoreCheckpoint, loading_errors, pieces_of
 from megatron_eopd.parallel.collectives import collecting, gather_everywhere, raise_together
@@ -80,13 +79,7 @@ def _read_optimizer(student: Trainable, checkpoint: MCoreCheckpoint, vocab_size:
         if item.is_optimized:
             pieces += _exact_weights(item, checkpoint)
             pieces += [_or_weight(piece, checkpoint) for piece in optimizer_pieces(item)]
-    problems = [problem for p in pieces if (problem := checkpoint.problem(p, vocab_size))]
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint.path}: the optimizer's state does not fit:\n{listing(problems)}"
-        )
-    for piece in pieces:
-        piece.data.copy_(checkpoint.read(piece))
+    checkpoint.fill(pieces, vocab_size)
 
 
 def _exact_weights(item: Item, checkpoint: MCoreCheckpoint) -> Iterator[ShardedTensor]:

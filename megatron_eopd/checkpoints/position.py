@@ -37,15 +37,15 @@ class Position:
     references_digest: str = ""
     """Of the reference answers; empty without any."""
     optimizer_steps: int | None = None
-    """Taken in these, with whatever batch sizes; None in checkpoints from before it was counted."""
+    """Taken in all, with whatever batch sizes; None in checkpoints from before it was counted."""
     train_iters: int | None = None
     """Of the run that wrote it: schedules may stretch over all of them."""
     is_evaluated: bool = True
     """Whether the evaluation that is due at this iteration was made; a run that stops over a
     faulty engine saves before it."""
     steps_done: int = 0
-    """Optimizer steps beyond those, taken of the next iteration, within which the run was stopped.
-    Its rollouts lie beside."""
+    """Those of them that belong to the next iteration, within which the run was stopped. Its
+    rollouts lie beside."""
     adam_step: int | None = None
     """Updates that Adam has made, by which it corrects its moments."""
     tokenizer_digest: str = ""

@@ -21,9 +21,9 @@ from megatron_eopd.models.mcore_files import MCoreCheckpoint, read_metadata
 
 PADDED = re.compile(r"(word_embeddings|output_layer)\.weight$")
 """Tensors that end with rows of padding, more of them at a larger tensor-parallel size."""
-SEEDED = ("torch", "device", "megatron")
-"""Random states that begin as `seed` says; Python's and numpy's begin anywhere, and nothing draws
-from them."""
+COMPARED = ("torch", "device", "megatron")
+"""Random states that are compared. Python's and numpy's are the whole process's, from which any
+library may draw."""
 
 
 def compare_checkpoints(a: Run, b: Run, rtol: float, iteration: int | None) -> Part:
@@ -107,7 +107,7 @@ def _difference(key: str, x: _Stored, y: _Stored) -> float:
 
 
 def _moved(key: str, x: _Stored, y: _Stored) -> bool:
-    """Whether a rank's random states differ, of those that `seed` sets."""
+    """Whether a rank's random states differ."""
     try:
         a, b = (
             torch.load(io.BytesIO(stored.content.read_object(key)), weights_only=True)
@@ -117,7 +117,7 @@ def _moved(key: str, x: _Stored, y: _Stored) -> bool:
         return False
     if not (isinstance(a, dict) and isinstance(b, dict)):  # the same
         return False
-    return any(not _same_states(a[name], b[name]) for name in SEEDED)
+    return any(not _same_states(a[name], b[name]) for name in COMPARED)
 
 
 def _same_states(x: Any, y: Any) -> bool:

@@ -27,7 +27,7 @@ from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint
 from megatron_eopd.models.load import load_mcore_weights
 from megatron_eopd.models.mcore_files import MCoreCheckpoint
-from megatron_eopd.parallel.collectives import collecting, raise_together
+from megatron_eopd.parallel.collectives import collecting, gather_everywhere, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.pipeline import map_hidden
 from megatron_eopd.parallel.vocab import gather_vocab
@@ -79,8 +79,7 @@ def compare_tensors(hf_dir: Path, mcore_dir: Path, context: ParallelContext) -> 
             for group in tqdm(own, desc="tensors", disable=layout.rank != 0):
                 found += _compare_group(group, checkpoint, stored, skeleton)
     raise_together(errors, context.cpu_group)
-    gathered: list = [None] * layout.world_size
-    dist.all_gather_object(gathered, found, group=context.cpu_group)
+    gathered = gather_everywhere(found, context.cpu_group)
     everything = [difference for part in gathered for difference in part]
     return sorted(everything, key=lambda d: (-d.largest, -d.num_different, d.name))
 

@@ -4,10 +4,8 @@ In: config.json. Out: parameters in the model's order, each with its Hugging Fac
 place in a Megatron checkpoint. Every rank makes the same list and takes its part of the files.
 """
 
-import io
 from dataclasses import dataclass
 
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from transformers import PretrainedConfig
 
@@ -19,6 +17,7 @@ from megatron_eopd.models.hf_weights import (
     hf_shapes,
     weights_of,
 )
+from megatron_eopd.models.mcore_writer import serialised
 from megatron_eopd.parallel.init import ParallelContext
 
 WHOLE = 0, 1
@@ -58,14 +57,8 @@ def make_skeleton(hf_config: PretrainedConfig, context: ParallelContext) -> Skel
         named = dict(zip(weight.hf_names(ep_rank=0), shapes, strict=True))
         groups.append(Group(name, weight, tuple(parameter.shape), state[name], named))
     objects = {
-        item.unique_key: _serialised([item.data])
+        item.unique_key: serialised([item.data])
         for item in state.values()
         if isinstance(item, ShardedObject)
     }
     return Skeleton(tuple(groups), heads, vocab, objects)
-
-
-def _serialised(data: list) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(data, buffer)
-    return buffer.getvalue()

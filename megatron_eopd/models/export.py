@@ -24,7 +24,7 @@ from megatron_eopd.models.hf_files import (
     write_index_and_config,
 )
 from megatron_eopd.models.hf_weights import Weight, head_shape, hf_shapes, join, weights_of
-from megatron_eopd.parallel.collectives import collecting, raise_together
+from megatron_eopd.parallel.collectives import collecting, gather_everywhere, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
 
@@ -131,8 +131,7 @@ class Exporter:
 
     def _gather_manifest(self) -> Manifest:
         own = tuple(tuple(self._specs(entries)) for entries in self._buckets)
-        stages: list = [None] * self._context.layout.pp
-        dist.all_gather_object(stages, own, group=self._context.groups.pp)
+        stages = gather_everywhere(own, self._context.groups.pp)
         return Manifest(tuple(stages))
 
     def _specs(self, entries: list[Entry]) -> Iterator[TensorSpec]:

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from megatron_eopd.models.families import family_of
 from megatron_eopd.models.families.base import Mapping, Split
 from megatron_eopd.models.hf_files import HFCheckpoint, TensorSlice
+from megatron_eopd.parallel.collectives import gather_everywhere
 from megatron_eopd.parallel.layout import Layout
 
 READ_BYTES = 64 * 2**20
@@ -203,8 +204,7 @@ def load_hf_weights(
     shapes: dict[str, tuple[int, ...]] = {}
     for chunk in chunks:
         shapes |= whole_shapes(chunk, weights_of(chunk, hf_config), hf_config, layout)
-    names: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(names, list(shapes), group=group)
+    names = gather_everywhere(list(shapes), group)
     asked_for = {name for rank in names for name in rank}
     with HFCheckpoint(hf_path) as checkpoint:
         checkpoint.check(shapes, asked_for, tied=hf_config.tie_word_embeddings)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from megatron_eopd.errors import CheckpointError
 from megatron_eopd.model_paths import is_mcore, resolve_checkpoint
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
-from megatron_eopd.models.hf_files import HFCheckpoint, listing, weight_files
+from megatron_eopd.models.hf_files import HFCheckpoint, weight_files
 from megatron_eopd.models.hf_weights import load_hf_weights
 from megatron_eopd.models.mcore_files import MCoreCheckpoint, pieces_of
 from megatron_eopd.models.tensor_shapes import tensor_shapes
@@ -79,16 +78,10 @@ def load_mcore_weights(
 def read_weights(chunks: Sequence[CausalLM], checkpoint: MCoreCheckpoint, vocab_size: int) -> None:
     """
     Raises:
-        CheckpointError: listing all that does not fit, before anything is read.
+        CheckpointError: it is of another model.
     """
     pieces = [piece for chunk in chunks for piece in _pieces(chunk, checkpoint)]
-    problems = [problem for p in pieces if (problem := checkpoint.problem(p, vocab_size))]
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint.path}: the weights are those of another model:\n{listing(problems)}"
-        )
-    for piece in pieces:
-        piece.data.copy_(checkpoint.read(piece))
+    checkpoint.fill(pieces, vocab_size)
 
 
 def _open(path: Path) -> MCoreCheckpoint:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_eopd.errors import CheckpointError
 from megatron_eopd.model_paths import resolve_checkpoint
-from megatron_eopd.models.hf_files import fingerprint
+from megatron_eopd.models.hf_files import fingerprint, listing
 from megatron_eopd.models.mcore_keys import EMBEDDING, style_of
 from megatron_eopd.parallel.collectives import lost_rank, tells_of_lost_rank
 
@@ -174,6 +174,20 @@ class MCoreCheckpoint:
         if stored.properties.dtype not in DTYPES:
             return f"{piece.key}: type {stored.properties.dtype} is not supported"
         return None
+
+    def fill(self, pieces: Sequence[ShardedTensor], vocab_size: int) -> None:
+        """Read each piece into its own data.
+
+        Raises:
+            CheckpointError: listing all that does not fit, before anything is read.
+        """
+        problems = [problem for p in pieces if (problem := self.problem(p, vocab_size))]
+        if problems:
+            raise CheckpointError(
+                f"{self.path}: the tensors are those of another model:\n{listing(problems)}"
+            )
+        for piece in pieces:
+            piece.data.copy_(self.read(piece))
 
     def unexpected(self, keys: set[str]) -> list[str]:
         """Weights that are stored under other keys than these."""

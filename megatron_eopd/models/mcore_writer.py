@@ -102,6 +102,13 @@ def shard_item(
     return WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
+def serialised(value: Any) -> bytes:
+    """An object as torch.save writes it."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
 def object_item(key: str) -> WriteItem:
     return WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO)
 

@@ -82,7 +82,7 @@ def from_rank_zero(compute: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 
 def gather_everywhere(value: T, group: dist.ProcessGroup) -> list[T]:
-    """Of every rank, in their order, on every rank. Picklable; over `group` (gloo)."""
+    """Of every rank of the group, in their order, on every rank. Picklable."""
     every: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, value, group=group)
     return every

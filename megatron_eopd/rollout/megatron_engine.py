@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_eopd.data.packing import make_microbatches, own_response_tokens
 from megatron_eopd.models.causal_lm import CausalLM
+from megatron_eopd.parallel.collectives import gather_everywhere
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.pipeline import map_hidden
 from megatron_eopd.parallel.vocab import gather_vocab, vocab_parallel_logprobs
@@ -51,8 +52,7 @@ class MegatronEngine:
         for first in range(0, most, self._max_num_seqs):
             self._pause()
             rollouts += self._round(own[first : first + self._max_num_seqs], sampling)
-        parts: list = [None] * layout.dp
-        dist.all_gather_object(parts, rollouts, group=self._context.groups.dp)
+        parts = gather_everywhere(rollouts, self._context.groups.dp)
         # Dealt out like cards, so collected like cards.
         return [parts[n % replicas][n // replicas] for n in range(len(jobs))]
 
@@ -184,8 +184,7 @@ def _from_last_stage(values: list, context: ParallelContext) -> list:
     """What the context-parallel ranks of the last stage know, told to all stages of a replica."""
     groups, layout = context.groups, context.layout
     if layout.is_last_stage and layout.cp > 1:
-        parts: list = [None] * layout.cp
-        dist.all_gather_object(parts, values, group=groups.cp)
+        parts = gather_everywhere(values, groups.cp)
         values = [value for part in parts for value in part]
     told = [values]
     last = dist.get_global_rank(groups.pp, layout.pp - 1)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_eopd.losses.vocab_parallel import describe_non_finite
 from megatron_eopd.metrics.means import Reduced
-from megatron_eopd.parallel.collectives import from_rank_zero
+from megatron_eopd.parallel.collectives import from_rank_zero, gather_everywhere
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import StepFault
 from megatron_eopd.training.optimizer import Trainable
@@ -102,6 +102,5 @@ def _non_finite_names(
         if not tensor_of(parameter).isfinite().all()
     ]
     where = f"rank {context.layout.rank} ({context.layout.place()})"
-    every: list = [None] * context.layout.world_size
-    dist.all_gather_object(every, (where, own[:NAMES_PER_RANK]), group=context.cpu_group)
+    every = gather_everywhere((where, own[:NAMES_PER_RANK]), context.cpu_group)
     return {where: names for where, names in every if names}

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.errors import ReplicaError
+from megatron_eopd.parallel.collectives import gather_everywhere
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.training.optimizer import Trainable
 
@@ -63,13 +64,12 @@ def _difference(student: Trainable, context: ParallelContext) -> str:
         for number, chunk in enumerate(student.chunks)
         for name, parameter in chunk.named_parameters()
     ]
-    layout, groups = context.layout, context.groups
+    groups = context.groups
     members = {
         False: dist.get_process_group_ranks(groups.dp_cp),
         True: dist.get_process_group_ranks(groups.expt_dp),
     }
-    every: list = [None] * layout.world_size
-    dist.all_gather_object(every, (members, sums), group=context.cpu_group)
+    every = gather_everywhere((members, sums), context.cpu_group)
     found = list(_differing(every))
     return f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else found[0]
 

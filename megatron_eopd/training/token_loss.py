@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from megatron_eopd.config import Config
 from megatron_eopd.losses.chunked_head import chunk_size, chunked_head_loss, overwrites_logits
@@ -29,6 +28,7 @@ from megatron_eopd.losses.vocab_sum import Integrand, sum_over_vocab
 from megatron_eopd.metrics.means import Means
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.objectives import GATES
+from megatron_eopd.parallel.collectives import gather_everywhere
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
 from megatron_eopd.records import MicroBatch
@@ -197,8 +197,7 @@ class TokenLoss:
         """Of the teacher's entropy, over the tokens of all microbatches and of all data- and
         context-parallel ranks."""
         own = [x for batch in microbatches for x in self._entropies(batch)]
-        parts: list = [None] * dist.get_world_size(self._groups.dp_cp)
-        dist.all_gather_object(parts, own, group=self._groups.dp_cp)
+        parts = gather_everywhere(own, self._groups.dp_cp)
         values = torch.tensor([x for part in parts for x in part])
         return torch.quantile(values, fraction, interpolation="higher").item()
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_eopd.config import WeightSyncConfig
 from megatron_eopd.errors import EngineError
-from megatron_eopd.parallel.collectives import collecting, raise_together
+from megatron_eopd.parallel.collectives import collecting, gather_everywhere, raise_together
 from megatron_eopd.weight_sync.communicator import make_communicator, serve_store
 from megatron_eopd.weight_sync.manifest import Manifest
 from megatron_eopd.weight_sync.sender import WeightSender
@@ -61,8 +61,7 @@ class WeightBridge:
                 store = serve_store(port, self._config.timeout_s)
                 address = (self._stage, socket.gethostname(), store.port)
         self.agree(errors)
-        addresses: list = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(addresses, address, group=self._group)
+        addresses = gather_everywhere(address, self._group)
         init_info = {
             "manifest": self.manifest.to_json(),
             "digest": self.manifest.digest,
