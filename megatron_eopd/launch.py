@@ -64,6 +64,8 @@ def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bo
     checks_s = seconds_since_start() - imports_s
     # An evaluation reads, and may do so beside the run.
     with run_lock(config.run_dir) if trains and rank == 0 else nullcontext():
+        if trains and rank == 0:  # whose choice is the others'
+            inputs = preflight.with_checkpoints_of_now(config, inputs)
         startup = {"imports": imports_s, "checks": checks_s}
         _meet_and_work(config, work, inputs, rank, world_size, startup, job)
 
@@ -153,7 +155,7 @@ def _plan(config: Config, inputs: preflight.Inputs, world_size: int) -> Iterator
     for name, value in preflight.derived_numbers(config, inputs, world_size).items():
         yield f"{name}: {value}"
     yield preflight.preview(inputs)
-    for warning in inputs.warnings:
+    for warning in [*inputs.warnings, *inputs.candidates.warnings]:
         yield f"warning: {warning}"
 
 

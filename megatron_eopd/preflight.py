@@ -5,12 +5,13 @@ numbers that --dry-run prints.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 
+from megatron_eopd.checkpoints.files import put_back
 from megatron_eopd.checkpoints.position import read_position
 from megatron_eopd.checkpoints.resume import (
     Candidates,
@@ -54,7 +55,7 @@ class Inputs:
     """What a run with `rollout.replay` trains on."""
     candidates: Candidates
     warnings: list[str]
-    """What nobody can tell to be wrong, and a person should look at."""
+    """What nobody can tell to be wrong, and a person should look at; the candidates have more."""
 
 
 def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
@@ -105,12 +106,7 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         engine=engine,
         recording=recording,
         candidates=candidates,
-        warnings=[
-            *_unknown_keys(config),
-            *tokenizers.warnings,
-            *prompts.warnings,
-            *candidates.warnings,
-        ],
+        warnings=[*_unknown_keys(config), *tokenizers.warnings, *prompts.warnings],
     )
 
 
@@ -190,6 +186,16 @@ def _candidates(
         if trains:
             check_schedules(directory, position, config)
     return candidates
+
+
+def with_checkpoints_of_now(config: Config, inputs: Inputs) -> Inputs:
+    """As they are once nobody else can write any, with those that a killed job left between two
+    names. By who holds the run's lock."""
+    put_back(config.run_dir)
+    tokenizer_digest = inputs.tokenizers.student.digest
+    return replace(
+        inputs, candidates=_candidates(config, inputs.prompts, tokenizer_digest, trains=True)
+    )
 
 
 def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str, str]:

@@ -269,3 +269,23 @@ def test_a_sector_that_cannot_be_read_is_damage(config, tmp_path, monkeypatch):
     found = choose_checkpoints(config(), trains=True)
     assert found.directories == [older]
     assert "data.distcp cannot be read (Input/output error)" in found.warnings[0]
+
+
+@pytest.mark.parametrize("moment", ["between the renames", "before the second"])
+def test_a_checkpoint_saved_again_outlives_a_kill_between_its_two_renames(tmp_path, moment):
+    """One of the two versions has its name again: the newer one if it is complete."""
+    checkpoints = tmp_path / "checkpoints"
+    for name, is_complete in (
+        ("000004.unfinished", moment == "between the renames"),
+        ("000004.replaced", True),
+        ("000006.unfinished", False),
+    ):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "which").write_text(name)
+        if is_complete:
+            (checkpoints / name / "DONE").touch()
+    (back,) = files.put_back(tmp_path)
+    expected = "000004.unfinished" if moment == "between the renames" else "000004.replaced"
+    assert (back / "which").read_text() == expected
+    assert files.complete(tmp_path) == [checkpoints / "000004"] == [back]
+    assert files.put_back(tmp_path) == []

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 from megatron_eopd.checkpoints.pace import Pace
 from megatron_eopd.errors import CheckpointError
@@ -72,19 +72,36 @@ def set_aside_later(run_dir: Path, place: tuple[int, int]) -> list[Path]:
     return moved
 
 
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
+"""Behind the name of one that is being written, and of one that it takes the place of."""
+
+
 def put_in_place(written: Path, final: Path) -> None:
     """Under the name by which it counts, which the file `latest` then has. An older one of that
-    name is out of the way between two renames, and only then."""
-    replaced = final.with_name(f"{final.name}.replaced")
+    name is out of the way between two renames, and only then; see put_back."""
+    replaced = final.with_name(f"{final.name}{REPLACED}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     written.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
     pointer = final.with_name("latest.new")
-    pointer.write_text(f"{final.name}\n")
+    with pointer.open("w") as file:
+        _write_through(file, f"{final.name}\n")
     pointer.replace(final.with_name("latest"))
     _sync_directory(final.parent)
+
+
+def put_back(run_dir: Path) -> list[Path]:
+    """Give the name back to complete checkpoints of a job that was killed between two renames. For
+    who holds the run's lock alone: another job may be at just this."""
+    back = []
+    for suffix in (UNFINISHED, REPLACED):  # what was written last comes before what it replaces
+        for path in sorted((run_dir / "checkpoints").glob(f"[0-9]*{suffix}")):
+            final = path.with_suffix("")
+            if place_of(final) and (path / DONE).is_file() and not final.exists():
+                back.append(path.rename(final))
+    return back
 
 
 def to_remove(run_dir: Path, keep_last: int, keep_best: Path | None) -> list[Path]:
@@ -94,7 +111,7 @@ def to_remove(run_dir: Path, keep_last: int, keep_best: Path | None) -> list[Pat
     newest_place = place_of(kept[-1])
     for path in (run_dir / "checkpoints").glob("[0-9]*.*"):
         place = place_of(Path(path.stem))
-        if path.suffix in (".unfinished", ".replaced") and place and place <= newest_place:
+        if path.suffix in (UNFINISHED, REPLACED) and place and place <= newest_place:
             old.append(path)
     return old
 
@@ -128,11 +145,16 @@ def write_sums(directory: Path, sums: Mapping[str, Sum]) -> None:
         (DONE, ""),
     ):
         with (directory / name).open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            _write_through(file, text)
     _sync_directory(directory)
     _sync_directory(directory.parent)
+
+
+def _write_through(file: TextIO, text: str) -> None:
+    """On return it is on the disk."""
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_directory(directory: Path) -> None:

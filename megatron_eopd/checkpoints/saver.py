@@ -18,9 +18,7 @@ from time import monotonic
 import torch
 
 from megatron_eopd.checkpoints import files
-from megatron_eopd.checkpoints.contents import (
-    adam_step,
-)
+from megatron_eopd.checkpoints.contents import adam_step
 from megatron_eopd.checkpoints.position import Position, best_of
 from megatron_eopd.checkpoints.writing import (
     Writing,
@@ -31,6 +29,7 @@ from megatron_eopd.checkpoints.writing import (
 )
 from megatron_eopd.config import CheckpointConfig
 from megatron_eopd.errors import (
+    CheckpointError,
     EngineError,
     ExpectedError,
     Interrupted,
@@ -99,13 +98,15 @@ class Saver:
         self._last = writing
         largest = max(gather_everywhere(own.num_bytes, self._context.cpu_group))
         if self._options.async_save and largest <= self._options.staging_gib * 2**30:
-            with collecting(errors):
-                own.stage(self._staging)
-            raise_together(errors, self._context.cpu_group)
-            self._running = writing
-            writing.start()
-        else:
-            writing.write()
+            if all(gather_everywhere(own.stage(self._staging), self._context.cpu_group)):
+                self._running = writing
+                writing.start()
+                return directory
+            self._tell(
+                f"WARNING: no memory for a copy of {largest / 2**30:.3g} GiB a rank, so the run "
+                f"waits for each save. Lower checkpoint.staging_gib to plan for that."
+            )
+        writing.write()
         return directory
 
     @property
@@ -132,8 +133,16 @@ class Saver:
             CheckpointError: it could not be written, or not in time.
         """
         running, self._running = self._running, None
-        if running is not None:
-            running.wait(self._options.save_timeout_minutes)
+        if running is None:
+            return
+        minutes = self._options.save_timeout_minutes
+        in_time = running.wait(minutes)
+        # One rank may have waited long enough a moment before the others.
+        if not all(gather_everywhere(in_time, self._context.cpu_group)):
+            raise CheckpointError(
+                f"{running.directory}: not written within checkpoint.save_timeout_minutes="
+                f"{minutes:g}. Set a longer time, or look at what the disk is doing."
+            )
 
     def __enter__(self) -> "Saver":
         return self
@@ -149,7 +158,8 @@ class Saver:
             is_everybodys = isinstance(error, EVERYBODYS)
             minutes = self._options.save_timeout_minutes if is_everybodys else ALONE_S / 60
             with suppress(ExpectedError):
-                running.wait(minutes)
+                if not running.wait(minutes):
+                    self._tell(f"{running.directory}: not written within {60 * minutes:g} s")
 
     def _completed(self, directory: Path, seconds: float) -> None:
         """By rank 0. Says so, and removes what need not be kept."""

@@ -70,14 +70,19 @@ class OwnPart:
     def num_bytes(self) -> int:
         return sum(d.nbytes if isinstance(d, torch.Tensor) else len(d) for d in self.data)
 
-    def stage(self, buffers: list[torch.Tensor]) -> None:
-        """Copy it, so that training may go on. `buffers`: of the save before, empty at first; fresh
-        memory for each would be taken from what the next step is used to have at hand."""
+    def stage(self, buffers: list[torch.Tensor]) -> bool:
+        """Copy it, so that training may go on; False where there is no memory for that. `buffers`:
+        of the save before, empty at first; fresh memory for each would be taken from what the next
+        step is used to have at hand."""
         tensors = [n for n, value in enumerate(self.data) if isinstance(value, torch.Tensor)]
         if not buffers:
-            buffers += [_host_memory_for(self.data[n]) for n in tensors]
+            try:
+                buffers += [_host_memory_for(self.data[n]) for n in tensors]
+            except (RuntimeError, MemoryError):  # torch has the first for host memory
+                return False
         for number, buffer in zip(tensors, buffers, strict=True):
             self.data[number] = buffer.copy_(self.data[number])
+        return True
 
     def add(self, item: WriteItem, data: torch.Tensor | bytes) -> None:
         self.items.append(item)
@@ -106,7 +111,7 @@ def part_of_rank(student: Trainable, context: ParallelContext) -> OwnPart:
 
 
 def unfinished(directory: Path) -> Path:
-    return directory.with_name(f"{directory.name}.unfinished")
+    return directory.with_name(f"{directory.name}{files.UNFINISHED}")
 
 
 def begin_directory(
@@ -160,7 +165,7 @@ class Writing:
         begin: float,
     ) -> None:
         """`group`: all ranks, and nobody else uses it now. `begin`: of the save, by monotonic()."""
-        self._directory, self._own, self._completed = directory, own, completed
+        self.directory, self._own, self._completed = directory, own, completed
         self._rank, self._group = context.layout.rank, group
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._error: BaseException | None = None
@@ -176,16 +181,17 @@ class Writing:
     def is_over(self) -> bool:
         return not self._thread.is_alive()
 
-    def wait(self, minutes: float) -> None:
+    def wait(self, minutes: float) -> bool:
+        """Whether it ended by then.
+
+        Raises:
+            CheckpointError: it has failed, on all ranks.
+        """
         self._pace.hurry()
         self._thread.join(60 * minutes)
-        if self._thread.is_alive():
-            raise CheckpointError(
-                f"{self._directory}: not written within checkpoint.save_timeout_minutes="
-                f"{minutes:g}. Set a longer time, or look at what the disk is doing."
-            )
         if self._error is not None:
             raise self._error
+        return self.is_over
 
     def _run(self) -> None:
         try:
@@ -196,8 +202,8 @@ class Writing:
 
     def write(self) -> None:
         """Collective."""
-        with saving_errors(self._directory):
-            directory = unfinished(self._directory)
+        with saving_errors(self.directory):
+            directory = unfinished(self.directory)
             errors: list[Exception] = []
             with collecting(errors), failed_writes_as_os_errors():
                 plan, results, sums = _write_own(directory, self._own, self._rank, self._pace)
@@ -205,8 +211,8 @@ class Writing:
             every = gather_on_rank_zero((plan, results, sums), self._group)
             with collecting(errors):
                 if every is not None:
-                    _finish(directory, self._directory, every)
-                    self._completed(self._directory, monotonic() - self._begin)
+                    _finish(directory, self.directory, every)
+                    self._completed(self.directory, monotonic() - self._begin)
             raise_together(errors, self._group)
         self.whole_s = monotonic() - self._begin - self._pace.slept_s
 
