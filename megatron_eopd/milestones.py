@@ -124,4 +124,9 @@ def saved_when_interrupted(session: Session, work: Unfinished) -> Iterator[None]
                 session.student.gather_parameters()
                 save(session, work)
             finish_save(session)
+        if (work.iteration, work.steps_done) == session.first_place:
+            done += (
+                ", as this start found it: where that happens again, give a job more time "
+                "(checkpoint.exit_duration_minutes)"
+            )
         raise Interrupted(f"{interruption}, and saved {done}") from None

@@ -103,6 +103,30 @@ def test_what_finds_no_room_in_memory_is_waited_for(held, qwen3_dir, teacher_dir
     run_ranks(2, tmp_path, check_too_large, held, qwen3_dir, teacher_dir, tmp_path / "run")
 
 
+def check_no_memory(held, student_dir, teacher_dir, run_dir):
+    """On rank 1 alone, in the middle of it."""
+    held.may_write.set()
+    student, context, _, its_saver = start(student_dir, teacher_dir, run_dir)
+    allocate, numbers = writing._host_memory_for, iter(range(1000))
+
+    def no_memory(tensor):
+        if context.layout.rank == 1 and next(numbers) == 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return allocate(tensor)
+
+    writing._host_memory_for = no_memory
+    before = weights(student)
+    directory = its_saver.save(student, position(1, context))
+    assert files.complete(run_dir) == [directory], "complete at once"
+    load(directory, student, VOCAB, context)
+    assert all(map(torch.equal, before, weights(student)))
+    leave_groups()
+
+
+def test_so_is_what_the_machine_has_no_memory_for(held, qwen3_dir, teacher_dir, tmp_path):
+    run_ranks(2, tmp_path, check_no_memory, held, qwen3_dir, teacher_dir, tmp_path / "run")
+
+
 def check_failure(held, student_dir, teacher_dir, run_dir):
     """On rank 1 alone; both hear of it, before the next save is due."""
     student, context, step, its_saver = start(student_dir, teacher_dir, run_dir)
