@@ -194,8 +194,9 @@ FAULTS = (
         may_meet_engine=False,
         limit_s=150.0,  # the ranks' time-out, and torchrun's before it sends SIGKILL
     ),
-    Fault("disk full", fill_disk, moments=RUNNING, needs_own_disk=True),
-    Fault("file size limit", limit_files, moments=RUNNING),
+    # The disk stays full for each start that torchrun makes of them.
+    Fault("disk full", fill_disk, moments=RUNNING, needs_own_disk=True, limit_s=120.0),
+    Fault("file size limit", limit_files, moments=RUNNING, limit_s=120.0),
     Fault("bit flip", damage=flip_bit),
     Fault("truncation", damage=truncate),
     Fault("file emptied", damage=empty),

@@ -14,8 +14,8 @@ UNDISTURBED_S = 400.0
 _COMMON = (
     *("rollout.batch_size=32", "training.global_batch_size=16", "training.micro_batch_size=4"),
     *("training.lr_warmup_steps=0", "evaluation.task=none", "checkpoint.save_interval=1"),
-    # A held rank is to be missed soon.
-    "parallel.distributed_timeout_minutes=0.5",
+    # A held rank is to be missed soon, by those that train and by those that write.
+    *("parallel.distributed_timeout_minutes=0.5", "checkpoint.save_timeout_minutes=0.5"),
 )
 _LONGEST_WAITS = ("rollout.start_timeout_s", "rollout.generate_timeout_s", "weight_sync.timeout_s")
 
