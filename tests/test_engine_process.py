@@ -1,4 +1,5 @@
-"""The engine process and its end. vLLM is never started in it, so every request is refused."""
+"""The engine process and its end. vLLM is never started in it: it refuses every request, or a
+stand-in answers in parts."""
 
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eopd.errors import EngineError, Interrupted
+from megatron_eopd.rollout import engine_process
 from megatron_eopd.rollout.engine_process import EngineProcess
 
 REPOSITORY = Path(__file__).parents[1]
@@ -35,6 +37,20 @@ def process(tmp_path):
     yield process
     process.close()
     assert not is_running(process.pid)
+
+
+@pytest.fixture
+def talker(tmp_path, monkeypatch):
+    """A process that answers in parts."""
+    monkeypatch.setattr(engine_process, "CHILD_MODULE", "tests.engine.talking_child")
+    talker = EngineProcess("talker", tmp_path / "talker.txt", {})
+    yield talker
+    talker.close()
+    assert not is_running(talker.pid)
+
+
+def ask(talker: EngineProcess, verb: str, **options):
+    return talker.ask(verb, **({"doing": "counting", "wait_s": 30} | options))
 
 
 def test_refusal_names_the_request_and_quotes_the_log(process):
@@ -81,6 +97,66 @@ def test_a_wait_that_must_be_left_is_and_takes_the_process_with_it(process):
             timeout_s=1,
         )
     wait_until_gone(process.pid)
+
+
+def test_parts_are_handed_on_before_the_answer(talker):
+    """In order, each once, and the next answer is the next request's."""
+    for _ in range(2):
+        parts = []
+        assert ask(talker, "count", take_part=parts.append, to=200) is None
+        assert parts == list(range(200))
+        assert ask(talker, "whole") == "whole"
+    parts = []
+    with pytest.raises(EngineError, match="failed while counting: ValueError: no more numbers"):
+        ask(talker, "count_and_fail", take_part=parts.append)
+    assert parts == [0, 1, 2]
+    assert ask(talker, "whole") == "whole"
+
+
+def test_parts_of_a_process_that_has_died_are_not_lost(talker):
+    """It is gone long before they are read."""
+    parts = []
+
+    def take(part: int) -> None:
+        wait_until_gone(talker.pid)
+        parts.append(part)
+
+    with pytest.raises(EngineError, match="talker died while counting: killed by SIGKILL"):
+        ask(talker, "count_and_die", take_part=take)
+    assert parts == [0, 1, 2]
+
+
+def test_who_cannot_take_a_part_ends_the_process(talker):
+    """Or its further parts would answer the next request."""
+
+    def take(part: int) -> None:
+        if part == 3:
+            raise ValueError(f"part {part} is one too many")
+
+    with pytest.raises(ValueError, match="part 3 is one too many"):
+        ask(talker, "count_for_ever", take_part=take)
+    assert not is_running(talker.pid)
+
+
+def test_parts_do_not_put_the_deadline_off(talker):
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match=r"no answer within 1 s while counting, and was killed"):
+        ask(talker, "count_for_ever", wait_s=1, take_part=lambda part: None)
+    assert time.monotonic() - begin < 3
+    assert not is_running(talker.pid)
+
+
+def test_a_wait_is_left_between_two_parts(talker):
+    parts = []
+    with pytest.raises(Interrupted, match="stopped by SIGTERM while talker was counting"):
+        ask(
+            talker,
+            "count_for_ever",
+            take_part=parts.append,
+            must_leave=lambda: "SIGTERM" if len(parts) == 3 else None,
+        )
+    assert parts == [0, 1, 2]
+    assert not is_running(talker.pid)
 
 
 def test_no_orphan_when_the_trainer_is_killed(tmp_path):

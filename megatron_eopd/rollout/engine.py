@@ -5,7 +5,7 @@ same answer or the same error. An engine that lives on one rank broadcasts.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +15,7 @@ from megatron_eopd.weight_sync.verify import Probe
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Truncated sampling (top-p, top-k) is absent on purpose: it biases
-    every ratio between the engine's and the trainer's probabilities."""
+    """How responses are drawn."""
 
     samples_per_prompt: int
     temperature: float
@@ -24,6 +23,14 @@ class Sampling:
     stop_ids: tuple[int, ...]
     seed: int
     """Together with the prompt index and the sample index this fixes every draw."""
+    top_p: float = 1.0
+    """Draw from the smallest set of most likely tokens whose probabilities, after the temperature,
+    sum to this much; log-probabilities are of that distribution. For evaluations: training stays
+    at 1, as truncated sampling biases every ratio between the engine's and the trainer's
+    probabilities."""
+
+    def __post_init__(self) -> None:
+        assert 0 < self.top_p <= 1, f"top_p={self.top_p} is not above 0 and at most 1"
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,21 @@ class SyncReport:
         return self.probe is not None and self.probe.verdict == "stop"
 
 
+Finished = Callable[[int, Rollout], None]
+"""Hears of a response, by its number in the list that `generate` returns, once it has ended."""
+
+
 class RolloutEngine(Protocol):
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """`samples_per_prompt` rollouts of each prompt, prompt by prompt in order."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: Finished | None = None
+    ) -> list[Rollout]:
+        """`samples_per_prompt` rollouts of each prompt, prompt by prompt in order.
+
+        finished: called on global rank 0 alone, once for each response, in any order; on the other
+            ranks it may be None. The engine waits while it runs. What it raises ends the call on
+            every rank, and the engine may be gone then; what it was told before stays true,
+            whatever happens to the engine later.
+        """
         ...
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""The trainer's handle on the engine process. In: requests. Out: replies, or an EngineError.
+"""The trainer's handle on the engine process. In: requests. Out: replies, some in parts, or errors.
 
 Every wait has a deadline and sees the death of the process at once; the error names the engine,
 how it ended, what it was doing, and the last lines of its log.
@@ -77,6 +77,7 @@ class EngineProcess:
         doing: str,
         wait_s: float,
         must_leave: Callable[[], str | None] | None = None,
+        take_part: Callable[[Any], None] | None = None,
         **arguments: Any,
     ) -> Any:
         """Post a request and wait for its answer.
@@ -86,7 +87,7 @@ class EngineProcess:
             Interrupted: see `answer`.
         """
         self.post(verb, doing=doing, **arguments)
-        return self.answer(wait_s, must_leave=must_leave)
+        return self.answer(wait_s, must_leave=must_leave, take_part=take_part)
 
     def post(self, verb: str, *, doing: str, **arguments: Any) -> None:
         if self._process.poll() is not None:
@@ -102,33 +103,35 @@ class EngineProcess:
         wait_s: float,
         tell: Callable[[str], None] | None = None,
         must_leave: Callable[[], str | None] | None = None,
+        take_part: Callable[[Any], None] | None = None,
     ) -> Any:
-        """The reply to the request posted last. A process that is late is killed: whatever it
-        does next would answer a question nobody asks any more; and so when `must_leave` says why
-        nobody can wait for it any longer. `tell` hears every few seconds what the process wrote
-        last.
+        """The reply to the request posted last; `take_part` gets the parts of it that come before.
+        `tell` hears every few seconds what the process wrote last.
+
+        The process is killed when nobody waits for it any longer, as whatever it does next would
+        answer a question that nobody asks: when `wait_s` are over, parts or none, when `must_leave`
+        says why the wait must end, and when `take_part` raises.
 
         Raises:
             EngineError: as `ask` does.
             Interrupted: `must_leave` said so.
+            Exception: what `take_part` raised.
         """
         begin = told = time.monotonic()
-        deadline = begin + wait_s
-        while not self._connection.poll(0.05):
-            if self._process.poll() is not None and not self._connection.poll():
+        while True:
+            if self._connection.poll(0.05):
+                reply = self._receive()
+                if not reply.is_part:
+                    return reply.value
+                self._hand_on(reply.value, take_part)
+            elif self._process.poll() is not None and not self._connection.poll():
                 raise self._death()
             if tell is not None and time.monotonic() - told > TELL_INTERVAL_S:
                 told = time.monotonic()
                 tell(f"{self._name} {self._doing}, {told - begin:.0f} s: {self._last_line()}")
-            if must_leave is not None and (reason := must_leave()) is not None:
-                self.kill()
-                raise Interrupted(f"stopped by {reason} while {self._name} was {self._doing}")
-            if time.monotonic() > deadline:
-                self.kill()
-                raise EngineError(
-                    f"{self._name} gave no answer within {wait_s:.0f} s while {self._doing}, "
-                    f"and was killed.\n{self._log_tail()}"
-                )
+            self._leave_in_time(begin, wait_s, must_leave)
+
+    def _receive(self) -> Reply:
         try:
             reply: Reply = self._connection.recv()
         except (EOFError, OSError):
@@ -137,7 +140,28 @@ class EngineProcess:
             raise EngineError(
                 f"{self._name} failed while {self._doing}: {reply.error}\n{self._log_tail()}"
             )
-        return reply.value
+        return reply
+
+    def _hand_on(self, part: Any, take_part: Callable[[Any], None] | None) -> None:
+        assert take_part is not None, f"{self._name} sent a part of an answer while {self._doing}"
+        try:
+            take_part(part)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _leave_in_time(
+        self, begin: float, wait_s: float, must_leave: Callable[[], str | None] | None
+    ) -> None:
+        if must_leave is not None and (reason := must_leave()) is not None:
+            self.kill()
+            raise Interrupted(f"stopped by {reason} while {self._name} was {self._doing}")
+        if time.monotonic() - begin > wait_s:
+            self.kill()
+            raise EngineError(
+                f"{self._name} gave no answer within {wait_s:.0f} s while {self._doing}, "
+                f"and was killed.\n{self._log_tail()}"
+            )
 
     def close(self) -> None:
         """Let it exit, or make it. Safe to call twice, and on a dead process."""

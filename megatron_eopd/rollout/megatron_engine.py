@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from megatron_eopd.data.packing import make_microbatches, own_response_tokens
 from megatron_eopd.models.causal_lm import CausalLM
-from megatron_eopd.parallel.collectives import gather_everywhere
+from megatron_eopd.parallel.collectives import from_rank_zero, gather_everywhere
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.pipeline import map_hidden
 from megatron_eopd.parallel.vocab import gather_vocab, vocab_parallel_logprobs
 from megatron_eopd.records import MicroBatch, Prompt, Rollout, ScoredRollout
-from megatron_eopd.rollout.engine import Sampling, SyncReport, numbered_samples
+from megatron_eopd.rollout.engine import Finished, Sampling, SyncReport, numbered_samples
 
 Place = tuple[int, int]
 """(which sequence, which response token of it)."""
@@ -41,20 +41,31 @@ class MegatronEngine:
         self._context = context
         self._version = -1
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: Finished | None = None
+    ) -> list[Rollout]:
+        """`finished` hears of `max_num_seqs` responses of each replica when all of them ended."""
         layout = self._context.layout
         jobs = numbered_samples(prompts, sampling)
         # Replicas that share experts run every layer together, so all of them sample everything.
         replicas = 1 if layout.experts_span_replicas else layout.dp
-        own = jobs[layout.dp_rank % replicas :: replicas]
-        rollouts = []
-        most = -(-len(jobs) // replicas)  # as many batches on every rank, be the last one empty
-        for first in range(0, most, self._max_num_seqs):
-            self._pause()
-            rollouts += self._round(own[first : first + self._max_num_seqs], sampling)
-        parts = gather_everywhere(rollouts, self._context.groups.dp)
         # Dealt out like cards, so collected like cards.
-        return [parts[n % replicas][n // replicas] for n in range(len(jobs))]
+        hands = [range(replica, len(jobs), replicas) for replica in range(replicas)]
+        rollouts: dict[int, Rollout] = {}
+        # As many batches on every rank as the first replica has, be the last one empty.
+        for first in range(0, len(hands[0]), self._max_num_seqs):
+            self._pause()
+            dealt = [hand[first : first + self._max_num_seqs] for hand in hands]
+            own = [jobs[number] for number in dealt[layout.dp_rank % replicas]]
+            parts = gather_everywhere(self._round(own, sampling), self._context.groups.dp)
+            batch = {
+                number: rollout
+                for numbers, part in zip(dealt, parts, strict=False)  # shared experts: equal parts
+                for number, rollout in zip(numbers, part, strict=True)
+            }
+            self._tell(batch, finished)
+            rollouts |= batch
+        return [rollouts[number] for number in range(len(jobs))]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return score_tokens(self._chunks, sequences, self._vocab_size, self._context)
@@ -65,6 +76,14 @@ class MegatronEngine:
         return SyncReport(version, seconds=0.0, num_bytes=0)
 
     def close(self) -> None: ...
+
+    def _tell(self, batch: dict[int, Rollout], finished: Finished | None) -> None:
+        def tell() -> None:
+            if finished is not None:
+                for number, rollout in batch.items():
+                    finished(number, rollout)
+
+        from_rank_zero(tell, self._context.cpu_group)
 
     def _round(self, jobs: list[tuple[Prompt, int, int]], sampling: Sampling) -> list[Rollout]:
         """All responses of the jobs, token by token; finished ones leave the batch."""
@@ -77,7 +96,7 @@ class MegatronEngine:
                 break
             sequences = [(*jobs[n][0].prompt_ids, *ids[n]) for n in active]
             uniforms = torch.stack([torch.rand((), generator=generators[n]) for n in active])
-            drawn = self._next_tokens(sequences, uniforms, sampling.temperature)
+            drawn = self._next_tokens(sequences, uniforms, sampling)
             for n, (token, logprob) in zip(active, drawn, strict=True):
                 ids[n].append(token)
                 logprobs[n].append(logprob)
@@ -95,14 +114,15 @@ class MegatronEngine:
         ]
 
     def _next_tokens(
-        self, sequences: Sequence[tuple[int, ...]], uniforms: torch.Tensor, temperature: float
+        self, sequences: Sequence[tuple[int, ...]], uniforms: torch.Tensor, sampling: Sampling
     ) -> list[tuple[int, float]]:
         """(token, log-probability) behind each sequence, drawn by inverting the cumulative
         distribution at the given uniform numbers; the same on every rank."""
 
         def draw(logits_NV: torch.Tensor, places: Sequence[Place]) -> list[tuple[int, float]]:
             logits_NW = gather_vocab(logits_NV, self._context.groups.tp, self._vocab_size)
-            logprobs_NW = (logits_NW.float() / temperature).log_softmax(-1).cpu()
+            logprobs_NW = (logits_NW.float() / sampling.temperature).log_softmax(-1).cpu()
+            logprobs_NW = most_likely(logprobs_NW, sampling.top_p)
             cumulative_NW = logprobs_NW.double().exp().cumsum(-1)
             uniforms_N = uniforms[[sequence for sequence, _ in places]]
             # Of the sum, not of 1: rounding must not leave a gap behind the last token.
@@ -114,6 +134,19 @@ class MegatronEngine:
         # The token asked for is not known; any id stands in its place, which nothing reads.
         asked = [_as_rollout(sequence, (0,)) for sequence in sequences]
         return [token for (token,) in map_tokens(self._chunks, asked, draw, self._context)]
+
+
+def most_likely(logprobs_NW: torch.Tensor, top_p: float) -> torch.Tensor:
+    """log p within the smallest set of most likely tokens that has `top_p` of the probability, and
+    -inf outside of it. Of equally likely tokens at its edge the last ones are in it; vLLM, of which
+    this is the rule otherwise, takes any on a CPU and the first ones on a GPU."""
+    if top_p == 1:
+        return logprobs_NW
+    ascending_NW, tokens_NW = logprobs_NW.sort(dim=-1, stable=True)
+    outside_NW = ascending_NW.double().exp().cumsum(-1) <= 1 - top_p
+    outside_NW[:, -1] = False  # rounding must not leave the set empty
+    outside_NW = torch.empty_like(outside_NW).scatter_(-1, tokens_NW, outside_NW)
+    return logprobs_NW.masked_fill(outside_NW, -torch.inf).log_softmax(-1)
 
 
 def score_tokens(

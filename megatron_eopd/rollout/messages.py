@@ -21,6 +21,8 @@ class Reply:
     """Made by Server, read by the trainer's EngineProcess."""
 
     value: Any = None
+    is_part: bool = False
+    """Whether more of the answer comes behind it; the last reply then has no value."""
     error: str | None = None
     """Why the request failed; the engine itself still runs."""
 
@@ -30,14 +32,17 @@ class SampleRequest:
     prompt_ids: list[int]
     seed: int
     temperature: float
+    top_p: float
     max_tokens: int
     stop_ids: list[int]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """vLLM's answer to a SampleRequest."""
+    """vLLM's answer to a SampleRequest; those of one call come as they end, one by one."""
 
+    number: int
+    """Which of the call's requests it answers."""
     response_ids: list[int]
     response_logprobs: list[float]
     finish_reason: str

@@ -1,4 +1,4 @@
-"""The process that runs vLLM. In: Requests on a pipe. Out: one Reply to each.
+"""The process that runs vLLM. In: Requests on a pipe. Out: a Reply to each, after its parts.
 
 A process of its own, because vLLM in a rank of a torchrun job takes that job's RANK and MASTER_PORT
 for its own and hangs. It serves one request at a time, and dies with the trainer.
@@ -9,17 +9,22 @@ vLLM is imported in functions: its own workers import this module again, and the
 import argparse
 import os
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any
 
 from megatron_eopd.parallel.processes import die_with, forks_die_with_their_parents
 from megatron_eopd.rollout.messages import Reply, Request, Sample, SampleRequest
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
 
 RPC_MARGIN_S = 2.0
 
 
 class Server:
-    """The verbs of the pipe, on top of vLLM's LLM."""
+    """The verbs of the pipe, on top of vLLM's LLM. One that yields answers in parts."""
 
     def start(self, llm_arguments: dict[str, Any], backend: str) -> None:
         from vllm import LLM
@@ -54,30 +59,23 @@ class Server:
         committed = self._llm.get_weight_version()
         assert committed == str(version), f"vLLM reports version {committed}, sent {version}"
 
-    def generate(self, requests: list[SampleRequest]) -> list[Sample]:
-        from vllm import SamplingParams
-
+    def generate(self, requests: list[SampleRequest]) -> Iterator[Sample]:
+        """Each as soon as it has ended, in any order. Otherwise as LLM.generate does it, which
+        returns all of them at the end."""
         self._require_sound("refusing to generate")
         # A hit in the prefix cache changes the last bit of a logprob, and with it, rarely, a
         # draw. Each call starts cold, so that the same call draws the same samples.
         self._llm.reset_prefix_cache()
-        parameters = [
-            SamplingParams(
-                seed=request.seed,
-                temperature=request.temperature,
-                max_tokens=request.max_tokens,
-                stop_token_ids=request.stop_ids,
-                # Only the caller's stop ids end a response, not those of a generation_config.
-                ignore_eos=True,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-            )
-            for request in requests
-        ]
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [_sample(output.outputs[0]) for output in outputs]
+        parameters = [sampling_parameters(request) for request in requests]
+        ids = self._llm.enqueue(prompts, parameters, use_tqdm=False)
+        # vLLM's own ids: those that the outputs bear, and a suffix that makes them unique.
+        numbers = {full.partition("-")[0]: number for number, full in enumerate(ids)}
+        engine = self._llm.llm_engine
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    yield as_sample(numbers[output.request_id], output)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         from vllm import SamplingParams
@@ -102,11 +100,29 @@ class Server:
         return self._llm.collective_rpc(method, timeout=timeout_s, kwargs=arguments)
 
 
-def _sample(completion: Any) -> Sample:
+def sampling_parameters(request: SampleRequest) -> "SamplingParams":
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        seed=request.seed,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        max_tokens=request.max_tokens,
+        stop_token_ids=request.stop_ids,
+        # Only the caller's stop ids end a response, not those of a generation_config.
+        ignore_eos=True,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+    )
+
+
+def as_sample(number: int, output: "RequestOutput") -> Sample:
+    (completion,) = output.outputs
     ids = list(completion.token_ids)
     logprobs = [at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)]
-    spans = completion.weight_versions or []
-    return Sample(ids, logprobs, completion.finish_reason, [span.version for span in spans])
+    versions = [span.version for span in completion.weight_versions or []]
+    return Sample(number, ids, logprobs, completion.finish_reason, versions)
 
 
 def serve(connection: Connection) -> None:
@@ -119,11 +135,21 @@ def serve(connection: Connection) -> None:
         if request.verb == "exit":
             return
         try:
-            reply = Reply(value=getattr(server, request.verb)(**request.arguments))
+            reply = Reply(value=_work(connection, server, request))
         except Exception as error:
             traceback.print_exc()
             reply = Reply(error=f"{type(error).__name__}: {error}")
         connection.send(reply)
+
+
+def _work(connection: Connection, server: Server, request: Request) -> Any:
+    """What the last reply brings, after the parts have been sent."""
+    value = getattr(server, request.verb)(**request.arguments)
+    if not isinstance(value, GeneratorType):
+        return value
+    for part in value:
+        connection.send(Reply(value=part, is_part=True))
+    return None
 
 
 def main() -> None:

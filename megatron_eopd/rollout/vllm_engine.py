@@ -26,7 +26,7 @@ from megatron_eopd.config import RolloutConfig, WeightSyncConfig
 from megatron_eopd.errors import EngineError
 from megatron_eopd.parallel.collectives import collecting, from_rank_zero
 from megatron_eopd.records import Prompt, Rollout
-from megatron_eopd.rollout.engine import Sampling, SyncReport, numbered_samples
+from megatron_eopd.rollout.engine import Finished, Sampling, SyncReport, numbered_samples
 from megatron_eopd.rollout.engine_process import EngineProcess
 from megatron_eopd.rollout.messages import Sample, SampleRequest
 from megatron_eopd.weight_sync.bridge import ExportBuckets, WeightBridge
@@ -121,19 +121,18 @@ class VllmEngine:
         )
         from_rank_zero(lambda: process.answer(rollout.start_timeout_s + GRACE_S, tell), cpu_group)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, finished: Finished | None = None
+    ) -> list[Rollout]:
         jobs = numbered_samples(prompts, sampling)
         requests = [self._request(prompt, seed, sampling) for prompt, _, seed in jobs]
-        samples: list[Sample] = from_rank_zero(
-            lambda: self._ask(
-                "generate",
-                f"generating {len(requests)} responses",
-                self._rollout.generate_timeout_s,
-                must_leave=self._must_leave,
-                requests=requests,
-            ),
-            self._group,
-        )
+
+        def tell(sample: Sample) -> None:
+            if finished is not None:
+                prompt, i, _ = jobs[sample.number]
+                finished(sample.number, self._to_rollout(prompt, i, sample))
+
+        samples = from_rank_zero(lambda: self._collect(requests, tell), self._group)
         return [
             self._to_rollout(prompt, i, sample)
             for (prompt, i, _), sample in zip(jobs, samples, strict=True)
@@ -207,6 +206,28 @@ class VllmEngine:
 
     # Responses.
 
+    def _collect(
+        self, requests: list[SampleRequest], tell: Callable[[Sample], None]
+    ) -> list[Sample]:
+        """The samples in the order of the requests; `tell` hears of each as it comes."""
+        samples: dict[int, Sample] = {}
+
+        def take(sample: Sample) -> None:
+            assert sample.number not in samples, f"response {sample.number} came twice"
+            samples[sample.number] = sample
+            tell(sample)
+
+        self._ask(
+            "generate",
+            f"generating {len(requests)} responses",
+            self._rollout.generate_timeout_s,
+            must_leave=self._must_leave,
+            take_part=take,
+            requests=requests,
+        )
+        assert len(samples) == len(requests), f"{len(samples)} of {len(requests)} responses came"
+        return [samples[number] for number in range(len(requests))]
+
     def _request(self, prompt: Prompt, seed: int, sampling: Sampling) -> SampleRequest:
         self._check_length(
             len(prompt.prompt_ids), sampling.max_response_length, f"prompt {prompt.index}"
@@ -215,6 +236,7 @@ class VllmEngine:
             prompt_ids=list(prompt.prompt_ids),
             seed=seed,
             temperature=sampling.temperature,
+            top_p=sampling.top_p,
             max_tokens=sampling.max_response_length,
             stop_ids=list(sampling.stop_ids),
         )

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -18,12 +17,14 @@ import torch
 from megatron_eopd.config import WeightSyncConfig
 from megatron_eopd.errors import EngineError
 from megatron_eopd.parallel.init import free_port
-from megatron_eopd.rollout import vllm_engine
-from megatron_eopd.rollout.engine import Sampling
+from megatron_eopd.records import Rollout
+from megatron_eopd.rollout import engine_process, vllm_engine
+from megatron_eopd.rollout.engine import Sampling, numbered_samples
 from megatron_eopd.rollout.vllm_engine import VllmEngine, vllm_available
 from megatron_eopd.weight_sync import sender
 from megatron_eopd.weight_sync.manifest import Manifest
 from megatron_eopd.weight_sync.verify import SyncCheck
+from tests.dense_sampling import nucleus
 from tests.engine.toy import MAX_MODEL_LEN, PROBES, ToyTrainer, largest_difference, make_prompts
 from tests.test_engine_process import wait_until_gone
 from tests.tiny_models import make_model
@@ -49,7 +50,9 @@ def start(tmp_path_factory, **arguments):
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def pair(request, world, tmp_path_factory):
     """(trainer, engine), for tests that leave the engine in step with the trainer."""
-    trainer, engine = start(tmp_path_factory, tie_word_embeddings=request.param == "tied")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_process, "CHILD_MODULE", "tests.engine.patient_child")
+        trainer, engine = start(tmp_path_factory, tie_word_embeddings=request.param == "tied")
     with pytest.raises(EngineError, match="refusing to generate: no weights have been received"):
         engine.generate(make_prompts(1), sampling())
     engine.update_weights(0)
@@ -117,6 +120,26 @@ def test_logprobs_are_of_the_distribution_sampled_from(pair, temperature):
         assert largest_difference([rollout.response_logprobs], [expected[num_prompt - 1 :]]) < 1e-4
 
 
+def test_top_p_leaves_the_most_likely_tokens_and_their_proportions(pair):
+    """The float64 distribution of the same rule, after the temperature; log-probabilities are of
+    what is left."""
+    trainer, engine = pair
+    seldom = 0
+    for rollout in engine.generate(make_prompts(8), sampling(temperature=0.8, top_p=0.6)):
+        ids = rollout.prompt.prompt_ids + rollout.response_ids
+        with torch.no_grad():
+            logits_TW = trainer.model(torch.tensor([ids])).logits[
+                0, -len(rollout.response_ids) - 1 :
+            ]
+        for row, token, logprob in zip(
+            logits_TW, rollout.response_ids, rollout.response_logprobs, strict=False
+        ):
+            kept = nucleus(row, temperature=0.8, top_p=0.6)
+            assert logprob == pytest.approx(kept[token], abs=TOLERANCE)
+            seldom += token != max(kept, key=kept.get)
+    assert seldom > 20, "not the most likely token alone"
+
+
 def test_response_ends_where_it_should(pair):
     """At a stop id, which it includes, or at the length limit; vLLM adds no stop id of its own."""
     _, engine = pair
@@ -146,6 +169,27 @@ def test_same_seed_same_samples(pair):
         sum(a.response_ids == b.response_ids for a, b in zip(first[::2], first[1::2], strict=True))
         < 4
     )
+
+
+def test_responses_are_told_as_they_end_and_are_those_of_vllms_own_loop(pair):
+    """Short ones first, each once; every id and bit as LLM.generate returns it at the end."""
+    _, engine = pair
+    prompts, told = make_prompts(16), []
+    rollouts = engine.generate(prompts, sampling(), lambda *response: told.append(response))
+    assert sorted(number for number, _ in told) == list(range(32)) and dict(told) == dict(
+        enumerate(rollouts)
+    )
+    assert [number for number, _ in told] != list(range(32))
+    jobs = numbered_samples(prompts, sampling())
+    whole = engine._process.ask(
+        "generate_whole",
+        doing="generating",
+        wait_s=60,
+        requests=[engine._request(prompt, seed, sampling()) for prompt, _, seed in jobs],
+    )
+    assert [
+        (tuple(s.response_ids), tuple(s.response_logprobs), s.finish_reason) for s in whole
+    ] == [(r.response_ids, r.response_logprobs, r.finish_reason) for r in rollouts]
 
 
 def test_rollouts_carry_the_version_that_wrote_them(pair):
@@ -249,25 +293,29 @@ def test_manifest_that_forgets_a_parameter_is_found(pair, monkeypatch):
     assert_in_step(trainer, engine)
 
 
-def test_killed_engine_is_named_at_once(tmp_path_factory):
+def test_killed_engine_is_named_at_once_and_what_was_told_is_whole(tmp_path_factory):
+    """Told before it died: complete, and what an engine that lives says."""
     _, engine = start(tmp_path_factory)
     engine.update_weights(0)
     pid = engine._process.pid
-    long = sampling(samples_per_prompt=64, stop_ids=(), max_response_length=100)
-    killed_at = []
+    prompts, told, killed_at = make_prompts(32), {}, []
+    expected = engine.generate(prompts, sampling())
 
-    def kill():
-        killed_at.append(time.monotonic())
-        os.kill(pid, signal.SIGKILL)
+    def tell(number: int, rollout: Rollout) -> None:
+        told[number] = rollout
+        if len(told) == 5:
+            killed_at.append(time.monotonic())
+            os.kill(pid, signal.SIGKILL)
 
-    threading.Timer(0.5, kill).start()
     with pytest.raises(EngineError) as caught:
-        engine.generate(make_prompts(16), long)
+        engine.generate(prompts, sampling(), tell)
     assert killed_at and time.monotonic() - killed_at[0] < 2
-    assert "vLLM engine (rollout.tensor_model_parallel_size=1) died while generating 1024" in str(
+    assert "vLLM engine (rollout.tensor_model_parallel_size=1) died while generating 64" in str(
         caught.value
     )
     assert "killed by SIGKILL" in str(caught.value) and "engine.txt:\n" in str(caught.value)
+    assert 5 <= len(told) < 64
+    assert all(rollout == expected[number] for number, rollout in told.items())
     with pytest.raises(EngineError, match="died"):
         engine.update_weights(1)
     engine.close()

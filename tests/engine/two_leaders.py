@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.config import WeightSyncConfig
-from megatron_eopd.errors import EngineError
+from megatron_eopd.errors import EngineError, RemoteError
+from megatron_eopd.records import Rollout
 from megatron_eopd.rollout.engine import Sampling
 from tests.engine.toy import PROBES, ToyTrainer, largest_difference, make_prompts
 
@@ -39,6 +40,10 @@ def export(trainer: ToyTrainer, order: str, fail_on_rank: int = -1) -> Iterator[
             yield own[i]
 
 
+def refuse(number: int, rollout: Rollout) -> None:
+    raise OSError("no place for a response")
+
+
 def main() -> None:
     path = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -59,10 +64,12 @@ def main() -> None:
         engine.update_weights(version)
         assert largest_difference(engine.score(PROBES), trainer.probes()) < 1e-4, order
 
-    rollouts = engine.generate(make_prompts(4), Sampling(2, 1.0, 8, (11,), 7))
+    told = {}
+    rollouts = engine.generate(make_prompts(4), Sampling(2, 1.0, 8, (11,), 7), told.setdefault)
     both: list = [None, None]
     dist.all_gather_object(both, rollouts)
     assert both[0] == both[1] and len(rollouts) == 8
+    assert told == (dict(enumerate(rollouts)) if rank == 0 else {})
 
     for failing in (0, 1):
         exports.append(export(trainer, "alternating", fail_on_rank=failing))
@@ -77,6 +84,14 @@ def main() -> None:
         exports.append(export(trainer, "alternating"))
         engine.update_weights(11)
         assert largest_difference(engine.score(PROBES), trainer.probes()) < 1e-4
+
+    try:
+        engine.generate(make_prompts(4), Sampling(2, 1.0, 8, (11,), 7), refuse)
+    except (OSError, RemoteError) as error:
+        assert isinstance(error, OSError if rank == 0 else RemoteError)
+        assert "no place for a response" in str(error)
+    else:
+        raise AssertionError("what hears of the responses raised, and generate did not")
     engine.close()
     dist.destroy_process_group()
     print("all checks passed", flush=True)
