@@ -25,8 +25,8 @@ from megatron_eopd.data.prepare import (
     Fate,
     Selection,
     after_hashes,
+    boxed_answer,
     duplicate_key,
-    last_boxed,
     overlap_key,
 )
 from megatron_eopd.data.preview import render_preview
@@ -238,21 +238,21 @@ def test_gsm8k_answers_stand_behind_the_hashes():
         (r"$\boxed{\{1, 2\}}$", r"\{1, 2\}"),
         (r"$\boxed{\left\{ x \right.}$", r"\left\{ x \right."),
         (r"$\boxed{a \\}$", r"a \\"),
-        (r"$\boxed{\text{is \fbox{3}}}$", r"\text{is \fbox{3}}"),
-        (r"$\boxed{4}$, and $\boxed{5", "4"),
+        (r"$\boxed{\text{is \fbox{3}}}$", "3"),
+        (r"$\boxed{4}$, and $\boxed{5", ""),
         (r"$\boxedpage{4}$", ""),
         ("none", ""),
         (r"\boxed{ }", ""),
         (r"\boxed", ""),
     ],
 )
-def test_the_last_closed_box_is_the_answer(solution, expected):
-    assert last_boxed(solution).strip() == expected
+def test_the_last_box_is_the_answer_if_it_is_closed(solution, expected):
+    assert boxed_answer(solution).strip() == expected
 
 
 @given(st.recursive(st.just("x"), lambda s: st.lists(s).map(lambda p: "{" + "".join(p) + "}")))
 def test_any_balanced_content_is_taken_whole(content):
-    assert last_boxed(rf"\boxed{{0}} and \boxed{{{content}}}, \boxed{{") == content
+    assert boxed_answer(rf"\boxed{{0}} and \boxed{{{content}}}, }}{{") == content
 
 
 def test_an_answer_column_wins_over_the_solution(run, tmp_path):

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from megatron_eopd.data.boxed import last_box
 from megatron_eopd.data.chats import (
     Chat,
     NotText,
@@ -174,34 +175,8 @@ def after_hashes(solution: str) -> str:
     return solution.rpartition("####")[2].replace(",", "") if "####" in solution else ""
 
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-
-
-def last_boxed(solution: str) -> str:
-    """What the last closed box of a solution holds, nested boxes included; or nothing.
-
-    Boxes are \\boxed{…}, \\fbox{…} and, as in the MATH data, `\\boxed 5` up to the formula's end.
-    """
-    content, end = "", 0
-    while match := _BOX.search(solution, end):
-        start = end = match.end()
-        if solution[start : start + 1] == "{":
-            closing = _closing_brace(solution, start)
-            if closing is not None:
-                content, end = solution[start + 1 : closing], closing
-        elif match[0][-1].isspace():
-            content = re.split(r"\$|\\\)|\\\]|\n", solution[start:], maxsplit=1)[0]
-    return content
-
-
-def _closing_brace(text: str, opening: int) -> int | None:
-    """Where the brace at `opening` is closed. \\{ and \\} are characters, not braces."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.start()
-    return None
+def boxed_answer(solution: str) -> str:
+    return last_box(solution) or ""
 
 
 DAPO_BEFORE = (
@@ -218,7 +193,7 @@ def without_dapo_instructions(prompt: str) -> str:
 PRESETS = {
     "prompts": Columns("prompt", (("answer", str),)),
     "gsm8k": Columns("question", (("answer", after_hashes),)),
-    "math": Columns("problem", (("answer", str), ("solution", last_boxed))),
+    "math": Columns("problem", (("answer", str), ("solution", boxed_answer))),
     "dapo_math": Columns(
         "prompt", (("reward_model.ground_truth", str),), clean=without_dapo_instructions
     ),
@@ -237,12 +212,12 @@ class Source:
     """
 
     def __init__(self, name: str, columns: Columns) -> None:
-        self.file = RowFile(Path(name)) if _is_file(name) else None
-        rows = _data_set_rows(name) if self.file is None else iter(self.file)
+        self.file = RowFile(Path(name)) if is_file(name) else None
+        rows = data_set_rows(name) if self.file is None else iter(self.file)
         self.rows = _with_columns(name, rows, columns)
 
 
-def _is_file(name: str) -> bool:
+def is_file(name: str) -> bool:
     path = Path(name)
     if path.is_file():
         return True
@@ -254,7 +229,7 @@ def _is_file(name: str) -> bool:
 _FILE_NAME = re.compile(r"\.(jsonl?|ndjson|parquet|csv|tsv|txt)(\.\w+)?$", re.IGNORECASE)
 
 
-def _data_set_rows(source: str) -> Rows:
+def data_set_rows(source: str) -> Rows:
     # Here, not above: it takes a second, and files do without.
     import datasets
 
