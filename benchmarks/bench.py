@@ -142,7 +142,7 @@ def bench_step(iterations: int = 12) -> dict[str, Any]:
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                 *("--nproc_per_node=2", "-m", "megatron_eopd.train", QUICKSTART),
                 *(f"run_dir={run_dir}", f"training.train_iters={iterations}"),
-                *("evaluation.task=none", "checkpoint.export_hf=false"),
+                *("evaluation.tasks=none", "checkpoint.export_hf=false"),
             ],
             check=True,
             stdout=subprocess.DEVNULL,

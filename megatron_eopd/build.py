@@ -8,12 +8,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_eopd.checkpoints.loader import load
-from megatron_eopd.checkpoints.position import Position, make_position
+from megatron_eopd.checkpoints.position import Position, make_position, read_position
 from megatron_eopd.checkpoints.resume import first_sound
 from megatron_eopd.checkpoints.saver import Saver
 from megatron_eopd.config import Config
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.evaluation.problems import ProblemSet
 from megatron_eopd.interruption import Interruption
 from megatron_eopd.models.build import build_model
 from megatron_eopd.models.causal_lm import CausalLM
@@ -24,7 +25,7 @@ from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.worlds import Role
 from megatron_eopd.preflight import Inputs
-from megatron_eopd.records import Prompt, Rollout
+from megatron_eopd.records import Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, SyncReport
 from megatron_eopd.rollout.engine_process import EngineProcess
 from megatron_eopd.rollout.megatron_engine import MegatronEngine, score_tokens
@@ -49,12 +50,18 @@ class Session:
     log: RunLog
     stop: Interruption
     tokenizer: Tokenizer
-    prompts: PromptSet
-    held_out: list[Prompt]
+    prompts: PromptSet | None
+    """To train on; None where nothing is trained."""
+    problem_sets: list[ProblemSet]
+    """To evaluate on."""
     recording: Recording | None
-    student: Trainable
+    chunks: list[CausalLM]
+    """The student's, on this rank."""
+    student: Trainable | None
+    """The same with its optimizer, where it is trained."""
     teachers: TeacherPool
-    token_loss: TokenLoss
+    token_loss: TokenLoss | None
+    """None without a teacher."""
     engine: RolloutEngine
     sync_check: SyncCheck
     max_probe_tokens: int
@@ -68,7 +75,8 @@ class Session:
     """Of the first iteration, where the run was stopped within it."""
     resumed_from: Path | None
     """The checkpoint that was loaded."""
-    saver: Saver
+    saver: Saver | None
+    """Where the student is trained."""
     guard: StepGuard
     """Which steps are skipped."""
     resumes_evaluated: bool
@@ -94,11 +102,12 @@ class Session:
         report = self.engine.update_weights(version)
         if not (self.config.weight_sync.verify and isinstance(self.engine, VllmEngine)):
             return report
-        sequences = probe_sequences(self.prompts, rollouts, self.max_probe_tokens)
+        prompts = self.prompts or self.problem_sets[0].prompts
+        sequences = probe_sequences(prompts, rollouts, self.max_probe_tokens)
         if not sequences:  # prompts of one token, before the first responses
             return report
         engine = self.engine.score(sequences)
-        trainer = score_tokens(self.student.chunks, sequences, self.vocab_size, self.context)
+        trainer = score_tokens(self.chunks, sequences, self.vocab_size, self.context)
         # One rank judges for all: on GPUs replicas need not agree to the last bit.
         probe = from_rank_zero(
             lambda: self.sync_check.judge(engine, trainer, version), self.context.cpu_group
@@ -115,8 +124,11 @@ def open_session(
     context: ParallelContext,
     log: RunLog,
     stop: Interruption,
+    *,
+    trains: bool,
 ) -> Iterator[Session]:
-    """On the student's ranks. `store`: the job's, where separate teachers are met."""
+    """On the student's ranks. `store`: the job's, where separate teachers are met. Without training
+    there is no optimizer, and of a checkpoint the weights are read."""
     times, tokenizers = StageTimes(log, "start-up"), inputs.tokenizers
     with ExitStack() as stack:
         # First of all: vLLM loads in its own process while the models are built here.
@@ -127,10 +139,16 @@ def open_session(
                 process = _launch_vllm(config, inputs)
                 stack.callback(process.kill)
         raise_together(errors, context.cpu_group)
-        with times("student"):
-            student = _build_student(config, context)
+        # Each rank has listed the folder by itself, and on a shared disk not all see the same.
+        candidates = from_rank_zero(lambda: inputs.candidates, context.cpu_group)
         with times("checkpoint"):
-            directory, position = _go_on(config, inputs, student, context, log)
+            directory = first_sound(candidates, context, log)
+        with times("student"):
+            source = config.student.hf_path if trains or directory is None else directory
+            chunks = _build_student(source, config, context)
+            student = make_trainable(chunks, config, context) if trains else None
+        with times("checkpoint"):
+            position = _go_on(config, inputs, directory, student, context, log)
         with times("teachers"):
             teachers = stack.enter_context(
                 open_teachers(
@@ -138,11 +156,18 @@ def open_session(
                 )
             )
         with times("engine"):
-            engine = _make_engine(process, config, inputs, student.chunks, context, log, stop)
+            engine = _make_engine(process, config, inputs, chunks, context, log, stop)
         stack.enter_context(closing(engine))
-        saver = stack.enter_context(
-            Saver(config.run_dir, config.student.hf_path, config.checkpoint, context, log.line)
-        )
+        saver = None
+        if trains:
+            saver = stack.enter_context(
+                Saver(config.run_dir, config.student.hf_path, config.checkpoint, context, log.line)
+            )
+        token_loss = None
+        if config.all_teachers:
+            token_loss = TokenLoss(
+                chunks[-1], teachers.heads, config, tokenizers.vocab_size, context
+            )
         log.startup |= times.seconds
         yield Session(
             config=config,
@@ -151,13 +176,12 @@ def open_session(
             stop=stop,
             tokenizer=tokenizers.student,
             prompts=inputs.prompts,
-            held_out=inputs.held_out,
+            problem_sets=inputs.problem_sets,
             recording=inputs.recording,
+            chunks=chunks,
             student=student,
             teachers=teachers,
-            token_loss=TokenLoss(
-                student.chunks[-1], teachers.heads, config, tokenizers.vocab_size, context
-            ),
+            token_loss=token_loss,
             engine=engine,
             sync_check=SyncCheck(config.weight_sync, config.coarsest_dtype),
             # To score a sequence vLLM also samples the token behind it.
@@ -174,28 +198,33 @@ def open_session(
 
 
 def _go_on(
-    config: Config, inputs: Inputs, student: Trainable, context: ParallelContext, log: RunLog
-) -> tuple[Path | None, Position]:
-    """The checkpoint that was loaded, and where the run stands."""
-    # Each rank has listed the folder by itself, and on a shared disk not all see the same.
-    candidates = from_rank_zero(lambda: inputs.candidates, context.cpu_group)
-    directory = first_sound(candidates, context, log)
+    config: Config,
+    inputs: Inputs,
+    directory: Path | None,
+    student: Trainable | None,
+    context: ParallelContext,
+    log: RunLog,
+) -> Position:
+    """Where the run stands, by the checkpoint that was chosen; the student to be trained, too."""
     if directory is None:
-        return None, make_position(0, config.seed, inputs.prompts.digest, context)
+        prompts_digest = inputs.prompts.digest if inputs.prompts else ""
+        return make_position(0, config.seed, prompts_digest, context)
+    if student is None:
+        log.line(f"the weights of {directory}")
+        return read_position(directory)
     vocab_size = read_hf_config(config.student.hf_path).vocab_size
     position = load(directory, student, vocab_size, context)
     log.line(f"resumed from {directory}")
-    return directory, position
+    return position
 
 
-def _build_student(config: Config, context: ParallelContext) -> Trainable:
-    path = config.student.hf_path
+def _build_student(path: Path, config: Config, context: ParallelContext) -> list[CausalLM]:
     chunks = build_model(path, config.model, context)
     errors: list[Exception] = []
     with collecting(errors):  # each rank reads other tensors, so one may fail alone
         load_weights(chunks, path, context)
     raise_together(errors, context.cpu_group)  # before the collectives of the next model's loading
-    return make_trainable(chunks, config, context)
+    return chunks
 
 
 def _launch_vllm(config: Config, inputs: Inputs) -> EngineProcess:

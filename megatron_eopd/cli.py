@@ -8,7 +8,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from megatron_eopd.config import (
     DataConfig,
     Option,
     describe_options,
-    load_config,
     parse_value,
 )
-from megatron_eopd.errors import ConfigError, ExpectedError
+from megatron_eopd.errors import ConfigError, ExpectedError, disk_error
 
 
-def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+def make_parser(
+    command: str, description: str, examples: str, *, needs_config: bool = True
+) -> argparse.ArgumentParser:
     """A parser whose --help ends with the examples and every option of the configuration."""
     options = "\n".join(_help_of(option) for option in describe_options())
     parser = argparse.ArgumentParser(
@@ -39,7 +40,7 @@ unsets an option):
 {options}
 """,
     )
-    parser.add_argument("config", type=Path, help="TOML file")
+    parser.add_argument("config", type=Path, help="TOML file", nargs=None if needs_config else "?")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="win over the file"
     )
@@ -103,21 +104,21 @@ def prompt_options(arguments: argparse.Namespace, **more: Any) -> DataConfig:
         raise ConfigError(f"{option}: {message}") from None
 
 
-def run_command(config_path: Path, overrides: Sequence[str], work: Callable[[Config], None]) -> int:
+def run_command(read: Callable[[], Config], work: Callable[[Config], None]) -> int:
     """0, or 1 after an error that the user can act on, told in one message without a traceback."""
     try:
-        config = load_config(config_path, overrides)
-    except ConfigError as error:
-        return _tell(error)
-
-    try:
-        work(config)
+        work(read())
     except ExpectedError as error:
-        return _tell(error)
+        return tell(error)
+    except OSError as error:  # before the ranks have met; later each knows what it was doing
+        told = disk_error(error, "start-up")
+        if told is None:
+            raise
+        return tell(told)
     return 0
 
 
-def _tell(error: Exception) -> int:
+def tell(error: Exception) -> int:
     from megatron_eopd.run_log import tell_torchrun
 
     tell_torchrun(f"error: {error}")

@@ -1,5 +1,7 @@
 """What a user can act on: told as one message without a traceback. Everybody may import this."""
 
+from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS, ESTALE
+
 
 class ExpectedError(Exception):
     """Ends a command with its message. Says what is wrong, with which values, and what to set."""
@@ -15,6 +17,20 @@ class CheckpointError(ExpectedError, RuntimeError):
 
 class DiskError(ExpectedError, OSError):
     """A file of the run cannot be written, for a reason that is not the run's own."""
+
+
+_DISK = (ENOSPC, EDQUOT, EFBIG, EIO, EROFS, ESTALE)
+
+
+def disk_error(error: Exception, stage: str) -> DiskError | None:
+    """What an OSError says of a disk that takes no more; None of other ones."""
+    if not isinstance(error, OSError) or error.errno not in _DISK:
+        return None
+    what = error.filename or "a file of the run"
+    return DiskError(
+        f"{what} cannot be written, in {stage}: {error.strerror}. Make room, or see to the disk, "
+        f"and start the same command again; it goes on from what is complete."
+    )
 
 
 class EngineError(ExpectedError, RuntimeError):

@@ -42,6 +42,7 @@ def dry_run(config: Config, world_size: int | None, show_config: bool) -> None:
     that the layouts allow)."""
     world_size = world_size or smallest_world(config)
     inputs = preflight.check(config, world_size)
+    preflight.check_answers(config, inputs)
     for line in _plan(config, inputs, world_size):
         print(line)
     print(rank_table(config, world_size))
@@ -61,13 +62,15 @@ def on_every_rank(config: Config, work: Callable[[Session], None], *, trains: bo
     rank, world_size = own_rank()
     imports_s = seconds_since_start()
     inputs = preflight.check(config, world_size, trains=trains)
+    if rank == 0:
+        preflight.check_answers(config, inputs)
     checks_s = seconds_since_start() - imports_s
     # An evaluation reads, and may do so beside the run.
     with run_lock(config.run_dir) if trains and rank == 0 else nullcontext():
         if trains and rank == 0:  # whose choice is the others'
             inputs = preflight.with_checkpoints_of_now(config, inputs)
         startup = {"imports": imports_s, "checks": checks_s}
-        _meet_and_work(config, work, inputs, rank, world_size, startup, job)
+        _meet_and_work(config, work, inputs, rank, world_size, startup, job, trains=trains)
 
 
 def _limit(config: Config, job: dist.Store | None) -> float | None:
@@ -88,6 +91,8 @@ def _meet_and_work(
     world_size: int,
     startup: dict[str, float],
     job: dist.Store | None,
+    *,
+    trains: bool,
 ) -> None:
     """`startup`: what was done until here, in seconds. `job`: torchrun's store, with what outlives
     this start."""
@@ -119,7 +124,9 @@ def _meet_and_work(
             _tell_plan(config, inputs, world_size, store, log)
         log.startup |= startup
         stop = Interruption(signals, log, context.cpu_group, limit)
-        with open_session(config, inputs, roles, store, context, log, stop) as session:
+        with open_session(
+            config, inputs, roles, store, context, log, stop, trains=trains
+        ) as session:
             parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in log.startup.items())
             log.line(f"start-up: {seconds_since_start():.1f} s ({parts})")
             work(session)
@@ -152,7 +159,8 @@ def _world(
 
 def _plan(config: Config, inputs: preflight.Inputs, world_size: int) -> Iterator[str]:
     """What this run is."""
-    for name, value in preflight.derived_numbers(config, inputs, world_size).items():
+    numbers = preflight.derived_numbers if inputs.prompts else preflight.evaluation_numbers
+    for name, value in numbers(config, inputs, world_size).items():
         yield f"{name}: {value}"
     yield preflight.preview(inputs)
     for warning in [*inputs.warnings, *inputs.candidates.warnings]:

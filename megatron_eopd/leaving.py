@@ -7,12 +7,11 @@ import sys
 import threading
 from contextlib import suppress
 from datetime import timedelta
-from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS, ESTALE
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_eopd.errors import DiskError, ExpectedError
+from megatron_eopd.errors import ExpectedError, disk_error
 from megatron_eopd.interruption import EXIT_STOPPED
 from megatron_eopd.parallel.collectives import lost_rank, tells_of_lost_rank
 from megatron_eopd.parallel.init import ParallelContext, own_rank
@@ -22,9 +21,6 @@ from megatron_eopd.run_log import RunLog, tell_torchrun
 TOGETHER = timedelta(seconds=15)
 
 
-_DISK = (ENOSPC, EDQUOT, EFBIG, EIO, EROFS, ESTALE)
-
-
 def as_expected(error: Exception, stage: str) -> ExpectedError | None:
     """What a user can act on, whatever raised it and wherever: a rank that is gone, a disk that
     takes no more. None of what is a fault of this project."""
@@ -32,13 +28,7 @@ def as_expected(error: Exception, stage: str) -> ExpectedError | None:
         return error
     if tells_of_lost_rank(error):
         return lost_rank(error, stage)
-    if isinstance(error, OSError) and error.errno in _DISK:
-        what = error.filename or "a file of the run"
-        return DiskError(
-            f"{what} cannot be written, in {stage}: {error.strerror}. Make room, or see to the "
-            f"disk, and start the same command again; it goes on from the newest checkpoint."
-        )
-    return None
+    return disk_error(error, stage)
 
 
 def let_threads_be_quiet() -> None:

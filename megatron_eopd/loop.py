@@ -4,7 +4,6 @@ It is the chain of records written down: prompts ─▶ rollouts ─▶ scored r
 step reports ─▶ new weights in the engine.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from itertools import islice
@@ -14,11 +13,10 @@ from megatron_eopd.build import Session
 from megatron_eopd.data.packing import Limits, PackedRollouts, exchange_size, pack, rounds_of
 from megatron_eopd.errors import EngineError
 from megatron_eopd.health import HealthCheck
-from megatron_eopd.metrics.writer import MetricsWriter, rounded
+from megatron_eopd.metrics.writer import MetricsWriter
 from megatron_eopd.milestones import (
     begun_work,
     evaluate_if_due,
-    evaluate_student,
     finish_save,
     save,
     save_if_due,
@@ -217,13 +215,3 @@ def pausing(
     for number, microbatches in enumerate(rounds):
         session.stop.pause(f"step {step} round {number}", until=f"step {step}")
         yield microbatches
-
-
-def evaluate(session: Session) -> None:
-    """An evaluation alone, of the checkpoint that was loaded, into a file of its own."""
-    push_first_weights(session)
-    figures = {n: rounded(v) for n, v in evaluate_student(session).figures.items()}
-    if session.context.layout.rank == 0:
-        path = session.config.run_dir / f"evaluation-{session.first_iteration:06d}.json"
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-        session.log.line("\n" + report.figures_table(figures) + f"\n\nwritten to {path}")

@@ -5,13 +5,19 @@ And what a stop leaves of an iteration, which is saved like the rest. All ranks 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_eopd import report
 from megatron_eopd.build import Session
+from megatron_eopd.checkpoints.files import evaluation_dir
 from megatron_eopd.checkpoints.position import make_position
 from megatron_eopd.errors import Interrupted
-from megatron_eopd.evaluation.evaluate import Evaluation, evaluate_on
+from megatron_eopd.evaluation.evaluate import Evaluation, Evaluator
+from megatron_eopd.evaluation.sample_file import Json
+from megatron_eopd.evaluation.settings import model_identity
 from megatron_eopd.metrics.writer import MetricsWriter, rounded
+from megatron_eopd.rollout.choice import SAMPLER
+from megatron_eopd.rollout.vllm_engine import VllmEngine
 from megatron_eopd.run_files import RUN_CONFIG, export
 from megatron_eopd.training.replicas import check_replicas
 from megatron_eopd.unfinished import Unfinished, read_unfinished
@@ -23,34 +29,45 @@ def evaluate_if_due(session: Session, work: Unfinished, writer: MetricsWriter | 
     due = iteration in ends or (
         config.evaluation.interval and iteration % config.evaluation.interval == 0
     )
-    if not (due and session.held_out):
+    if not (due and session.problem_sets):
         return
     session.stop.pause("evaluation", until="evaluation", is_boundary=True)
+    directory = evaluation_dir(config.run_dir, iteration)
     with session.stop.waiting("evaluation"):
-        result = evaluate_student(session)
+        # Anew: what lies there may be of an iteration that was taken back since.
+        result = evaluate_student(session, directory, model_of_run(session, iteration), anew=True)
     work.figures = {name: rounded(value) for name, value in result.figures.items()}
-    figures = " | ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in result.figures.items())
-    session.log.line(f"eval {iteration} | {figures}")
+    for found in result.reports:
+        session.log.line(f"eval {iteration} | {report.evaluation_line(found.task, found.figures)}")
     if writer is not None:
         writer.write(iteration, result.figures)
-        each, count = config.evaluation.samples_per_problem, config.logging.text_samples
-        shown, marks = result.samples[::each][:count], result.correct[::each][:count]
-        text = report.samples_markdown(shown, session.tokenizer, marks)
+        shown = result.shown[: config.logging.text_samples]
+        text = report.samples_markdown(
+            [rollout for rollout, _ in shown], session.tokenizer, [mark for _, mark in shown]
+        )
         writer.text(iteration, "evaluation", text)
 
 
-def evaluate_student(session: Session) -> Evaluation:
-    """The held-out problems, with the weights that the engine was given last."""
-    return evaluate_on(
-        session.held_out,
-        session.engine,
-        session.teachers,
-        session.token_loss,
-        session.student.chunks,
-        session.tokenizer,
-        session.config,
-        session.context,
+def model_of_run(session: Session, iteration: int, steps_done: int = 0) -> Json:
+    """What tells its weights from others."""
+    student = model_identity(session.config.student.hf_path)["digest"]
+    return {"iteration": iteration, "steps": steps_done, "student": student}
+
+
+def evaluate_student(session: Session, directory: Path, model: Json, *, anew: bool) -> Evaluation:
+    """With the weights that the engine was given last; see Evaluator.evaluate."""
+    evaluator = Evaluator(
+        config=session.config,
+        context=session.context,
+        log=session.log,
+        tokenizer=session.tokenizer,
+        engine=session.engine,
+        engine_name="vLLM" if isinstance(session.engine, VllmEngine) else SAMPLER,
+        chunks=session.chunks,
+        teachers=session.teachers,
+        token_loss=session.token_loss,
     )
+    return evaluator.evaluate(session.problem_sets, directory, model, anew=anew)
 
 
 def save_if_due(session: Session, work: Unfinished) -> bool:

@@ -5,6 +5,7 @@ numbers that --dry-run prints.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -24,9 +25,12 @@ from megatron_eopd.data.packing import Limits, check_budget
 from megatron_eopd.data.preview import render_preview
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.run_tokenizers import RunTokenizers, load_run_tokenizers
+from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.data.vocabulary import check_shared
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.evaluation.evaluate import held_out_prompts
+from megatron_eopd.evaluation.grading_pool import check_answers as check_gold
+from megatron_eopd.evaluation.problems import ProblemSet, grading_pool, load_problem_sets
+from megatron_eopd.evaluation.report_file import names_of_figures
 from megatron_eopd.models.fit import check_student, check_teacher, check_vllm
 from megatron_eopd.models.hf_config import read_hf_config, unknown_keys
 from megatron_eopd.models.load import check_files
@@ -36,9 +40,10 @@ from megatron_eopd.parallel.worlds import student_layout, teacher_layout
 from megatron_eopd.planning.activations import Lengths, Load, Platform
 from megatron_eopd.planning.memory import Placed, Setup, describe, describe_saving, plan_memory
 from megatron_eopd.planning.shapes import Models
-from megatron_eopd.records import DEFAULT_TEACHER, Prompt
+from megatron_eopd.records import DEFAULT_TEACHER
 from megatron_eopd.rollout.choice import EngineChoice, choose_engine
 from megatron_eopd.rollout.recording import Recording
+from megatron_eopd.tasks.registry import training_rows
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,12 @@ class Inputs:
     """What the checks had to read anyway, and the run goes on with."""
 
     tokenizers: RunTokenizers
-    prompts: PromptSet
-    held_out: list[Prompt]
+    prompts: PromptSet | None
+    """To train on; None where nothing is trained and no checkpoint was."""
+    problem_sets: list[ProblemSet]
+    """To evaluate on."""
     max_sequence_length: int
-    """Longest prompt, of both sets, and response together, in tokens."""
+    """Longest prompt and response together, in tokens, of training and evaluation."""
     engine: EngineChoice
     recording: Recording | None
     """What a run with `rollout.replay` trains on."""
@@ -59,12 +66,15 @@ class Inputs:
 
 
 def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
-    """An evaluation alone does not train, and reads no recordings.
+    """An evaluation alone does not train: it needs no teacher, and reads neither prompts nor
+    recordings.
 
     Raises:
         ConfigError, CheckpointError: naming the option, its value and what would be right.
     """
     config.check_inputs_exist()
+    if trains:
+        config.check_has_teacher()
     _check_writable(config.run_dir)
     layout = student_layout(config, world_size)
     uses_transformer_engine(config.model)
@@ -76,23 +86,26 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         check_files(teacher.hf_path)
     tokenizers = load_run_tokenizers(config)
     tokenizer = tokenizers.student
-    reads_references = config.rollout.uses_references and config.rollout.replay is None
-    prompts = load_prompts(
-        config.data,
-        tokenizer,
-        config.seed,
-        [DEFAULT_TEACHER, *config.teachers],
-        max_reference_length=config.rollout.max_response_length if reads_references else None,
-    )
-    held_out = held_out_prompts(config, tokenizer)
-    sequences = chain(prompts.sequences(), ((p, p.prompt_ids) for p in held_out))
+    prompts = _training_prompts(config, tokenizer) if trains else None
+    problem_sets = load_problem_sets(config, tokenizer)
+    if trains and config.checkpoint.keep_best is not None:
+        _check_keep_best(config, [problems.name for problems in problem_sets])
+    held_out = [prompt for problems in problem_sets for prompt in problems.prompts]
+    sequences = chain(prompts.sequences() if prompts else (), ((p, p.prompt_ids) for p in held_out))
     check_shared(sequences, tokenizers.vocab_size, tokenizer)
     engine = choose_engine(config)
     if engine.is_vllm:
         check_vllm(student)
-    longest = max([prompts.longest, *(len(p.prompt_ids) for p in held_out)])
-    _check_lengths(config, longest, layout)
-    candidates = _candidates(config, prompts, tokenizer.digest, trains=trains)
+    sections = {
+        "rollout": [prompts.longest] if prompts else [],
+        "evaluation": [len(prompt.prompt_ids) for prompt in held_out],
+    }
+    longest = max(
+        _check_lengths(section, max(lengths), config, layout)
+        for section, lengths in sections.items()
+        if lengths
+    )
+    candidates = _candidates(config, prompts, tokenizer.digest)
     begins_at = candidates.directories[0] if candidates.directories else None
     first_iteration = read_position(begins_at).iteration if begins_at else 0
     recording = _recording(config, tokenizers.vocab_size, layout) if trains else None
@@ -101,12 +114,16 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     return Inputs(
         tokenizers=tokenizers,
         prompts=prompts,
-        held_out=held_out,
-        max_sequence_length=longest + config.rollout.max_response_length,
+        problem_sets=problem_sets,
+        max_sequence_length=longest,
         engine=engine,
         recording=recording,
         candidates=candidates,
-        warnings=[*_unknown_keys(config), *tokenizers.warnings, *prompts.warnings],
+        warnings=[
+            *_unknown_keys(config),
+            *tokenizers.warnings,
+            *(prompts.warnings if prompts else []),
+        ],
     )
 
 
@@ -156,34 +173,76 @@ def _check_layout(teacher: TeacherConfig, section: str, config: Config, student:
     check_teacher(teacher, section, read_hf_config(teacher.hf_path), layout)
 
 
-def _check_lengths(config: Config, longest_prompt: int, layout: Layout) -> None:
-    longest = longest_prompt + config.rollout.max_response_length
-    sample = (
-        f"the longest prompt of {longest_prompt} tokens with rollout.max_response_length="
-        f"{config.rollout.max_response_length}"
+def _training_prompts(config: Config, tokenizer: Tokenizer) -> PromptSet:
+    reads_references = config.rollout.uses_references and config.rollout.replay is None
+    return load_prompts(
+        config.data,
+        tokenizer,
+        config.seed,
+        [DEFAULT_TEACHER, *config.teachers],
+        rows=training_rows(config.data.prompts),
+        max_reference_length=config.rollout.max_response_length if reads_references else None,
     )
-    check_budget(config.training, layout.padded(longest), sample)
+
+
+def _check_keep_best(config: Config, tasks: list[str]) -> None:
+    asked = config.checkpoint.keep_best
+    if not tasks:
+        raise ConfigError(
+            f"checkpoint.keep_best={asked}: nothing is evaluated. Set evaluation.tasks."
+        )
+    figures = names_of_figures(config.evaluation.samples_per_problem)
+    names = {f"{task}/{figure}" for task in tasks for figure in figures}
+    if asked not in names | (figures if len(tasks) == 1 else set()):
+        raise ConfigError(
+            f"checkpoint.keep_best={asked} is no figure of this run's evaluations. Write FIGURE, "
+            f"or TASK/FIGURE where there are several tasks ({', '.join(tasks)}); figures are "
+            f"{', '.join(sorted(figures))}."
+        )
+
+
+def _check_lengths(section: str, longest_prompt: int, config: Config, layout: Layout) -> int:
+    """The longest prompt and response together, of the section's samples; in tokens."""
+    response_length, option = config.rollout.max_response_length, "rollout.max_response_length"
+    if section == "evaluation":
+        response_length = config.evaluation_response_length
+        if config.evaluation.max_response_length is not None:
+            option = "evaluation.max_response_length"
+    longest = longest_prompt + response_length
+    sample = f"the longest prompt of {longest_prompt} tokens with {option}={response_length}"
+    if config.all_teachers:  # which score it
+        check_budget(config.training, layout.padded(longest), sample)
     models = [("student", config.student), *config.all_teachers.items()]
     for who, model in models:
         limit = read_hf_config(model.hf_path).max_position_embeddings
         if longest > limit:
             raise ConfigError(
-                f"the longest prompt has {longest_prompt} tokens, and with "
-                f"rollout.max_response_length={config.rollout.max_response_length} that makes "
-                f"{longest}; the {who}'s max_position_embeddings is {limit}. Set "
-                f"rollout.max_response_length={limit - longest_prompt} or less."
+                f"the longest prompt has {longest_prompt} tokens, and with {option}="
+                f"{response_length} that makes {longest}; the {who}'s max_position_embeddings is "
+                f"{limit}. Set {option}={limit - longest_prompt} or less."
             )
+    return longest
 
 
-def _candidates(
-    config: Config, prompts: PromptSet, tokenizer_digest: str, *, trains: bool
-) -> Candidates:
-    """Checkpoints that the run may go on from."""
-    candidates = choose_checkpoints(config, trains=trains)
+def check_answers(config: Config, inputs: Inputs) -> None:
+    """Grade what each problem of an evaluation says is right. By one rank: it starts processes.
+
+    Raises:
+        ConfigError: naming the problems that no answer could be right for.
+    """
+    if inputs.problem_sets:
+        with grading_pool(inputs.problem_sets, config.evaluation) as pool:
+            for problems in inputs.problem_sets:
+                check_gold(problems.task, problems.problems, pool)
+
+
+def _candidates(config: Config, prompts: PromptSet | None, tokenizer_digest: str) -> Candidates:
+    """Checkpoints that the run may go on from, or that are evaluated."""
+    candidates = choose_checkpoints(config, trains=prompts is not None)
     for directory in candidates.directories:
         position = read_position(directory)
-        check_position(directory, position, prompts, tokenizer_digest, config)
-        if trains:
+        if prompts is not None:
+            check_position(directory, position, prompts, tokenizer_digest, config)
             check_schedules(directory, position, config)
     return candidates
 
@@ -193,9 +252,7 @@ def with_checkpoints_of_now(config: Config, inputs: Inputs) -> Inputs:
     names. By who holds the run's lock."""
     put_back(config.run_dir)
     tokenizer_digest = inputs.tokenizers.student.digest
-    return replace(
-        inputs, candidates=_candidates(config, inputs.prompts, tokenizer_digest, trains=True)
-    )
+    return replace(inputs, candidates=_candidates(config, inputs.prompts, tokenizer_digest))
 
 
 def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str, str]:
@@ -231,6 +288,7 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
         "rollouts": inputs.engine.why,
         **_describe_references(config),
+        **_describe_evaluation(config, inputs.problem_sets),
         "optimizer steps": f"{config.optimizer_steps_per_iteration} / iteration × "
         f"{training.train_iters} = {config.optimizer_steps}",
         "response tokens / step": f"at most {training.global_batch_size} × "
@@ -244,9 +302,35 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
     }
 
 
+def evaluation_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str, str]:
+    """What an evaluation that trains nothing says of itself."""
+    candidates = inputs.candidates.directories
+    teachers = ", ".join(f"{name} {t.hf_path}" for name, t in config.all_teachers.items())
+    return {
+        "layout": student_layout(config, world_size).describe(),
+        "model": str(candidates[0] if candidates else config.student.hf_path),
+        "teachers": teachers or "none, so no divergences are measured",
+        "samples": inputs.engine.why,
+        **_describe_evaluation(config, inputs.problem_sets),
+    }
+
+
+def _describe_evaluation(config: Config, problem_sets: Sequence[ProblemSet]) -> dict[str, str]:
+    options = config.evaluation
+    drawn = (
+        f"{options.samples_per_problem} samples, temperature {config.evaluation_temperature:g}, "
+        f"top_p {options.top_p:g}, at most {config.evaluation_response_length:,} tokens"
+    )
+    return {
+        f"evaluation on {problems.name}": f"{len(problems.problems):,} problems × {drawn}"
+        for problems in problem_sets
+    }
+
+
 def preview(inputs: Inputs) -> str:
     """The first prompt as student and teachers read it: what a person would look at first."""
-    tokenizers, prompt_ids = inputs.tokenizers, inputs.prompts[0].prompt_ids
+    prompts = inputs.prompts or inputs.problem_sets[0].prompts
+    tokenizers, prompt_ids = inputs.tokenizers, prompts[0].prompt_ids
     everybody = {"student": tokenizers.student, **tokenizers.teachers}
     shown = [render_preview(tokenizer, prompt_ids, who) for who, tokenizer in everybody.items()]
     return "\n".join(["the first prompt", *shown])

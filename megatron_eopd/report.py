@@ -4,7 +4,7 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def iteration_scalars(
         "weight_sync/version": sync.version,
         "weight_sync/probe_difference": sync.probe.difference if sync.probe else math.nan,
     }
-    scalars |= _rollout_scalars(rollouts) | _memory_scalars()
+    scalars |= _rollout_scalars(rollouts) | memory_scalars()
     scalars |= {f"time/{stage}": seconds for stage, seconds in times.seconds.items()}
     scalars["time/total"] = times.total
     scalars["throughput/tokens_per_s"] = num_tokens(rollouts) / times.total
@@ -100,7 +100,7 @@ def _repetition(ids: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _memory_scalars() -> dict[str, float]:
+def memory_scalars() -> dict[str, float]:
     if torch.cuda.is_available():
         return {"memory/cuda_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     return {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -187,7 +187,7 @@ def before_after_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: every evaluation figure at the first and at the last evaluation of the run."""
     evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
     if not evaluations:
-        return "No evaluation was configured (evaluation.prompts or evaluation.task)."
+        return "No evaluation was configured (evaluation.tasks)."
     before, after = evaluations[0], evaluations[-1]
     lines = [
         f"| held-out figure | before (iteration {before['iteration']}) | "
@@ -203,7 +203,7 @@ def before_after_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _is_bound(name: str) -> bool:
-    return name.endswith(("/accuracy_low", "/accuracy_high"))
+    return name.endswith(("accuracy_low", "accuracy_high"))
 
 
 def _with_interval(name: str, figures: dict[str, Any]) -> str:
@@ -216,11 +216,13 @@ def _with_interval(name: str, figures: dict[str, Any]) -> str:
     return shown
 
 
-def figures_table(figures: dict[str, float]) -> str:
-    """Markdown: the figures of one evaluation."""
-    names = [name for name in figures if not _is_bound(name)]
-    rows = [f"| {n.removeprefix('eval/')} | {_with_interval(n, figures)} |" for n in names]
-    return "\n".join(["| held-out figure | value |", "|---|---|", *rows])
+def evaluation_line(task: str, figures: Mapping[str, float]) -> str:
+    """`countdown | pass@1 0.210 | …`: what a person looks at while a run goes on."""
+    shown = [name for name in figures if name.startswith(_WATCHED) and not _is_bound(name)]
+    return " | ".join([task, *(f"{name} {figures[name]:.3f}" for name in shown)])
+
+
+_WATCHED = ("pass@", "avg@", "maj@", "distinct_correct", "truncated", "reverse_kl", "forward_kl")
 
 
 def write_report(config: Config, table: str, hf_dir: Path | None, minutes: float) -> str:

@@ -24,7 +24,8 @@ def open_files(session: Session) -> MetricsWriter | None:
     _tell_changes(session)
     config = session.config
     for moved in files.set_aside_later(config.run_dir, session.first_place):
-        session.log.line(f"WARNING: set aside a later checkpoint, {moved}")
+        what = "evaluation" if moved.parent.name == files.EVALUATIONS else "checkpoint"
+        session.log.line(f"WARNING: set aside a later {what}, {moved}")
     _save_provenance(config)
     return MetricsWriter(
         config.run_dir,

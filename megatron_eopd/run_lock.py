@@ -85,13 +85,13 @@ def _acquire(path: Path, own: Owner, dead: Owner | None) -> None:
                     os.link(aside, path)
             aside.unlink()
     unfinished = path.with_name(f"{path.name}.{own['job']}")
-    unfinished.write_text(json.dumps(own))
     try:
+        unfinished.write_text(json.dumps(own))
         os.link(unfinished, path)
     except FileExistsError:
         raise _taken(path, _read(path) or {}) from None
     finally:
-        unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
 
 
 def _taken(path: Path, owner: Owner) -> ConfigError:
@@ -139,5 +139,8 @@ def _read(path: Path) -> Owner | None:
 
 def _write(path: Path, own: Owner) -> None:
     unfinished = path.with_name(f"{path.name}.{own['job']}")
-    unfinished.write_text(json.dumps(own))
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(json.dumps(own))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -70,6 +70,11 @@ class RunLog:
         """A bar over iterations; none where the terminal is a file or another rank's."""
         return tqdm(initial=first, total=total, unit="iter", disable=None if self._speaks else True)
 
+    def bar(self, total: int, what: str) -> tqdm:
+        """Of samples, within whatever else has one."""
+        hidden = None if self._speaks else True
+        return tqdm(total=total, desc=what, unit="sample", disable=hidden, leave=False)
+
     def remaining_s(self, finished: int, total: int) -> float | None:
         """Seconds to the last iteration at the mean pace of this start, evaluations and checkpoints
         included; None after its first iteration, whose start nobody took down."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_eopd.cli import make_parser, run_command
-from megatron_eopd.config import Config
+from megatron_eopd.config import Config, load_config
 
 EXAMPLES = """\
   torchrun --nproc_per_node=2 -m megatron_eopd.train examples/quickstart/eopd.toml
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             launch.on_every_rank(config, loop.train)
 
-    return run_command(parsed.config, parsed.overrides, work)
+    return run_command(lambda: load_config(parsed.config, parsed.overrides), work)
 
 
 if __name__ == "__main__":

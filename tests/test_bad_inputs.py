@@ -49,7 +49,7 @@ def prompts(content: str | bytes, name: str = "prompts.jsonl") -> Spoil:
     def spoil(model: Path) -> list[str]:
         path = model.parent / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return [f"data.prompts={path}", "evaluation.task=none"]
+        return [f"data.prompts={path}", "evaluation.tasks=none"]
 
     return spoil
 

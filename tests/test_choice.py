@@ -19,7 +19,7 @@ def choose(monkeypatch):
         config = Config.model_validate(
             {"run_dir": "r", "student": {"hf_path": "s"}, "teacher": {"hf_path": "t"}}
             | {"rollout": rollout, "data": {"prompts": "p.jsonl", "response_key": "response"}}
-            | {"evaluation": {"task": task}}
+            | {"evaluation": {"tasks": task}}
         )
         return choose_engine(config)
 

@@ -37,7 +37,7 @@ def test_overrides_win_over_the_file_and_keep_their_type(toml):
             "parallel.tensor_model_parallel_size=2",
             "student.hf_path=/models/with space",
             "objective.name=opd",
-            "evaluation.task=countdown",
+            "evaluation.tasks=countdown",
             "rollout.replay=none",
         ],
     )
@@ -45,7 +45,7 @@ def test_overrides_win_over_the_file_and_keep_their_type(toml):
     assert config.parallel.tensor_model_parallel_size == 2
     assert config.student.hf_path == Path("/models/with space")
     assert config.objective.name == "opd"
-    assert config.evaluation.task == "countdown" and config.rollout.replay is None
+    assert config.evaluation.tasks == ("countdown",) and config.rollout.replay is None
 
 
 def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
@@ -136,8 +136,8 @@ def test_a_quantile_of_a_step_needs_the_whole_step(toml, payload):
 
 def test_a_missing_option_and_a_broken_file_are_named(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text('run_dir = "r"\n[student]\nhf_path = "s"\n')
-    with pytest.raises(ConfigError, match="teacher: missing"):
+    path.write_text('run_dir = "r"\n[teacher]\nhf_path = "t"\n')
+    with pytest.raises(ConfigError, match="student: missing"):
         load_config(path)
     path.write_text("run_dir = [")
     with pytest.raises(ConfigError, match="not valid TOML"):
@@ -200,7 +200,8 @@ def test_what_help_says_is_what_the_configuration_does(toml):
     for option in options:
         if option.default in ("required", "unset"):
             continue
-        if not option.name.startswith("teacher.parallel."):  # one of them gives it a layout
+        # One of the former gives it a layout; the latter has one here.
+        if not option.name.startswith("teacher.parallel.") and option.name != "teacher":
             assert load_config(toml, [f"{option.name}={option.default}"]) == plain, option.name
         for value in option.values:
             try:
@@ -240,6 +241,42 @@ def test_paths_of_a_file_may_be_relative_to_it(tmp_path, monkeypatch):
     assert config.student.hf_path == Path("student") and config.data.prompts == "countdown"
 
 
-def test_two_held_out_sets_are_one_too_many():
-    with pytest.raises(ConfigError, match="two held-out sets"):
-        load_config(QUICKSTART, ["evaluation.prompts=p.jsonl"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("none", ()),
+        ("[]", ()),
+        ("math500", ("math500",)),
+        ("gsm8k=test.jsonl", ("gsm8k=test.jsonl",)),
+        ("['math500', 'my.task:Mine=here=there']", ("math500", "my.task:Mine=here=there")),
+    ],
+)
+def test_tasks_are_a_list_and_one_needs_no_brackets(value, expected):
+    assert load_config(QUICKSTART, [f"evaluation.tasks={value}"]).evaluation.tasks == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("['a', 'a']", "names a task twice"), ("gsm8k=", "'gsm8k=' is no NAME")]
+)
+def test_tasks_have_names_of_their_own(value, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config(QUICKSTART, [f"evaluation.tasks={value}"])
+
+
+def test_a_tasks_file_is_looked_for_beside_the_configuration(tmp_path):
+    """Like every other file that the configuration names."""
+    (tmp_path / "mine.jsonl").touch()
+    text = QUICKSTART.read_text().replace('["countdown"]', '["math=mine.jsonl", "gsm8k=far.jsonl"]')
+    (tmp_path / "run.toml").write_text(text)
+    tasks = load_config(tmp_path / "run.toml").evaluation.tasks
+    assert tasks == (f"math={tmp_path / 'mine.jsonl'}", "gsm8k=far.jsonl")
+
+
+def test_without_a_teacher_nothing_is_trained_and_no_other_teacher_stands_in(toml):
+    """An evaluation needs none."""
+    config = load_config(toml, ["teacher=none"])
+    assert config.all_teachers == {}
+    with pytest.raises(ConfigError, match=r"no \[teacher\]: a run needs one"):
+        config.check_has_teacher()
+    with pytest.raises(ConfigError, match=r"\[teachers.other\] without \[teacher\]"):
+        load_config(toml, ["teacher=none", "teachers.other.hf_path=t"])

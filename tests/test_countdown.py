@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megatron_eopd.data import countdown
-from megatron_eopd.data.countdown import Problem
+from megatron_eopd.tasks import countdown
+from megatron_eopd.tasks.countdown import Problem
 
 PROBLEMS = list(countdown.all_problems())
 

@@ -9,13 +9,14 @@ from transformers import AutoTokenizer
 
 from megatron_eopd.config import DataConfig, load_config
 from megatron_eopd.data.prompts import PromptSet, load_prompts
-from megatron_eopd.data.tokenizer import load_tokenizer
+from megatron_eopd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.evaluation.evaluate import held_out_prompts
+from megatron_eopd.evaluation.problems import load_problem_sets
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 from megatron_eopd.records import Prompt, Rollout, Turn
 from megatron_eopd.rollout.engine import Sampling, numbered_samples, sample_seed
-from tests.test_preflight import MODELS, QUICKSTART
+from megatron_eopd.tasks.registry import training_rows
+from tests.test_preflight import MODELS
 
 
 def make_rollout(index: int, prompt_length: int, response_length: int) -> Rollout:
@@ -106,6 +107,10 @@ def toml(tmp_path) -> Path:
     return path
 
 
+def load_countdown(data: DataConfig, tokenizer: Tokenizer) -> PromptSet:
+    return load_prompts(data, tokenizer, seed=1, rows=training_rows(data.prompts))
+
+
 def test_training_and_evaluation_encode_prompts_alike(chat_tokenizer, toml):
     """Suffix inside the template, template options, and the answer left alone, on both paths."""
     config = load_config(
@@ -114,25 +119,25 @@ def test_training_and_evaluation_encode_prompts_alike(chat_tokenizer, toml):
             "data.apply_chat_template=true",
             'data.chat_template_kwargs.mood=" 9"',
             'data.prompt_suffix=" 7"',
-            "evaluation.task=countdown",
+            "evaluation.tasks=countdown",
             "evaluation.num_problems=3",
         ],
     )
-    held_out = held_out_prompts(config, chat_tokenizer)
-    assert len(held_out) == 3
-    for prompt in [*held_out, *load_prompts(config.data, chat_tokenizer, seed=1).batch(0, 3)]:
+    (held_out,) = load_problem_sets(config, chat_tokenizer)
+    assert len(held_out.prompts) == 3
+    for prompt in [*held_out.prompts, *load_countdown(config.data, chat_tokenizer).batch(0, 3)]:
         problem = prompt.text.removesuffix(" 7")
         assert prompt.answer == problem.removesuffix(" :")
         assert prompt.prompt_ids == chat_tokenizer.encode(f"<bos> {problem} 7 ; 9 :")
     tight = config.data.model_copy(update={"max_prompt_length": 11})
     with pytest.raises(ConfigError, match="countdown problem 0: 12 tokens"):
-        load_prompts(tight, chat_tokenizer, seed=1)
+        load_countdown(tight, chat_tokenizer)
 
 
 def test_a_mistyped_template_option_stops_the_run(chat_tokenizer):
     data = DataConfig(apply_chat_template=True, chat_template_kwargs={"moot": "x"})
     with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs\.moot.* It reads mood\."):
-        load_prompts(data, chat_tokenizer, seed=1)
+        load_countdown(data, chat_tokenizer)
 
 
 def test_template_options_come_from_a_table_and_from_the_command_line(toml):
@@ -164,7 +169,7 @@ def test_prompt_files_may_hold_any_text(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n\n".join(lines), encoding="utf-8-sig")
     data = DataConfig(prompts=str(path), shuffle=False)
-    prompts = load_prompts(data, load_tokenizer(MODELS / "student"), seed=1).batch(0, 3)
+    prompts = load_countdown(data, load_tokenizer(MODELS / "student")).batch(0, 3)
     assert [(p.text, p.answer) for p in prompts] == [("1\u2028 2", ""), ("3", ""), ("4", "5")]
 
 
@@ -186,14 +191,3 @@ def test_a_prompt_that_comes_twice_draws_other_samples():
     assert [(p.index, i) for p, i, _ in jobs] == [(3, 0), (3, 1), (0, 0), (0, 1), (3, 0), (3, 1)]
     assert len({seed for _, _, seed in jobs}) == 6
     assert numbered_samples([prompt], sampling) == jobs[:2]
-
-
-def test_held_out_answers_that_cannot_be_graded_are_named(tmp_path):
-    path = tmp_path / "test.jsonl"
-    rows = [
-        {"prompt": "1 2 3 4 -> 10 :", "answer": a} for a in ("10", "x", "3/4", None, "#### 1,000")
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = load_config(QUICKSTART, ["evaluation.task=none", f"evaluation.prompts={path}"])
-    with pytest.raises(ConfigError, match=r"3 of 5 problems .* lines 2-4\. Take"):
-        held_out_prompts(config, load_tokenizer(MODELS / "student"))

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from megatron_eopd import preflight
-from megatron_eopd.config import Config, load_config
+from megatron_eopd.config import Config, EvaluationConfig, load_config, task_parts
 from megatron_eopd.models.hf_files import name_files, plan_files, write_index_and_config
 from megatron_eopd.planning.activations import Lengths
 from megatron_eopd.planning.search import Request, check_request, make_plan
@@ -148,13 +148,19 @@ def work_dir(tmp_path_factory) -> Path:
         for model in models_of(config):
             if not (path / model).exists():
                 make_stand_in(path / model, SHAPES[model.name])
-        for prompts in (config.data.prompts, str(config.evaluation.prompts)):
+        for prompts in (config.data.prompts, *files_of(config.evaluation)):
             if prompts.endswith(".jsonl"):
                 (path / prompts).parent.mkdir(exist_ok=True)
                 (path / prompts).write_text(
                     '{"prompt": "What is 2 + 3?", "answer": "5", "response": "It is 5."}\n'
                 )
     return path
+
+
+def files_of(evaluation: EvaluationConfig) -> list[str]:
+    """Those of its tasks: named, or where one of that name is looked for."""
+    parts = [task_parts(task) for task in evaluation.tasks]
+    return [source or str(evaluation.data_dir / f"{word}.jsonl") for word, source in parts]
 
 
 @pytest.fixture

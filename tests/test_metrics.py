@@ -16,7 +16,7 @@ from megatron_eopd.report import (
     _repetition,
     before_after_table,
     escape_markdown,
-    figures_table,
+    evaluation_line,
     samples_markdown,
 )
 
@@ -134,7 +134,11 @@ def test_the_accuracy_of_a_report_has_its_interval():
     table = before_after_table(rows)
     assert "| t/avg@1 | 0.1000 (0.0500 to 0.2000) | 0.1000 (0.0500 to 0.2000) | +0.0000 |" in table
     assert "accuracy_low" not in table
-    assert "| t/avg@1 | 0.1000 (0.0500 to 0.2000) |" in figures_table(rows[0] | {"iteration": 0.0})
+
+
+def test_the_line_of_an_evaluation_has_what_one_watches():
+    figures = {"pass@1": 0.21, "avg@4": 0.2, "accuracy_low": 0.1, "verdict/right": 0.2}
+    assert evaluation_line("t", figures) == "t | pass@1 0.210 | avg@4 0.200"
 
 
 def test_text_is_shown_as_it_was_written():

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_eopd import preflight
 from megatron_eopd.config import load_config
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.parallel.worlds import smallest_world
 from megatron_eopd.train import main
 
@@ -238,3 +239,24 @@ def test_a_dry_run_without_a_world_size_takes_the_smallest_that_all_layouts_divi
     overrides, ranks
 ):
     assert smallest_world(load_config(QUICKSTART, overrides)) == ranks
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["checkpoint.keep_best=pas@8"], "pas@8 is no figure .* avg@16, .*pass@8"),
+        (
+            ["checkpoint.keep_best=pass@8", "evaluation.samples_per_problem=4"],
+            "pass@8 is no figure",
+        ),
+        (["checkpoint.keep_best=pass@8", "evaluation.tasks=none"], "nothing is evaluated"),
+    ],
+)
+def test_the_best_checkpoint_is_known_by_a_figure_that_there_will_be(options, said):
+    """A misspelt one would keep nothing, without a word."""
+    with pytest.raises(ConfigError, match=said):
+        preflight.check(load_config(QUICKSTART, ["run_dir=unused", *options]), 2)
+    for name in ("pass@8", "countdown/reverse_kl"):
+        preflight.check(
+            load_config(QUICKSTART, ["run_dir=unused", f"checkpoint.keep_best={name}"]), 2
+        )

@@ -15,7 +15,7 @@ from megatron_eopd.data.prompt_files import places
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.evaluation.evaluate import held_out_prompts
+from megatron_eopd.evaluation.problems import load_problem_sets
 from megatron_eopd.records import Prompt
 from tests.test_preflight import MODELS, QUICKSTART
 
@@ -335,13 +335,13 @@ def test_held_out_problems_have_the_same_forms(tokenizer, tmp_path, write):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if write is not None:
         write(path, rows)
-    options = ["evaluation.task=none", f"evaluation.prompts={path}"]
+    options = [f"evaluation.tasks=math={path}"]
     config = load_config(QUICKSTART, [*options, "data.apply_chat_template=true"])
-    first, second = held_out_prompts(config, tokenizer)
+    ((first, second),) = (found.prompts for found in load_problem_sets(config, tokenizer))
     assert shown(first, tokenizer) == f"10 9 ; 11 1 ; 12 2 ; 11 {PLAIN} ; 12"
     assert (first.text, second.text, second.answer) == (PLAIN, PLAIN, "6")
     with pytest.raises(ConfigError, match=r"test.jsonl (line|row) 1: a chat"):
-        held_out_prompts(load_config(QUICKSTART, options), tokenizer)
+        load_problem_sets(load_config(QUICKSTART, options), tokenizer)
 
 
 def test_places_are_runs_of_lines_or_rows():

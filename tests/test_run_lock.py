@@ -1,5 +1,6 @@
 """One job at a time in a run's folder."""
 
+import errno
 import json
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 
 import megatron_eopd.run_lock as run_lock_module
+from megatron_eopd.cli import run_command
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.run_lock import LOCK, _namespace, _started, run_lock
 
@@ -92,6 +94,29 @@ def test_a_job_that_lost_its_place_does_not_take_it_back(tmp_path):
         time.sleep(0.3)
         assert json.loads((tmp_path / LOCK).read_text())["job"] == "took it over"
     assert (tmp_path / LOCK).exists(), "nor away"
+
+
+def test_a_full_disk_is_told_and_not_traced(tmp_path, capsys):
+    """No rank has met another yet, so nobody else would tell it."""
+
+    def work(_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "lock.json"))
+
+    assert run_command(lambda: None, work) == 1
+    assert "lock.json cannot be written, in start-up: No space left" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError):
+        run_command(lambda: None, lambda _: (tmp_path / "absent").read_text())
+
+
+def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, _):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space"), run_lock(tmp_path, **QUICK):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_lock_is_nobodys(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_eopd.data import countdown
+from megatron_eopd.tasks import countdown
 
 REPOSITORY = Path(__file__).parents[1]
 MODELS = REPOSITORY / "examples" / "quickstart" / "models"

@@ -80,7 +80,7 @@ def test_a_tokenizer_that_extends_the_other_needs_an_option(check, extended):
 def test_a_prompt_with_a_token_that_only_the_student_has(check, extended, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "1 2"}\n{"prompt": "3 <think> 4"}\n')
-    options = (f"student.hf_path={extended}", f"data.prompts={prompts}", "evaluation.task=none")
+    options = (f"student.hf_path={extended}", f"data.prompts={prompts}", "evaluation.tasks=none")
     with pytest.raises(
         ConfigError, match=r"prompt 1, '3 <think> 4': '<think>' \(id 114\) is none of the 112"
     ):
@@ -90,7 +90,7 @@ def test_a_prompt_with_a_token_that_only_the_student_has(check, extended, tmp_pa
 def test_a_reference_answer_with_a_token_that_only_the_student_has(check, extended, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "1 2", "response": ["3 4", "3 <think> 4"]}\n')
-    options = (f"student.hf_path={extended}", f"data.prompts={prompts}", "evaluation.task=none")
+    options = (f"student.hf_path={extended}", f"data.prompts={prompts}", "evaluation.tasks=none")
     references = ("data.response_key=response", "rollout.reference_fraction=1")
     with pytest.raises(ConfigError, match=r"prompt 0, '1 2': '<think>' \(id 114\) is none of the"):
         check(*options, *references, "objective.exclude_unshared_tokens=true")

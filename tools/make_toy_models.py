@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_eopd.data import countdown
-from megatron_eopd.evaluation.pass_at_k import summarize
+from megatron_eopd.evaluation.estimators import Outcome, figures
+from megatron_eopd.tasks import countdown
 
 # Shapes: N traces, P problems, B sequences, S = 25 prompt and response tokens, R = 18 response
 # tokens, V vocabulary.
@@ -209,7 +209,7 @@ def evaluate(
     """pass@k and diversity of samples at temperature 1."""
     tokenizer = countdown.build_tokenizer()
     torch.manual_seed(seed)
-    correct, canonical = [], []
+    outcomes, task = [], countdown.Countdown()
     for start in range(0, len(problems), 50):
         chunk = problems[start : start + 50]
         prompts = tokenizer([problem.prompt_text() for problem in chunk], return_tensors="pt")
@@ -228,10 +228,17 @@ def evaluate(
         )
         for i, problem in enumerate(chunk):
             responses = texts[i * num_samples : (i + 1) * num_samples]
-            correct.append([countdown.verify(problem, text) for text in responses])
-            canonical.append([countdown.canonical(text) for text in responses])
-    num_valid = [countdown.num_valid_traces(problem) for problem in problems]
-    return summarize(correct, canonical, num_valid, [k for k in KS if k <= num_samples])
+            outcomes.append(graded(task, problem.answer_text(), responses))
+    found = figures(outcomes, [k for k in KS if k <= num_samples])
+    shown = ("pass@", "avg@", "distinct_correct@", "coverage")
+    return {name: value for name, value in found.items() if name.startswith(shown)}
+
+
+def graded(task: countdown.Countdown, answer: str, responses: list[str]) -> Outcome:
+    grades = [task.grade(answer, text) for text in responses]
+    none = (0,) * len(grades)  # lengths are no figure here
+    verdicts, canonical, second = zip(*grades, strict=True)
+    return Outcome(verdicts, canonical, second, none, none, task.num_right(answer))
 
 
 # --- command ------------------------------------------------------------------------------------

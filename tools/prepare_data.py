@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Turn a data set into a prompt file for data.prompts.
+"""Turn a data set into a prompt file for data.prompts, or into the problems of an evaluation.
 
 In: files (JSON Lines, a JSON array, both also compressed, or parquet), or data sets of the Hugging
 Face hub. Out: a jsonl file with {"prompt": ..., "answer": ...} a line, in the order of the input,
 without duplicates, and OUTPUT.stats.json with the options and the counts. A prompt is text, or a
-chat up to its last user turn. docs/data.md explains every rule.
+chat up to its last user turn. docs/data.md explains every rule. With --task the file is of a task
+of evaluation.tasks: all problems stay, with the answers that its grader reads, each of them graded.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_eopd.cli import add_prompt_options, positive, prompt_options
-from megatron_eopd.config import DataConfig
+from megatron_eopd.config import DataConfig, EvaluationConfig
 from megatron_eopd.data.chats import read_chat
 from megatron_eopd.data.prepare import (
     CUT,
@@ -45,6 +46,8 @@ EXAMPLES = """examples:
       --exclude math=math500.jsonl problem=aime25.parquet \\
       --tokenizer models/Qwen3-8B --max-prompt-length 1024 --apply-chat-template
       DAPO-Math, without MATH-500 and AIME, without prompts over 1,024 tokens
+  python tools/prepare_data.py MATH-500/test.jsonl -o data/math500.jsonl --task math500
+      an evaluation set, where evaluation.tasks=math500 looks for it
   python tools/prepare_data.py openai/gsm8k:main -o prompts.jsonl --preset gsm8k
       from the hub, NAME[:CONFIG[:SPLIT]]; a directory with such a data set is read alike
   python tools/prepare_data.py chats.json.gz -o prompts.jsonl --prompt-column conversations \\
@@ -54,6 +57,12 @@ EXAMPLES = """examples:
       write them for the model, with their special tokens and ids
 """
 
+ALONE = (
+    *("prompt_column", "answer_column", "prompts_only", "single_turn", "drop_system_turns", "keep"),
+    *("exclude", "tokenizer", "max_prompt_length", "preview"),
+)
+"""Options that --task does without."""
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -62,6 +71,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, or NAME[:CONFIG[:SPLIT]]")
     parser.add_argument("-o", "--output", type=Path, required=True, help="jsonl file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--task", metavar="NAME", help="write the problems of this task of evaluation.tasks"
+    )
     columns = parser.add_argument_group("columns (dotted for nested ones: reward_model.truth)")
     columns.add_argument(
         "--preset", choices=PRESETS, default="prompts", help="columns of a known data set"
@@ -193,9 +205,43 @@ def write_stats(arguments: argparse.Namespace, counts: Counter[Fate], num_cut: i
     return path
 
 
+def write_problems(arguments: argparse.Namespace) -> None:
+    """Of a task, whose own rules hold: columns, what an answer is, and whether it can be graded."""
+    # Here, not above: they bring torch.
+    from megatron_eopd.evaluation.grading_pool import GradingPool, check_answers
+    from megatron_eopd.records import Turn
+    from megatron_eopd.tasks.registry import open_tasks
+
+    given = [name for name in ALONE if getattr(arguments, name)]
+    if len(arguments.inputs) > 1 or given:
+        raise ConfigError(
+            f"--task takes one INPUT and all of its problems as they are: leave out "
+            f"{', '.join(f'--{name}'.replace('_', '-') for name in given) or 'the others'}."
+        )
+    tasks = (f"{arguments.task}={arguments.inputs[0]}",)
+    (task,) = open_tasks(EvaluationConfig(tasks=tasks), with_suffix=False)
+    problems = list(task.problems())
+    with GradingPool([task]) as pool:
+        check_answers(task, problems, pool)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with appears_whole(arguments.output) as file:
+        for problem in problems:
+            turns = [turn._asdict() for turn in (*problem.context, Turn("user", problem.text))]
+            prompt = turns if problem.context else problem.text
+            row = {"prompt": prompt, "answer": problem.answer}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(
+        f"{len(problems)} problems of {task.name}, each with a gradable answer, written to "
+        f"{arguments.output}"
+    )
+
+
 def run(arguments: argparse.Namespace) -> None:
     if arguments.output.exists() and not arguments.overwrite:
         raise ConfigError(f"{arguments.output} exists. Pass --overwrite to replace it.")
+    if arguments.task is not None:
+        write_problems(arguments)
+        return
     columns = columns_of(arguments)
     length = arguments.exclude_prefix
     data = data_config(arguments)

@@ -18,6 +18,7 @@ from megatron_eopd.errors import CheckpointError
 
 DONE = "DONE"
 CHECKSUMS = "checksums.json"
+EVALUATIONS = "evaluations"
 FORMAT = 1
 READ_BYTES = 16 * 2**20
 QUICK_BYTES = 16 * 2**20
@@ -36,6 +37,11 @@ def checkpoint_dir(run_dir: Path, iteration: int, steps_done: int = 0) -> Path:
     """`steps_done`: optimizer steps of the iteration after, where a run was stopped within it."""
     within = f"-{steps_done}" if steps_done else ""
     return run_dir / "checkpoints" / f"{iteration:06d}{within}"
+
+
+def evaluation_dir(run_dir: Path, iteration: int, steps_done: int = 0) -> Path:
+    """Named as the checkpoint of the same weights."""
+    return run_dir / EVALUATIONS / checkpoint_dir(run_dir, iteration, steps_done).name
 
 
 def place_of(directory: Path) -> tuple[int, int] | None:
@@ -61,14 +67,16 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def set_aside_later(run_dir: Path, place: tuple[int, int]) -> list[Path]:
-    """Where the complete checkpoints went that are of a later place, so that a run that starts
-    again from an earlier one never goes on from them."""
+    """Where the complete checkpoints went that are of a later place, and the evaluations of such
+    weights, so that a run that starts again from an earlier one never takes them for its own."""
+    evaluations = sorted((run_dir / EVALUATIONS).glob("[0-9]*"))
     moved = []
-    for path in [path for path in complete(run_dir) if place_of(path) > place]:
-        number = 1
-        while (target := path.with_name(f"superseded-{path.name}-{number}")).exists():
-            number += 1
-        moved.append(path.rename(target))
+    for path in [*complete(run_dir), *filter(place_of, evaluations)]:
+        if place_of(path) > place:
+            number = 1
+            while (target := path.with_name(f"superseded-{path.name}-{number}")).exists():
+                number += 1
+            moved.append(path.rename(target))
     return moved
 
 

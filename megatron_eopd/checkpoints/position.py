@@ -83,15 +83,16 @@ def write_position(directory: Path, position: Position) -> None:
 
 
 def best_of(directories: Iterable[Path], figure: str | None) -> Path | None:
-    """The checkpoint with the best value of an evaluation's figure, such as `pass@8`, the newest of
-    several; None where none was evaluated so. A damaged one is not."""
+    """The checkpoint with the best value of an evaluation's figure, such as `pass@8` or
+    `math500/pass@8`, the newest of several; None where none was evaluated so. A damaged one is not.
+    """
     best, best_value = None, -inf
     for directory in directories:
         figures: dict[str, float] = {}
         with suppress(CheckpointError):
             figures = read_position(directory).figures
         for name, value in figures.items():
-            if name.rpartition("/")[2] != figure:
+            if not name.endswith(f"/{figure}"):
                 continue
             merit = -value if figure.endswith(SMALLER_IS_BETTER) else value
             if merit >= best_value:

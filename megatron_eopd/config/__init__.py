@@ -7,9 +7,10 @@ torch is imported here: --help and a mistyped option answer at once.
 """
 
 from megatron_eopd.config.config import Config
-from megatron_eopd.config.data import DataConfig
+from megatron_eopd.config.data import BUILT_IN_TASKS, DataConfig
 from megatron_eopd.config.describe import Option, changed_options, describe_options
-from megatron_eopd.config.load import load_config, parse_value
+from megatron_eopd.config.evaluation import EvaluationConfig, task_parts
+from megatron_eopd.config.load import config_of, load_config, parse_value
 from megatron_eopd.config.models import (
     ModelConfig,
     ParallelConfig,
@@ -22,12 +23,12 @@ from megatron_eopd.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_eopd.config.section import Section
 from megatron_eopd.config.training import (
     CheckpointConfig,
-    EvaluationConfig,
     LoggingConfig,
     TrainingConfig,
 )
 
 __all__ = [
+    "BUILT_IN_TASKS",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -45,7 +46,9 @@ __all__ = [
     "TrainingConfig",
     "WeightSyncConfig",
     "changed_options",
+    "config_of",
     "describe_options",
     "load_config",
     "parse_value",
+    "task_parts",
 ]

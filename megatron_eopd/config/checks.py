@@ -24,6 +24,9 @@ def check_across_sections(config: "Config") -> None:
         _check_references(config)
     _check_temperatures(config)
     _check_layouts(config)
+    if config.teacher is None:
+        _check_no_teacher(config)
+        return
     _check_teachers(config)
     if GATES[config.objective.formula.gate].needs_whole_step:
         _check_whole_step(config)
@@ -111,6 +114,14 @@ def _check_layouts(config: "Config") -> None:
         raise ValueError(
             f"parallel.virtual_pipeline_model_parallel_size={chunks} interleaves the chunks of "
             f"pipeline stages, and parallel.pipeline_model_parallel_size is 1. Set it above 1."
+        )
+
+
+def _check_no_teacher(config: "Config") -> None:
+    if config.teachers:
+        raise ValueError(
+            f"[teachers.{next(iter(config.teachers))}] without [teacher], whose are the prompts "
+            f"that name no teacher. Name one of them [teacher]."
         )
 
 

@@ -7,13 +7,13 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from megatron_eopd.config.checks import check_across_sections
 from megatron_eopd.config.data import DataConfig
+from megatron_eopd.config.evaluation import EvaluationConfig
 from megatron_eopd.config.models import ModelConfig, ParallelConfig, StudentConfig, TeacherConfig
 from megatron_eopd.config.objective import ObjectiveConfig
 from megatron_eopd.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_eopd.config.section import Section
 from megatron_eopd.config.training import (
     CheckpointConfig,
-    EvaluationConfig,
     LoggingConfig,
     TrainingConfig,
 )
@@ -26,7 +26,8 @@ class Config(Section):
     seed: int = 1234
     """Fixes prompt order, sampling and any random initialisation."""
     student: StudentConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
+    """Needed to train; an evaluation without one measures no divergences."""
     teachers: dict[str, TeacherConfig] = Field({})
     """More teachers, by name, for prompts that ask for them: `[teachers.NAME]` has the options of
     `[teacher]`."""
@@ -60,6 +61,17 @@ class Config(Section):
         """Of the whole run."""
         return self.training.train_iters * self.optimizer_steps_per_iteration
 
+    def check_has_teacher(self) -> None:
+        """
+        Raises:
+            ConfigError: there is none, and no student learns without.
+        """
+        if self.teacher is None:
+            raise ConfigError(
+                "no [teacher]: a run needs one to learn from. Set teacher.hf_path to its Hugging "
+                "Face directory or Megatron checkpoint."
+            )
+
     @property
     def longest_wait_s(self) -> float:
         """The longest that the ranks may have to wait for one engine call, in seconds."""
@@ -69,7 +81,7 @@ class Config(Section):
     @property
     def needs_samples(self) -> bool:
         """For training or for evaluations; not where all is reference answers."""
-        return self.rollout.ever_samples or self.evaluation.name is not None
+        return self.rollout.ever_samples or bool(self.evaluation.tasks)
 
     @property
     def wants_vllm(self) -> bool:
@@ -100,8 +112,18 @@ class Config(Section):
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """By the names of their sections, the one of `[teacher]` first."""
+        if self.teacher is None:
+            return {}
         more = {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
         return {"teacher": self.teacher, **more}
+
+    @property
+    def evaluation_temperature(self) -> float:
+        return self.evaluation.temperature or self.rollout.temperature
+
+    @property
+    def evaluation_response_length(self) -> int:
+        return self.evaluation.max_response_length or self.rollout.max_response_length
 
     @property
     def coarsest_dtype(self) -> Literal["float32", "bfloat16"]:

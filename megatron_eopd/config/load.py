@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from megatron_eopd.config.config import Config
 from megatron_eopd.config.data import BUILT_IN_TASKS
 from megatron_eopd.config.describe import explain
+from megatron_eopd.config.evaluation import task_parts
 from megatron_eopd.errors import CheckpointError, ConfigError
 from megatron_eopd.model_paths import resolve_model
 
@@ -40,36 +41,70 @@ def load_config(toml_path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{toml_path}: not valid TOML: {error}") from None
     missing = _resolve_paths(tree, Path(toml_path).parent)
     for override in overrides:
-        _apply_override(tree, override)
         missing.pop(override.partition("=")[0], None)  # the command line names another
-    _resolve_models(tree)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(explain(error, toml_path)) from None
+    config = config_of(tree, overrides, toml_path)
     config._missing_inputs = tuple(missing.values())
     return config
+
+
+def config_of(
+    tree: dict[str, Any], overrides: Sequence[str] = (), source: Path | str = "command line"
+) -> Config:
+    """Of nested tables, with the overrides on top. `source`: for messages.
+
+    Raises:
+        ConfigError: as load_config.
+    """
+    for override in overrides:
+        _apply_override(tree, override)
+    _resolve_models(tree)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, source)) from None
 
 
 def _resolve_paths(tree: dict[str, Any], directory: Path) -> dict[str, str]:
     """Point what the file names, and has beside it, there. Returns what is to be said of each
     option whose relative path exists neither there nor in the working directory."""
-    missing = {}
+    missing: dict[str, str] = {}
+    _resolve_task_files(tree, directory)
     for option in _input_paths(tree):
         where, _, key = option.rpartition(".")
         section = _section(tree, where)
         value = section.get(key)
         if not isinstance(value, str) or value in ("", "none", *BUILT_IN_TASKS):
             continue
-        beside = directory / value  # an absolute value stays what it is
-        if beside.exists():
-            section[key] = str(beside)
-        elif not Path(value).is_absolute() and not Path(value).exists():
-            missing[option] = (
-                f"{option}={value}: no such file or directory. Looked for {beside.absolute()} and "
-                f"{Path(value).absolute()}."
-            )
+        section[key], said = _resolve(option, value, directory)
+        missing |= said
     return missing
+
+
+def _resolve(option: str, value: str, directory: Path) -> tuple[str, dict[str, str]]:
+    """The path, and what is to be said of it."""
+    beside = directory / value  # an absolute value stays what it is
+    if beside.exists():
+        return str(beside), {}
+    if Path(value).is_absolute() or Path(value).exists():
+        return value, {}
+    said = (
+        f"{option}={value}: no such file or directory. Looked for {beside.absolute()} and "
+        f"{Path(value).absolute()}."
+    )
+    return value, {option: said}
+
+
+def _resolve_task_files(tree: dict[str, Any], directory: Path) -> None:
+    """Those of evaluation.tasks; one that is nowhere may be on the hub."""
+    section = _section(tree, "evaluation")
+    tasks = section.get("tasks")
+    if isinstance(tasks, list):
+        section["tasks"] = [_with_path(task, directory) for task in tasks]
+
+
+def _with_path(task: Any, directory: Path) -> Any:
+    word, source = task_parts(task) if isinstance(task, str) else (task, None)
+    return f"{word}={_resolve('', source, directory)[0]}" if source else task
 
 
 def _resolve_models(tree: dict[str, Any]) -> None:
@@ -88,8 +123,8 @@ def _input_paths(tree: dict[str, Any]) -> list[str]:
     teachers = tree.get("teachers")
     names = list(teachers) if isinstance(teachers, dict) else []
     models = ["student", "teacher", *(f"teachers.{name}" for name in names)]
-    files = ["data.prompts", "data.chat_template_file", "evaluation.prompts", "rollout.replay"]
-    files.append("checkpoint.load")
+    files = ["data.prompts", "data.chat_template_file", "rollout.replay", "checkpoint.load"]
+    files.append("evaluation.data_dir")
     return [f"{model}.{key}" for model in models for key in ("hf_path", "tokenizer")] + files
 
 

@@ -86,7 +86,8 @@ class CheckpointConfig(Section):
     """Older complete checkpoints are removed once a newer one is complete."""
     keep_best: str | None = None
     """Also keep the checkpoint with the best value of this figure of an evaluation, such as
-    `pass@8` or `reverse_kl` (lower is better of what ends in `_kl`, `loss` or `fraction`)."""
+    `pass@8`, `reverse_kl` (lower is better of what ends in `_kl` or `fraction`), or, with several
+    tasks, `math500/pass@8`."""
     async_save: bool = True
     """Copy a checkpoint into host memory and write it while training goes on."""
     staging_gib: float = Field(16.0, gt=0)
@@ -112,36 +113,6 @@ class CheckpointConfig(Section):
     """Write the student as a Hugging Face directory, RUN_DIR/hf, after the last iteration."""
     export_hf_interval: int = Field(0, ge=0)
     """Checkpoints between further ones, RUN_DIR/hf-000120; 0: none."""
-
-
-class EvaluationConfig(Section):
-    interval: int = Field(50, ge=0)
-    """Iterations between evaluations, beside the ones before the first and after the last; 0: only
-    those two."""
-    task: Literal["countdown"] | None = None
-    """Held-out problems of a built-in task and their grader. With neither this nor `prompts`
-    nothing is evaluated."""
-    prompts: Path | None = None
-    """Held-out problems of your own, a file like `data.prompts`: a response is right when its
-    last number is that of `answer`. Figures are named after the file, eval/<file>/…."""
-    num_problems: int = Field(200, gt=0)
-    """Problems taken from the start of the held-out set."""
-    samples_per_problem: int = Field(16, gt=0)
-    """Responses per problem, drawn at the rollout temperature; bounds the k of pass@k."""
-
-    @property
-    def name(self) -> str | None:
-        """Of the held-out set; None evaluates nothing."""
-        return self.prompts.stem if self.prompts is not None else self.task
-
-    @model_validator(mode="after")
-    def _has_one_set(self) -> "EvaluationConfig":
-        if self.task is not None and self.prompts is not None:
-            raise ValueError(
-                f"task={self.task} and prompts={self.prompts} are two held-out sets. Set one of "
-                f"the two to none."
-            )
-        return self
 
 
 class LoggingConfig(Section):

@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_eopd.config import DataConfig
-from megatron_eopd.data import countdown
+from megatron_eopd.config import BUILT_IN_TASKS, DataConfig
 from megatron_eopd.data.chats import (
     Chat,
     check_system_column,
@@ -48,20 +47,13 @@ class Row(NamedTuple):
         return cls(where, chat.text, context=context, is_cut=chat.is_cut)
 
 
-def countdown_rows(split: str) -> Iterator[Row]:
-    """Every problem of the split."""
-    for number, problem in enumerate(countdown.split(split)):
-        where = f"countdown problem {number}"
-        yield Row(where, problem.prompt_text(), problem.answer_text())
-
-
-def prompt_rows(
-    path: Path, data: DataConfig, teachers: Collection[str], option: str
-) -> Iterator[Row]:
-    """Rows of a prompt file; `option` is the one that named it."""
+def prompt_rows(path: Path, data: DataConfig, teachers: Collection[str]) -> Iterator[Row]:
+    """Rows of the prompt file `data.prompts`."""
     if not path.exists():
-        builtin = ", and no built-in task of that name (countdown)" * (option == "data.prompts")
-        raise ConfigError(f"{option}={path}: no such file{builtin}.")
+        tasks = ", ".join(BUILT_IN_TASKS)
+        raise ConfigError(
+            f"data.prompts={path}: no such file, and no built-in task of that name ({tasks})."
+        )
     file = RowFile(path)
     key = data.prompt_key
     for where, row in with_progress(file, [file]):

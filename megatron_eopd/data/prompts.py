@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_eopd.config import DataConfig
-from megatron_eopd.data.prompt_files import Row, countdown_rows, places, prompt_rows
+from megatron_eopd.data.prompt_files import Row, places, prompt_rows
 from megatron_eopd.data.prompt_warnings import SpecialTexts, clock_warnings
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
@@ -118,18 +118,18 @@ def load_prompts(
     seed: int,
     teachers: Collection[str] = (DEFAULT_TEACHER,),
     *,
+    rows: Iterable[Row] | None = None,
     max_reference_length: int | None = None,
 ) -> PromptSet:
-    """`teachers`: names that lines may have under `data.teacher_key`; `max_reference_length`, in
-    tokens: every prompt needs a reference answer under `data.response_key`, at most so long.
+    """`teachers`: names that lines may have under `data.teacher_key`; `rows`: of a built-in task,
+    where `data.prompts` names one; `max_reference_length`, in tokens: every prompt needs a
+    reference answer under `data.response_key`, at most so long.
 
     Raises:
         ConfigError: a file that is missing or empty, or a line that cannot be used (which one).
     """
-    if data.prompts == "countdown":
-        rows = countdown_rows("train")
-    else:
-        rows = prompt_rows(Path(data.prompts), data, teachers, "data.prompts")
+    if rows is None:
+        rows = prompt_rows(Path(data.prompts), data, teachers)
     encoder = PromptEncoder(data, tokenizer)
     references = None
     if max_reference_length is not None:
@@ -238,7 +238,7 @@ def _shared_ids(tokenizer: Tokenizer) -> Callable[[TokenIds], TokenIds]:
     return lambda ids: tuple(map(objects.__getitem__, ids))
 
 
-def encode_prompts(rows: Iterator[Row], data: DataConfig, tokenizer: Tokenizer) -> Iterator[Prompt]:
+def encode_prompts(rows: Iterable[Row], data: DataConfig, tokenizer: Tokenizer) -> Iterator[Prompt]:
     """Prompts as the model sees them."""
     encoder = PromptEncoder(data, tokenizer)
     for index, row in enumerate(rows):

@@ -1,137 +1,197 @@
-"""The student on held-out problems. In: an engine, a teacher. Out: named figures, and the samples.
+"""The student on held-out problems. In: an engine, and teachers if there are. Out: figures, and
+files that hold every sample.
 
-The same stages as training: generate, score, measure; then grade. All ranks get the same figures.
+The same stages as training: generate, score, measure; then grade. Samples go through files, so what
+was drawn before an interruption is not drawn again, and memory does not grow with their number.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from pathlib import Path
 
 from megatron_eopd.config import Config
-from megatron_eopd.data.packing import Limits, exchange_size, pack, rounds_of
-from megatron_eopd.data.prompt_files import countdown_rows, places, prompt_rows
-from megatron_eopd.data.prompts import encode_prompts
+from megatron_eopd.data.packing import Limits, PackedRollouts, exchange_size, pack, rounds_of
 from megatron_eopd.data.tokenizer import Tokenizer
-from megatron_eopd.errors import ConfigError
-from megatron_eopd.evaluation.grading import (
-    Graded,
-    gold_number,
-    grade_countdown,
-    grade_last_number,
-)
-from megatron_eopd.evaluation.pass_at_k import summarize, wilson_interval
-from megatron_eopd.metrics.means import divide
+from megatron_eopd.evaluation.grading_pool import GradingPool
+from megatron_eopd.evaluation.problems import ProblemSet, grading_pool
+from megatron_eopd.evaluation.recorder import Recorder
+from megatron_eopd.evaluation.report_file import make_report, scalars_of, write_report
+from megatron_eopd.evaluation.reports import Report
+from megatron_eopd.evaluation.sample_file import Json, Measured, SampleFile
+from megatron_eopd.evaluation.settings import measuring_settings, sampling_settings
 from megatron_eopd.models.causal_lm import CausalLM
+from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise_together
 from megatron_eopd.parallel.init import ParallelContext
-from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Rollout
+from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, Sampling
+from megatron_eopd.run_log import RunLog
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.step import measure
 from megatron_eopd.training.token_loss import TokenLoss
 
-REPORTED_K = (1, 4, 8, 16)
-EVALUATION_SEED = 0x5EED
-"""The same draws at every evaluation, so that two evaluations differ by the weights alone."""
+BATCHES_AT_ONCE = 4
+"""Responses are drawn and measured so many times the engine's batch at a time: few enough for
+memory, and enough that the engine waits seldom for the last of them."""
+SHOWN = 32
+"""Samples of each task that are kept for whoever shows some."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     figures: dict[str, float]
     """`eval/<task>/<figure>` → value."""
-    samples: list[Rollout]
-    correct: list[bool]
-    """Of each sample."""
+    reports: list[Report]
+    shown: list[tuple[Rollout, bool]]
+    """The first sample of the first problems of each task, and whether it is right."""
 
 
-def held_out_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
-    """The first `evaluation.num_problems` held-out problems; none without a held-out set.
+@dataclass(frozen=True)
+class Evaluator:
+    """What an evaluation is made with. Every method is collective over the student's ranks."""
 
-    Raises:
-        ConfigError: a file that is missing or empty, or a line that cannot be used (which one).
-    """
-    options = config.evaluation
-    if options.name is None:
-        return []
-    if options.prompts is None:
-        rows = countdown_rows("test")
-    else:
-        names = [DEFAULT_TEACHER, *config.teachers]
-        rows = prompt_rows(options.prompts, config.data, names, "evaluation.prompts")
-    rows = list(islice(rows, options.num_problems))
-    ungraded = [row.where for row in rows if options.prompts and gold_number(row.answer) is None]
-    if ungraded:
-        raise ConfigError(
-            f"evaluation.prompts: {len(ungraded)} of {len(rows)} problems have an answer that is "
-            f"not one plain number, and could never be graded right: {places(ungraded)}. Take "
-            f"these lines out."
+    config: Config
+    context: ParallelContext
+    log: RunLog
+    tokenizer: Tokenizer
+    engine: RolloutEngine
+    engine_name: str
+    """As reports say it."""
+    chunks: Sequence[CausalLM]
+    teachers: TeacherPool
+    token_loss: TokenLoss | None
+    """None without a teacher: then no divergences are measured."""
+
+    def evaluate(
+        self, problem_sets: Sequence[ProblemSet], directory: Path, model: Json, *, anew: bool
+    ) -> Evaluation:
+        """Into files of the directory. `model`: whose weights the engine has. `anew`: take nothing
+        of what is there.
+
+        Raises:
+            ConfigError: there are samples that were drawn otherwise.
+            EngineError: what was told by then is on the disk.
+        """
+        with ExitStack() as stack:
+            pool = None
+            if self._writes:
+                pool = stack.enter_context(grading_pool(problem_sets, self.config.evaluation))
+            done = [self._one(p, directory, model, pool, anew=anew) for p in problem_sets]
+        reports = [report for report, _ in done]
+        return Evaluation(
+            {f"eval/{r.task}/{name}": v for r in reports for name, v in scalars_of(r).items()},
+            reports,
+            [pair for _, shown in done for pair in shown],
         )
-    prompts = list(encode_prompts(iter(rows), config.data, tokenizer))
-    if not prompts:
-        raise ConfigError(f"evaluation.prompts={options.prompts}: no problems in it.")
-    return prompts
+
+    @property
+    def _writes(self) -> bool:
+        return self.context.layout.rank == 0
+
+    def _one(
+        self,
+        problems: ProblemSet,
+        directory: Path,
+        model: Json,
+        pool: GradingPool | None,
+        *,
+        anew: bool,
+    ) -> tuple[Report, list[tuple[Rollout, bool]]]:
+        settings = sampling_settings(problems, self.config, self.tokenizer, self.engine_name)
+        size = self._problems_at_once
+        errors: list[Exception] = []
+        with ExitStack() as stack:
+            recorder = measured = None
+            with collecting(errors):
+                if pool is not None:
+                    recorder = stack.enter_context(
+                        self._recorder(problems, directory, settings | {"model": model}, pool, anew)
+                    )
+                    if self.token_loss is not None:
+                        path = directory / f"{problems.name}.measured.jsonl"
+                        measured = Measured(path, measuring_settings(self.config, size), anew=anew)
+            raise_together(errors, self.context.cpu_group)
+            for number, prompts in enumerate(problems.chunks(size)):
+                self._draw(prompts, recorder)
+                if self.token_loss is not None:
+                    self._measure(number, prompts, recorder, measured)
+
+            def reported() -> tuple[Report, list[tuple[Rollout, bool]]]:
+                sums = measured.sums() if measured is not None else []
+                options = self.config.evaluation
+                report = make_report(problems, recorder.outcomes(), sums, settings, model, options)
+                write_report(report, directory)
+                return report, _shown(problems, recorder)
+
+            return from_rank_zero(reported, self.context.cpu_group)
+
+    @property
+    def _problems_at_once(self) -> int:
+        samples = BATCHES_AT_ONCE * self.config.rollout.max_num_seqs
+        return max(1, samples // self.config.evaluation.samples_per_problem)
+
+    def _recorder(
+        self, problems: ProblemSet, directory: Path, settings: Json, pool: GradingPool, anew: bool
+    ) -> Recorder:
+        count = self.config.evaluation.samples_per_problem
+        path = directory / f"{problems.name}.samples.jsonl"
+        file = SampleFile(path, settings, count, anew=anew)
+        bar = self.log.bar(count * len(problems.prompts), problems.name)
+        return Recorder(problems, file, count, pool, self.tokenizer, bar)
+
+    def _draw(self, prompts: list[Prompt], recorder: Recorder | None) -> None:
+        """What is missing of the prompts' samples, until all are graded and written."""
+        group, options = self.context.cpu_group, self.config.evaluation
+        missing = from_rank_zero(lambda: recorder.missing(prompts), group)
+        if not missing:
+            return
+        sampling = Sampling(
+            samples_per_prompt=options.samples_per_problem,
+            temperature=self.config.evaluation_temperature,
+            max_response_length=self.config.evaluation_response_length,
+            stop_ids=self.tokenizer.stop_ids,
+            seed=options.seed,
+            top_p=options.top_p,
+        )
+        try:
+            self.engine.generate(missing, sampling, recorder and recorder.add)
+        except Exception:
+            if recorder is not None:
+                with suppress(Exception):  # the engine's fault is the one to tell
+                    recorder.settle()
+            raise
+        from_rank_zero(lambda: recorder.settle(), group)
+
+    def _measure(
+        self,
+        number: int,
+        prompts: list[Prompt],
+        recorder: Recorder | None,
+        measured: Measured | None,
+    ) -> None:
+        """The divergences from the teacher on the student's own answers."""
+        group = self.context.cpu_group
+        if from_rank_zero(lambda: measured.of(number) is not None, group):
+            return
+        rollouts = from_rank_zero(lambda: recorder.rollouts(prompts), group)
+        rounds = self.teachers.microbatches(self._rounds(rollouts))
+        sums = measure(self.token_loss, self.chunks, rounds, self.context).sums
+        from_rank_zero(lambda: measured.add(number, sums), group)
+
+    def _rounds(self, rollouts: list[Rollout]) -> list[PackedRollouts]:
+        """As many at a time as in an optimizer step, so that no more of what teachers hand over
+        lies in memory than in training."""
+        training, layout = self.config.training, self.context.layout
+        size, limits = training.global_batch_size, Limits.of(training)
+        plans = [
+            pack(rollouts[n : n + size], limits, layout) for n in range(0, len(rollouts), size)
+        ]
+        return [part for plan in plans for part in rounds_of(plan, exchange_size(self.config))]
 
 
-def evaluate_on(
-    prompts: list[Prompt],
-    engine: RolloutEngine,
-    teachers: TeacherPool,
-    token_loss: TokenLoss,
-    chunks: Sequence[CausalLM],
-    tokenizer: Tokenizer,
-    config: Config,
-    context: ParallelContext,
-) -> Evaluation:
-    """pass@k, diversity, and the divergences from the teacher on the student's own answers."""
-    samples_per_problem = config.evaluation.samples_per_problem
-    rollouts = engine.generate(
-        prompts,
-        Sampling(
-            samples_per_prompt=samples_per_problem,
-            temperature=config.rollout.temperature,
-            max_response_length=config.rollout.max_response_length,
-            stop_ids=tokenizer.stop_ids,
-            seed=EVALUATION_SEED,
-        ),
-    )
-    graded = _grade(rollouts, samples_per_problem, tokenizer, config)
-    figures = _summarize(graded, rollouts)
-    packed = pack(rollouts, Limits.of(config.training), context.layout)
-    rounds = teachers.microbatches(rounds_of(packed, exchange_size(config)))
-    means = divide([measure(token_loss, chunks, rounds, context).sums])
-    for figure, name in (
-        ("reverse_kl", "loss/reverse_kl"),
-        ("forward_kl", "loss/forward_kl"),
-        ("teacher_entropy", "entropy/teacher_mean"),
-        ("student_entropy", "entropy/student_mean"),
-    ):
-        figures[figure] = means[name]
-    name = config.evaluation.name
-    return Evaluation(
-        {f"eval/{name}/{figure}": value for figure, value in figures.items()},
-        rollouts,
-        list(chain.from_iterable(graded.correct)),
-    )
-
-
-def _grade(
-    rollouts: list[Rollout], samples_per_problem: int, tokenizer: Tokenizer, config: Config
-) -> Graded:
-    grade = grade_countdown if config.evaluation.prompts is None else grade_last_number
-    answers = [r.prompt.answer for r in rollouts[::samples_per_problem]]
-    # A response that was cut has not ended, however right it looks.
-    texts = [
-        tokenizer.decode(r.response_ids) if r.finish_reason == "stop" else None for r in rollouts
-    ]
-    n = samples_per_problem
-    return grade(answers, [texts[i : i + n] for i in range(0, len(texts), n)])
-
-
-def _summarize(graded: Graded, rollouts: list[Rollout]) -> dict[str, float]:
-    num_problems, samples_per_problem = len(graded.correct), len(graded.correct[0])
-    ks = [k for k in REPORTED_K if k <= samples_per_problem]
-    figures = summarize(graded.correct, graded.canonical, graded.num_valid, ks)
-    # Samples of one problem are not independent: the problems alone count.
-    low, high = wilson_interval(figures[f"avg@{samples_per_problem}"], num_problems)
-    figures |= {"accuracy_low": low, "accuracy_high": high}
-    cut = sum(r.finish_reason == "length" for r in rollouts)
-    return figures | {"truncated_fraction": cut / len(rollouts)}
+def _shown(problems: ProblemSet, recorder: Recorder) -> list[tuple[Rollout, bool]]:
+    shown = []
+    for prompt in problems.prompts[:SHOWN]:
+        sample = recorder.file.read(prompt.index)[0]
+        shown.append((sample.rollout(prompt), sample.verdict == "right"))
+    return shown

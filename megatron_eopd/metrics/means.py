@@ -28,7 +28,8 @@ class Reduced(NamedTuple):
 class Means:
     """Named means, kept as (sum, count) on the device; per-token values kept for histograms."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_values: bool = True) -> None:
+        self._keeps_values = keeps_values
         self._sums: dict[str, torch.Tensor] = {}
         self._tallies: dict[str, torch.Tensor] = {}
         self._values: dict[str, list[torch.Tensor]] = {}
@@ -42,7 +43,8 @@ class Means:
 
     def keep(self, name: str, values_N: torch.Tensor) -> None:
         """Every single value that is not nan, for percentiles and a histogram."""
-        self._values.setdefault(name, []).append(values_N)
+        if self._keeps_values:
+            self._values.setdefault(name, []).append(values_N)
 
     def tally(self, name: str, counts: torch.Tensor) -> None:
         """Counts of any shape, added up as they are."""

@@ -27,9 +27,8 @@ class Tracker(Protocol):
 class TensorBoard:
     """RUN_DIR/tensorboard."""
 
-    def __init__(self, run_dir: Path, resumed_at: int | None) -> None:
-        """`resumed_at`: the iteration behind which everything is forgotten; None for all."""
-        first = 0 if resumed_at is None else resumed_at + 1
+    def __init__(self, run_dir: Path, first: int | None) -> None:
+        """`first`: the iteration from which on everything is forgotten; None: nothing is."""
         self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=first)
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
@@ -49,4 +48,4 @@ class TensorBoard:
 
 
 TRACKERS: dict[str, Callable[[Path, int | None], Tracker]] = {"tensorboard": TensorBoard}
-"""By the words of logging.trackers: (run directory, iteration resumed at) → tracker."""
+"""By the words of logging.trackers: (run directory, iteration to forget from) → tracker."""

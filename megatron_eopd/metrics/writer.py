@@ -32,7 +32,8 @@ class MetricsWriter:
         self.tokens_total = self._truncate_after(resumed_at, is_evaluated)
         """Response tokens that the run has trained on."""
         self._file = self._path.open("a")
-        self._trackers = [TRACKERS[name](run_dir, resumed_at) for name in trackers]
+        first = 0 if resumed_at is None else resumed_at + 1
+        self._trackers = [TRACKERS[name](run_dir, first) for name in trackers]
 
     def _truncate_after(self, iteration: int | None, is_evaluated: bool) -> int:
         """Returns the tokens of the rows that are kept."""

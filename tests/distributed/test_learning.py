@@ -80,7 +80,7 @@ def test_thirty_steps_bring_a_damaged_student_back(damaged, tmp_path):
 def test_a_threshold_beyond_all_entropies_is_another_objective(threshold, other, damaged, tmp_path):
     """τ = ∞ is reverse KL alone, τ = −1 both KLs everywhere: the same losses, gradients and, by the
     samples of the next iteration, weights."""
-    common = [f"student.hf_path={damaged}", "training.train_iters=3", "evaluation.task=none"]
+    common = [f"student.hf_path={damaged}", "training.train_iters=3", "evaluation.tasks=none"]
     eopd = run(tmp_path / "eopd", *common, f"objective.entropy_threshold={threshold}")
     same = run(tmp_path / "other", *common, *other)
     assert len(eopd) == len(same) == 3

@@ -73,7 +73,7 @@ def job(
         *("-m", "megatron_eopd.train", "examples/quickstart/eopd.toml"),
         *(f"run_dir={run_dir}", f"rollout.replay={recorded}"),
         *("rollout.batch_size=32", "training.global_batch_size=16", "training.micro_batch_size=4"),
-        *("evaluation.task=none", "checkpoint.export_hf=false", "training.lr_warmup_steps=0"),
+        *("evaluation.tasks=none", "checkpoint.export_hf=false", "training.lr_warmup_steps=0"),
         *overrides,
     ]
     torchrun = subprocess.Popen(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_eopd import launch, loop
 from megatron_eopd.cli import run_command
+from megatron_eopd.config import load_config
 from megatron_eopd.rollout.engine import SyncReport
 from megatron_eopd.rollout.vllm_engine import VllmEngine
 
@@ -22,4 +23,4 @@ def skip_updates(engine: VllmEngine, version: int) -> SyncReport:
 if __name__ == "__main__":
     VllmEngine.update_weights = skip_updates
     train = partial(launch.on_every_rank, work=loop.train)
-    sys.exit(run_command(Path(sys.argv[1]), sys.argv[2:], train))
+    sys.exit(run_command(lambda: load_config(Path(sys.argv[1]), sys.argv[2:]), train))

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -87,7 +88,7 @@ def test_a_run_leaves_everything_that_it_promises(first_run):
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 3]
     names = (ROOT / "docs/metrics.md").read_text()
     for name in {name for row in rows for name in row} - {"iteration"}:
-        documented = re.sub(r"@\d+", "@k", re.sub(r"eval/\w+/", "eval/<task>/", name))
+        documented = re.sub(r"(?<=[@^])\d+", "k", re.sub(r"eval/\w+/", "eval/<task>/", name))
         assert f"`{documented}`" in names, f"{name} is not in docs/metrics.md"
 
 
@@ -134,7 +135,7 @@ def test_a_student_of_experts_reaches_the_engine_with_every_step(tmp_path):
     make_model("qwen3_moe", student, seed=4, vocab_size=112)
     sizes = ["tensor_model_parallel_size=1", "expert_model_parallel_size=2"]
     options = [f"student.hf_path={student}", *(f"parallel.{size}" for size in sizes)]
-    options += ["training.lr=1e-3", "evaluation.task=none"]
+    options += ["training.lr=1e-3", "evaluation.tasks=none"]
     done = train(tmp_path / "run", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
@@ -166,7 +167,7 @@ def test_models_of_other_widths_share_the_tokens_that_both_have(tmp_path):
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer.save_pretrained(tmp_path / "teacher")
     options = [f"{name}.hf_path={tmp_path / name}" for name in models]
-    options += ["training.lr=1e-3", "evaluation.task=none", "model.make_vocab_size_divisible_by=8"]
+    options += ["training.lr=1e-3", "evaluation.tasks=none", "model.make_vocab_size_divisible_by=8"]
     refused = train(tmp_path / "run", *options)
     assert refused.returncode != 0 and "objective.exclude_unshared_tokens=true" in refused.stderr
     done = train(tmp_path / "run", *options, "objective.exclude_unshared_tokens=true")
@@ -216,24 +217,88 @@ def test_a_finished_run_only_reports_again(first_run, tmp_path):
     assert timeless(run_dir) == timeless(first_run[0])
 
 
-def test_evaluating_a_finished_run_gives_the_figures_of_its_last_evaluation(first_run, tmp_path):
-    run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
-    arguments = [
-        a.replace("megatron_eopd.train", "megatron_eopd.evaluate") for a in command(run_dir)
-    ]
-    done = subprocess.run(
-        arguments,
+def evaluate(*arguments: str) -> subprocess.CompletedProcess:
+    start = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
+    return subprocess.run(
+        [*start, "--nproc_per_node=2", "-m", "megatron_eopd.evaluate", *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((run_dir / "evaluation-000003.json").read_text())
-    assert figures | {"iteration": 3} == timeless(first_run[0])[-1]
-    assert "| countdown/coverage |" in done.stdout
-    assert timeless(run_dir) == timeless(first_run[0]), "the run itself is left as it was"
+
+
+def findings(directory: Path) -> tuple[dict, list[str]]:
+    """The report without what tells the model, and all samples."""
+    report = json.loads((directory / "countdown.json").read_text())
+    settings = report["settings"]
+    lines = (directory / "countdown.samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines[1:]]
+    in_order = sorted(samples, key=lambda s: (s["problem"], s["sample"]))
+    kept = [{k: v for k, v in s.items() if k != "weight_version"} for s in in_order]
+    return report | {"model": None, "settings": settings}, kept
+
+
+def test_evaluating_a_finished_run_gives_the_figures_of_its_last_evaluation(first_run, tmp_path):
+    """Drawn anew from its checkpoint; and from the files of the run, without drawing anything."""
+    run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
+    before = findings(run_dir / "evaluations/000003")
+    shutil.rmtree(run_dir / "evaluations")
+    arguments = (QUICKSTART, f"run_dir={run_dir}", *SMALL)
+    for _ in range(2):
+        done = evaluate(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert findings(run_dir / "evaluations/000003") == before
+        assert "| coverage |" in done.stdout
+        assert timeless(run_dir) == timeless(first_run[0]), "the run itself is left as it was"
+    row = timeless(first_run[0])[-1]
+    for name, value in before[0]["figures"].items():
+        assert row[f"eval/countdown/{name}"] == pytest.approx(value, rel=1e-11)
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    shown = [e.value for e in events.Scalars("eval/countdown/pass@1") if e.step == 3]
+    assert shown == pytest.approx([row["eval/countdown/pass@1"]] * len(shown)) and len(shown) > 1
+
+
+def test_the_export_is_evaluated_to_the_same_samples_and_a_killed_engine_costs_none(
+    first_run, tmp_path
+):
+    """As a model alone, with its teacher and without any section of training."""
+    run_dir, output = first_run[0], tmp_path / "evaluation"
+    arguments = [
+        *("--model", str(run_dir / "hf"), "--teacher", str(MODELS / "teacher"), "-t", "countdown"),
+        *("--num-problems", "20", "--num-samples", "4", "--max-response-length", "24"),
+        *("-o", str(output), "parallel.tensor_model_parallel_size=2", "rollout.kv_cache_gib=0.25"),
+        *("rollout.max_num_seqs=8", "training.micro_batch_size=8"),
+    ]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*start, "-m", "megatron_eopd.evaluate", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    samples = output / "countdown.samples.jsonl"
+    deadline = time.monotonic() + 120
+    while not samples.is_file() or samples.read_bytes().count(b"\n") < 9:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "vllm_child" in " ".join(child.cmdline()):
+            child.kill()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "killed by SIGKILL" in said
+    kept = samples.read_bytes()
+    done = evaluate(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert samples.read_bytes().startswith(kept), "nothing is drawn again"
+    report, drawn = findings(output)
+    in_training, before = findings(run_dir / "evaluations/000003")
+    assert drawn == before
+    for name, value in in_training["figures"].items():
+        assert report["figures"][name] == pytest.approx(value, rel=1e-5), name
 
 
 def assert_same_weights(hf_dir: Path, other: Path) -> None:
@@ -274,7 +339,7 @@ def test_a_checkpoint_of_a_run_is_a_model(first_run, tmp_path):
         tmp_path / "run",
         f"student.hf_path={checkpoint}",
         "training.train_iters=0",
-        "evaluation.task=none",
+        "evaluation.tasks=none",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_weights(tmp_path / "run" / "hf", exported)
@@ -289,7 +354,7 @@ def test_a_recorded_run_replays_on_a_pipeline(first_run, tmp_path):
         "training.train_iters=1",
         "parallel.tensor_model_parallel_size=1",
         "parallel.pipeline_model_parallel_size=2",
-        "evaluation.task=none",
+        "evaluation.tasks=none",
         "checkpoint.export_hf=false",
     )
     assert done.returncode == 0, done.stderr

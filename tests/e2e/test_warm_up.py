@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_eopd.data import countdown
 from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.tasks import countdown
 from tests.e2e.test_train import QUICKSTART, ROOT, command, timeless, train
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -39,8 +39,7 @@ def warm_up(tmp_path_factory) -> list[str]:
         "rollout.reference_fraction=1",
         "rollout.final_reference_fraction=0",
         "rollout.reference_schedule_iters=3",
-        "evaluation.task=none",
-        f"evaluation.prompts={path / 'held_out.jsonl'}",
+        f"evaluation.tasks=number={path / 'held_out.jsonl'}",
         "evaluation.interval=2",
         "training.train_iters=4",
         "checkpoint.save_interval=1",
@@ -101,7 +100,7 @@ def test_references_alone_need_no_engine(warm_up, tmp_path):
         tmp_path / "run",
         *warm_up[:2],
         "rollout.reference_fraction=1",
-        "evaluation.task=none",
+        "evaluation.tasks=none",
         "training.train_iters=1",
         "parallel.tensor_model_parallel_size=1",
         ranks=1,
@@ -120,7 +119,7 @@ def test_a_missed_update_stops_the_run_after_everything_is_written(tmp_path):
             *(str(Path(__file__).parent / "skipped_sync.py"), QUICKSTART),
             *(f"run_dir={tmp_path / 'run'}", "rollout.batch_size=32", "training.lr=1e-3"),
             *("training.global_batch_size=16", "training.lr_warmup_steps=0"),
-            *("training.train_iters=5", "evaluation.task=none", "checkpoint.save_interval=50"),
+            *("training.train_iters=5", "evaluation.tasks=none", "checkpoint.save_interval=50"),
         ],
         cwd=ROOT,
         env=ENVIRONMENT,

@@ -18,9 +18,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_eopd.data import countdown
 from megatron_eopd.rollout import vllm_engine
 from megatron_eopd.rollout.vllm_engine import vllm_available
+from megatron_eopd.tasks import countdown
 
 pytestmark = [
     pytest.mark.engine,

@@ -17,12 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations_with_replacement
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from megatron_eopd.tasks.task import Grade, Verdict
+from megatron_eopd.tasks.task import Problem as TaskProblem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 NUMBERS_PER_PROBLEM = 4
 SMALLEST_NUMBER, LARGEST_NUMBER = 1, 9
@@ -219,15 +220,58 @@ def _parse(response_text: str) -> list[tuple[int, str, int, int]] | None:
     return steps
 
 
+# --- as a task ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Countdown:
+    """Its problems, for training and for evaluation, and its verifier."""
+
+    name: str = "countdown"
+
+    def problems(self) -> Iterator[TaskProblem]:
+        return _as_task("test")
+
+    def training_problems(self) -> Iterator[TaskProblem]:
+        return _as_task("train")
+
+    def grade(self, answer: str, response: str) -> Grade:
+        if _parse(response) is None:
+            return Grade(Verdict.NO_ANSWER)
+        is_right = verify(Problem.from_answer(answer), response)
+        return Grade(Verdict.RIGHT if is_right else Verdict.WRONG, canonical(response))
+
+    def right_response(self, answer: str) -> str | None:
+        return next(iter(all_problems().get(Problem.from_answer(answer), ())), None)
+
+    def num_right(self, answer: str) -> int | None:
+        return num_valid_traces(Problem.from_answer(answer))
+
+    def graders(self) -> dict[str, str]:
+        return {"countdown": "1"}
+
+
+def _as_task(name: Literal["train", "test"]) -> Iterator[TaskProblem]:
+    for number, problem in enumerate(split(name)):
+        where = f"countdown problem {number}"
+        yield TaskProblem(where, problem.prompt_text(), problem.answer_text())
+
+
 # --- tokenizer ----------------------------------------------------------------------------------
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per word, split at whitespace; the number n has id n, which reads well in dumps.
 
     Nothing is added on encoding. The last entries are reserved, so that the vocabulary divides by
     every tensor-parallel size up to 8.
     """
+    # Here: a process that grades needs none, and they take seconds to import.
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
     special = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNK_TOKEN]
     words = [*map(str, range(LARGEST_RESULT + 1)), "+", "-", "*", "=", ";", "->", ":", *special]
     words += [f"<reserved_{i}>" for i in range(VOCAB_SIZE - len(words))]

@@ -1,0 +1,75 @@
+"""What the figures of an evaluation depend on beside the weights. In: Config, problems. Out: names
+and values, which reports and sample files carry and comparisons hold against each other.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_eopd.checkpoints.files import CHECKSUMS, DONE
+from megatron_eopd.config import Config
+from megatron_eopd.data.prompt_files import Row
+from megatron_eopd.data.prompts import PromptEncoder
+from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.evaluation.problems import ProblemSet
+from megatron_eopd.model_paths import resolve_checkpoint
+
+Json = dict[str, Any]
+
+
+def sampling_settings(
+    problems: ProblemSet, config: Config, tokenizer: Tokenizer, engine: str
+) -> Json:
+    options = config.evaluation
+    return {
+        "task": problems.name,
+        "num_problems": len(problems.problems),
+        "num_samples": options.samples_per_problem,
+        "temperature": config.evaluation_temperature,
+        "top_p": options.top_p,
+        "max_response_length": config.evaluation_response_length,
+        "seed": options.seed,
+        "prompts": problems.digest,
+        "chat_template": template_digest(config, tokenizer),
+        "tokenizer": tokenizer.digest,
+        "stop_ids": list(tokenizer.stop_ids),
+        "engine": engine,
+        "dtype": config.dtype_of(config.rollout),
+        "graders": problems.task.graders(),
+        "grading_timeout_s": options.grading_timeout_s,
+    }
+
+
+def measuring_settings(config: Config, chunk_size: int) -> Json:
+    """Of divergences."""
+    return {
+        "teachers": {name: model_identity(t.hf_path) for name, t in config.all_teachers.items()},
+        "payloads": [t.payload for t in config.all_teachers.values()],
+        "student_temperature": config.student_temperature,
+        "teacher_temperature": config.teacher_temperature,
+        "entropy_threshold": config.objective.entropy_threshold,
+        "problems_at_once": chunk_size,
+    }
+
+
+def template_digest(config: Config, tokenizer: Tokenizer) -> str:
+    """Of a question as a model reads it, in text: equal for models of one family."""
+    encoder = PromptEncoder(config.data, tokenizer)
+    turns = encoder.turns(Row("", "QUESTION"))
+    text = turns[-1].content
+    if config.data.apply_chat_template:
+        text = encoder.tokenizer.render_chat(turns, **config.data.chat_template_kwargs)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_identity(path: Path) -> Json:
+    """Where it is, and what changes when its weights do: a checkpoint's own sums, of other models
+    the names, sizes and times of their files."""
+    directory = resolve_checkpoint(path)
+    sums = directory / CHECKSUMS
+    if (directory / DONE).is_file() and sums.is_file():
+        return {"path": str(path), "digest": hashlib.sha256(sums.read_bytes()).hexdigest()}
+    stats = [(p.name, p.stat()) for p in sorted(directory.iterdir()) if p.is_file()]
+    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return {"path": str(path), "digest": hashlib.sha256(json.dumps(told).encode()).hexdigest()}
