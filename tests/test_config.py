@@ -255,6 +255,15 @@ def test_tasks_are_a_list_and_one_needs_no_brackets(value, expected):
     assert load_config(QUICKSTART, [f"evaluation.tasks={value}"]).evaluation.tasks == expected
 
 
+def test_the_likeliest_answer_is_drawn_once():
+    common = ["evaluation.temperature=0", "rollout.temperature=0.7"]
+    with pytest.raises(ConfigError, match="writes the same response samples_per_problem=16 times"):
+        load_config(QUICKSTART, common)
+    config = load_config(QUICKSTART, [*common, "evaluation.samples_per_problem=1"])
+    assert config.evaluation_temperature == 0
+    assert load_config(QUICKSTART, common[1:]).evaluation_temperature == 0.7
+
+
 @pytest.mark.parametrize(
     ("value", "said"), [("['a', 'a']", "names a task twice"), ("gsm8k=", "'gsm8k=' is no NAME")]
 )

@@ -70,6 +70,14 @@ def test_samples_that_were_drawn_otherwise_are_not_gone_on_with(path):
     assert not opened(path, SETTINGS | {"temperature": 0.5}, anew=True).has(0)
 
 
+def test_two_evaluations_do_not_write_into_one_file(path):
+    file = opened(path)
+    with pytest.raises(ConfigError, match="another evaluation writes there"):
+        opened(path)
+    file.close()
+    opened(path).close()
+
+
 def test_damage_in_the_middle_loses_nothing(path):
     lines = path.read_bytes().splitlines(keepends=True)
     lines[2] = b'{"problem": 2, "sam\n'

@@ -119,7 +119,8 @@ class Config(Section):
 
     @property
     def evaluation_temperature(self) -> float:
-        return self.evaluation.temperature or self.rollout.temperature
+        own = self.evaluation.temperature
+        return self.rollout.temperature if own is None else own
 
     @property
     def evaluation_response_length(self) -> int:

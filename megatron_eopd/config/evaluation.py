@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_eopd.config.section import Section
 
@@ -30,8 +30,8 @@ class EvaluationConfig(Section):
     """Problems taken from the start of each task's."""
     samples_per_problem: int = Field(16, gt=0)
     """Responses per problem; bounds the k of pass@k."""
-    temperature: float | None = Field(None, gt=0)
-    """Of the samples; default: rollout.temperature."""
+    temperature: float | None = Field(None, ge=0)
+    """Of the samples; 0 takes the likeliest token always. Default: rollout.temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Samples are drawn from the likeliest tokens that together have this probability."""
     max_response_length: int | None = Field(None, gt=0)
@@ -44,6 +44,15 @@ class EvaluationConfig(Section):
     """Processor time that grading one response may take; then it is counted as timed out."""
     bootstrap_draws: int = Field(10_000, ge=100)
     """Of the 95 % intervals, which are drawn over problems."""
+
+    @model_validator(mode="after")
+    def _draws_different_samples(self) -> "EvaluationConfig":
+        if self.temperature == 0 and self.samples_per_problem > 1:
+            raise ValueError(
+                f"temperature=0 writes the same response samples_per_problem="
+                f"{self.samples_per_problem} times. Set samples_per_problem=1."
+            )
+        return self
 
     @field_validator("tasks", mode="before")
     @classmethod

@@ -98,18 +98,19 @@ class Evaluator:
         anew: bool,
     ) -> tuple[Report, list[tuple[Rollout, bool]]]:
         settings = sampling_settings(problems, self.config, self.tokenizer, self.engine_name)
-        size = self._problems_at_once
+        drawn, size = settings | {"model": model}, self._problems_at_once
         errors: list[Exception] = []
         with ExitStack() as stack:
             recorder = measured = None
             with collecting(errors):
                 if pool is not None:
                     recorder = stack.enter_context(
-                        self._recorder(problems, directory, settings | {"model": model}, pool, anew)
+                        self._recorder(problems, directory, drawn, pool, anew)
                     )
                     if self.token_loss is not None:
                         path = directory / f"{problems.name}.measured.jsonl"
-                        measured = Measured(path, measuring_settings(self.config, size), anew=anew)
+                        told = measuring_settings(self.config, size) | {"samples": drawn}
+                        measured = Measured(path, told, anew=anew)
             raise_together(errors, self.context.cpu_group)
             for number, prompts in enumerate(problems.chunks(size)):
                 self._draw(prompts, recorder)

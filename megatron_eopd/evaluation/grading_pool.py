@@ -132,7 +132,7 @@ class _Worker(Thread):
                 self._keeper = None
                 continue
             if reply.error:
-                raise RuntimeError(f"grading failed:\n{reply.error}")
+                raise ConfigError(f"the task's own grading failed:\n{reply.error}")
             return reply.grade or Grade(Verdict.TIMED_OUT)
         else:
             raise RuntimeError(f"{ATTEMPTS} grading processes have died; see what they wrote")

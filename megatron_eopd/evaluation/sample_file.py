@@ -5,6 +5,7 @@ TASK.samples.jsonl has how they were drawn in its first line, then one line a sa
 them stays in memory but where they stand, and what became of them.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -59,19 +60,31 @@ class SampleFile:
         """What is there is gone on with, unless `anew`.
 
         Raises:
-            ConfigError: it was drawn otherwise, and says how.
+            ConfigError: it was drawn otherwise, and says how; or somebody else writes there.
         """
         self._count = samples_per_problem
         self._places: dict[int, tuple[int, int]] = {}  # problem → (offset, bytes)
         self._outcomes: dict[int, Outcome] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if anew:
-            path.unlink(missing_ok=True)
         self._file = path.open("a+b")
-        end = self._read(path, settings)
-        self._file.truncate(end)
-        if end == 0:
+        try:
+            self._have_alone(path)
+            whole = 0 if anew else self._read(path, settings)
+        except BaseException:
+            self._file.close()
+            raise
+        self._file.truncate(whole)
+        if whole == 0:
             self._append({"settings": settings})
+
+    def _have_alone(self, path: Path) -> None:
+        """Until it is closed."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{path}: another evaluation writes there. Wait for it, or set another --output."
+            ) from None
 
     def _read(self, path: Path, settings: Json) -> int:
         """Returns where the last whole problem ends."""

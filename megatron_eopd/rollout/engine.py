@@ -19,6 +19,7 @@ class Sampling:
 
     samples_per_prompt: int
     temperature: float
+    """0: the likeliest token, always."""
     max_response_length: int
     stop_ids: tuple[int, ...]
     seed: int

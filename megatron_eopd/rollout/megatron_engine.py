@@ -121,8 +121,7 @@ class MegatronEngine:
 
         def draw(logits_NV: torch.Tensor, places: Sequence[Place]) -> list[tuple[int, float]]:
             logits_NW = gather_vocab(logits_NV, self._context.groups.tp, self._vocab_size)
-            logprobs_NW = (logits_NW.float() / sampling.temperature).log_softmax(-1).cpu()
-            logprobs_NW = most_likely(logprobs_NW, sampling.top_p)
+            logprobs_NW = logprobs_to_draw_from(logits_NW.float(), sampling).cpu()
             cumulative_NW = logprobs_NW.double().exp().cumsum(-1)
             uniforms_N = uniforms[[sequence for sequence, _ in places]]
             # Of the sum, not of 1: rounding must not leave a gap behind the last token.
@@ -134,6 +133,13 @@ class MegatronEngine:
         # The token asked for is not known; any id stands in its place, which nothing reads.
         asked = [_as_rollout(sequence, (0,)) for sequence in sequences]
         return [token for (token,) in map_tokens(self._chunks, asked, draw, self._context)]
+
+
+def logprobs_to_draw_from(logits_NW: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    if sampling.temperature == 0:  # the likeliest token alone
+        likeliest_N1 = logits_NW.argmax(-1, keepdim=True)
+        return torch.full_like(logits_NW, -torch.inf).scatter_(-1, likeliest_N1, 0.0)
+    return most_likely((logits_NW / sampling.temperature).log_softmax(-1), sampling.top_p)
 
 
 def most_likely(logprobs_NW: torch.Tensor, top_p: float) -> torch.Tensor:

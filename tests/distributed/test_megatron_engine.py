@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from megatron_eopd.errors import RemoteError
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import Sampling
-from megatron_eopd.rollout.megatron_engine import MegatronEngine, most_likely
+from megatron_eopd.rollout.megatron_engine import MegatronEngine, logprobs_to_draw_from, most_likely
 from tests.dense_sampling import nucleus
 from tests.distributed.test_models import load, load_into
 from tests.ranks import context_for, leave_groups, run_ranks
@@ -75,6 +75,12 @@ def test_top_p_leaves_the_most_likely_tokens_and_their_proportions(top_p):
         for token, logprob in nucleus(logits_W, 1.0, top_p).items():
             expected_W[token] = logprob
         torch.testing.assert_close(found_W, expected_W, atol=2e-6, rtol=1e-6)
+
+
+def test_at_temperature_zero_the_likeliest_token_is_certain():
+    logits_NW = torch.randn(50, 30, generator=torch.Generator().manual_seed(4))
+    found_NW = logprobs_to_draw_from(logits_NW, Sampling(1, 0.0, 8, (1,), seed=1, top_p=0.5))
+    assert torch.equal(found_NW.exp() == 1, logits_NW.argmax(-1)[:, None] == torch.arange(30))
 
 
 def test_without_top_p_not_a_bit_changes():
