@@ -185,16 +185,9 @@ def test_models_of_other_widths_share_the_tokens_that_both_have(tmp_path):
     assert len(exported) == models["student"], "the export has the student's own width"
 
 
-def test_the_same_seed_gives_the_same_run(first_run, tmp_path):
-    """Identical metrics.jsonl apart from times, and identical weights."""
-    again = train(tmp_path / "run")
-    assert again.returncode == 0, again.stderr
-    assert timeless(tmp_path / "run") == timeless(first_run[0])
-    assert_same_weights(tmp_path / "run" / "hf", first_run[0] / "hf")
-
-
 def test_resume_goes_on_as_if_nothing_had_happened(first_run, tmp_path):
-    """2 iterations + resume + 1 = 3 straight, bitwise; a half-written row is forgotten."""
+    """2 iterations + resume + 1 = 3 straight, bitwise, so the same seed gives the same run; a
+    half-written row is forgotten."""
     run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
     shutil.rmtree(run_dir / "hf")
     (run_dir / "checkpoints/000003/DONE").unlink()  # broke off while it was written
@@ -229,29 +222,26 @@ def evaluate(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def findings(directory: Path) -> tuple[dict, list[str]]:
-    """The report without what tells the model, and all samples."""
+def findings(directory: Path) -> tuple[dict, list[dict]]:
+    """The report without what tells the model, and all samples in their order."""
     report = json.loads((directory / "countdown.json").read_text())
-    settings = report["settings"]
     lines = (directory / "countdown.samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines[1:]]
-    in_order = sorted(samples, key=lambda s: (s["problem"], s["sample"]))
-    kept = [{k: v for k, v in s.items() if k != "weight_version"} for s in in_order]
-    return report | {"model": None, "settings": settings}, kept
+    samples.sort(key=lambda sample: (sample["problem"], sample["sample"]))
+    return report | {"model": None}, [s | {"weight_version": None} for s in samples]
 
 
 def test_evaluating_a_finished_run_gives_the_figures_of_its_last_evaluation(first_run, tmp_path):
-    """Drawn anew from its checkpoint; and from the files of the run, without drawing anything."""
+    """Drawn anew from its checkpoint."""
     run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
     before = findings(run_dir / "evaluations/000003")
     shutil.rmtree(run_dir / "evaluations")
     arguments = (QUICKSTART, f"run_dir={run_dir}", *SMALL)
-    for _ in range(2):
-        done = evaluate(*arguments)
-        assert done.returncode == 0, done.stderr
-        assert findings(run_dir / "evaluations/000003") == before
-        assert "| coverage |" in done.stdout
-        assert timeless(run_dir) == timeless(first_run[0]), "the run itself is left as it was"
+    done = evaluate(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert findings(run_dir / "evaluations/000003") == before
+    assert "| coverage |" in done.stdout
+    assert timeless(run_dir) == timeless(first_run[0]), "the run itself is left as it was"
     row = timeless(first_run[0])[-1]
     for name, value in before[0]["figures"].items():
         assert row[f"eval/countdown/{name}"] == pytest.approx(value, rel=1e-11)
@@ -269,7 +259,7 @@ def test_the_export_is_evaluated_to_the_same_samples_and_a_killed_engine_costs_n
         *("--model", str(run_dir / "hf"), "--teacher", str(MODELS / "teacher"), "-t", "countdown"),
         *("--num-problems", "20", "--num-samples", "4", "--max-response-length", "24"),
         *("-o", str(output), "parallel.tensor_model_parallel_size=2", "rollout.kv_cache_gib=0.25"),
-        *("rollout.max_num_seqs=8", "training.micro_batch_size=8"),
+        "rollout.max_num_seqs=8",
     ]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen(
