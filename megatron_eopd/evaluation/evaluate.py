@@ -138,7 +138,7 @@ class Evaluator:
         path = directory / f"{problems.name}.samples.jsonl"
         file = SampleFile(path, settings, count, anew=anew)
         bar = self.log.bar(count * len(problems.prompts), problems.name)
-        return Recorder(problems, file, count, pool, self.tokenizer, bar)
+        return Recorder(problems, file, count, pool, self.tokenizer, bar, self.log.line)
 
     def _draw(self, prompts: list[Prompt], recorder: Recorder | None) -> None:
         """What is missing of the prompts' samples, until all are graded and written."""

@@ -2,8 +2,9 @@
 Out: a SampleFile that grows by whole problems.
 """
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from tqdm import tqdm
@@ -15,6 +16,8 @@ from megatron_eopd.evaluation.problems import ProblemSet
 from megatron_eopd.evaluation.sample_file import Sample, SampleFile
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.tasks.task import Grade, Verdict
+
+TELL_INTERVAL_S = 60.0
 
 Graded = list[tuple[Rollout, Future[Grade]]]
 """Of one problem, as far as there are."""
@@ -31,13 +34,19 @@ class Recorder:
         pool: GradingPool,
         tokenizer: Tokenizer,
         bar: tqdm,
+        tell: Callable[[str], None],
     ) -> None:
+        """`bar`: of samples; `tell` hears now and then how far it is, for logs without a bar."""
         self.file = file
         self._problems, self._count = problems, samples_per_problem
         self._pool, self._tokenizer, self._bar = pool, tokenizer, bar
         self._open: dict[int, Graded] = {}
         self._whole: deque[Graded] = deque()
-        bar.update(samples_per_problem * sum(file.has(p.index) for p in problems.prompts))
+        self._before = samples_per_problem * sum(file.has(p.index) for p in problems.prompts)
+        self._done = self._before
+        self._tell, self._begin = tell, time.monotonic()
+        self._told_at = self._begin
+        bar.update(self._before)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -54,11 +63,27 @@ class Recorder:
         """As an engine tells it: in any order, and a problem's samples once each."""
         own = self._open.setdefault(rollout.prompt.index, [])
         own.append((rollout, self._grade(rollout)))
-        self._bar.update()
+        self._go_on()
         if len(own) == self._count:
             self._whole.append(self._open.pop(rollout.prompt.index))
         while self._whole and all(grade.done() for _, grade in self._whole[0]):
             self._write(self._whole.popleft())
+
+    def _go_on(self) -> None:
+        self._bar.update()
+        self._done += 1
+        now = time.monotonic()
+        if now - self._told_at > TELL_INTERVAL_S:
+            self._told_at = now
+            far = tqdm.format_meter(
+                self._done,
+                self._count * len(self._problems.prompts),
+                now - self._begin,
+                initial=self._before,
+                unit=" samples",
+                bar_format="{n_fmt} of {total_fmt} samples, {rate_fmt}, ETA {remaining}",
+            )
+            self._tell(f"evaluation on {self._problems.name}: {far}")
 
     def settle(self) -> None:
         """Wait for the grades of all problems that are whole. The others are drawn again."""
