@@ -11,6 +11,7 @@ was stopped.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     if parsed.compare:
-        return _compare(*parsed.compare)
+        return _compare(parsed)
     overrides = [*parsed.overrides, *_overrides(parsed)]
     if parsed.model is None:
         if parsed.config is None:
@@ -82,7 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides.insert(0, str(parsed.config))
     tree = model_tree(parsed)
     output = Path(tree["run_dir"])
-    return run_command(lambda: config_of(tree, overrides), _work(output))
+    return run_command(lambda: _config_of_model(tree, overrides), _work(output))
+
+
+def _config_of_model(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
+    if others := [
+        text for text in overrides if text.startswith(("checkpoint.", "student.hf_path"))
+    ]:
+        raise ConfigError(f"--model names what is evaluated, and {others[0]} something else.")
+    return config_of(tree, overrides)
 
 
 def _work(output: Path | None) -> Callable[[Config], None]:
@@ -102,6 +111,8 @@ def _work(output: Path | None) -> Callable[[Config], None]:
 def _overrides(parsed: argparse.Namespace) -> list[str]:
     """Of a configuration's options, by the words of this command."""
     given = [f"evaluation.tasks={_toml_list(parsed.task)}"] if parsed.task else []
+    if parsed.teacher is not None:
+        given.append(f"teacher.hf_path={json.dumps(str(parsed.teacher))}")
     for name, option in OPTIONS.items():
         value = getattr(parsed, name)
         given += [f"evaluation.{option}={value}"] if value is not None else []
@@ -109,26 +120,27 @@ def _overrides(parsed: argparse.Namespace) -> list[str]:
 
 
 def _toml_list(texts: Sequence[str]) -> str:
-    return "[" + ", ".join(f"'{text}'" for text in texts) + "]"
+    return "[" + ", ".join(map(json.dumps, texts)) + "]"  # TOML's strings have JSON's escapes
 
 
 def model_tree(parsed: argparse.Namespace) -> dict[str, Any]:
     """The configuration of an evaluation that belongs to no run."""
     name = parsed.model.resolve().name
-    tree: dict[str, Any] = {
+    return {
         "run_dir": str(parsed.output or Path("evaluations") / name),
         "student": {"hf_path": str(parsed.model)},
+        # Nor a checkpoint that happens to be in that directory.
+        "checkpoint": {"resume": "none"},
     }
-    if parsed.teacher is not None:
-        tree["teacher"] = {"hf_path": str(parsed.teacher)}
-    return tree
 
 
-def _compare(first: Path, second: Path) -> int:
+def _compare(parsed: argparse.Namespace) -> int:
     from megatron_eopd.evaluation.comparison import compare
 
     try:
-        print(compare(first, second))
+        if parsed.config is not None or parsed.model is not None or _overrides(parsed):
+            raise ConfigError("--compare reads two evaluations that are there, and nothing else.")
+        print(compare(*parsed.compare))
     except ConfigError as error:
         return tell(error)
     return 0

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_eopd.build import Session
-from megatron_eopd.checkpoints.files import checkpoint_dir, evaluation_dir
+from megatron_eopd.checkpoints.files import EVALUATIONS, checkpoint_dir, evaluation_dir
 from megatron_eopd.evaluation.evaluate import Evaluation
 from megatron_eopd.evaluation.settings import model_identity
 from megatron_eopd.loop import push_first_weights
@@ -19,9 +19,10 @@ def into(output: Path | None) -> Callable[[Session], None]:
 
     def evaluate(session: Session) -> None:
         push_first_weights(session)
-        run_dir, source = session.config.run_dir, session.resumed_from
-        directory = output or evaluation_dir(run_dir, *session.first_place)
-        if output is None and source in (None, checkpoint_dir(run_dir, *session.first_place)):
+        session.log.stage = "evaluation"
+        source = session.resumed_from
+        directory, is_of_run = output or _directory(session), output is None and _is_own(session)
+        if is_of_run:
             model = model_of_run(session, *session.first_place)
         else:
             model = model_identity(source or session.config.student.hf_path)
@@ -32,10 +33,24 @@ def into(output: Path | None) -> Callable[[Session], None]:
                 f"\n{(directory / 'report.md').read_text()}\n{name}: {gib:.2f} on rank 0; "
                 f"{seconds_since_start():.0f} s; written to {directory}"
             )
-            if output is None and (run_dir / "tensorboard").is_dir():
+            if is_of_run and (session.config.run_dir / "tensorboard").is_dir():
                 _show(session, result)
 
     return evaluate
+
+
+def _is_own(session: Session) -> bool:
+    """Whether the weights are the run's, at the iteration where it stands."""
+    source = session.resumed_from
+    own = checkpoint_dir(session.config.run_dir, *session.first_place)
+    return source is None or source.resolve() == own.resolve()
+
+
+def _directory(session: Session) -> Path:
+    if _is_own(session):
+        return evaluation_dir(session.config.run_dir, *session.first_place)
+    source = session.resumed_from.resolve()
+    return session.config.run_dir / EVALUATIONS / f"{source.parents[1].name}-{source.name}"
 
 
 def _show(session: Session, result: Evaluation) -> None:

@@ -70,6 +70,20 @@ def test_samples_that_were_drawn_otherwise_are_not_gone_on_with(path):
     assert not opened(path, SETTINGS | {"temperature": 0.5}, anew=True).has(0)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: lines[:2] + lines[3:], "line 3: sample 0 of problem 0, where sample 1 of"),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "line 2: sample 1 of problem 2"),
+        (lambda lines: [*lines[:2], b'{"problem": 2}\n'], "line 3: no sample of an evaluation"),
+    ],
+)
+def test_a_file_that_somebody_mended_mixes_no_problems(path, change, said):
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(ConfigError, match=said):
+        opened(path)
+
+
 def test_two_evaluations_do_not_write_into_one_file(path):
     file = opened(path)
     with pytest.raises(ConfigError, match="another evaluation writes there"):

@@ -11,7 +11,7 @@ from megatron_eopd.evaluation.grading_pool import GradingPool, check_answers
 from megatron_eopd.tasks.countdown import Countdown
 from megatron_eopd.tasks.math import BOXED_SUFFIX
 from megatron_eopd.tasks.registry import open_tasks, training_rows
-from megatron_eopd.tasks.task import Verdict
+from megatron_eopd.tasks.task import Grade, Problem, Verdict
 
 DOCS = Path(__file__).parents[1] / "docs/evaluation.md"
 ROW = '{"problem": "1 + 1?", "answer": "2"}\n'
@@ -90,6 +90,45 @@ def test_the_task_of_the_docs_is_one(tmp_path, monkeypatch):
         check_answers(task, problems, pool)
         assert pool.submit(task, "odd", "It is even.").result(60).verdict == Verdict.WRONG
         assert pool.submit(task, "odd", "even or odd").result(60).verdict == Verdict.NO_ANSWER
+
+
+class Faulty:
+    """A user's own, with one fault."""
+
+    name = "faulty"
+
+    def __init__(self, verdict="right", count=None, extra=None):
+        self._verdict, self._count, self._extra = verdict, count, extra
+
+    def grade(self, answer, response):
+        return Grade(Verdict(self._verdict)) if isinstance(self._verdict, str) else self._verdict
+
+    def right_response(self, answer):
+        return None
+
+    def num_right(self, answer):
+        return self._count
+
+
+@pytest.mark.parametrize(
+    ("faulty", "said"),
+    [
+        (Faulty(verdict=True), "grade.. returned True, and not a Grade"),
+        (Faulty(verdict="rihgt"), "'rihgt' is not a valid Verdict"),
+        (Faulty(count=0), "num_right is 0 for line 1"),
+        (Faulty(extra=lambda: 0), "cannot be sent to a process that grades"),
+    ],
+)
+def test_a_task_that_is_none_is_told_before_anything_is_drawn(faulty, said):
+    with GradingPool([faulty]) as pool, pytest.raises(ConfigError, match=said):
+        check_answers(faulty, [Problem("line 1", "q", "a")], pool)
+
+
+def test_names_of_files_are_names_of_tasks(tmp_path):
+    for name, expected in ((".hidden.jsonl", "hidden"), ("it's mine.jsonl", "it_s_mine")):
+        (tmp_path / name).write_text(ROW)
+        (task,) = opened(f"math={tmp_path / name}")
+        assert task.name == expected
 
 
 def test_countdown_grades_as_its_verifier_and_counts_all_solutions():

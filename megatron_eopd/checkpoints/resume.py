@@ -32,7 +32,8 @@ def choose_checkpoints(config: Config, *, trains: bool) -> Candidates:
     """By what can be told before the ranks meet: names, sizes, small files.
 
     A run's own checkpoints come before `checkpoint.load`, so that the same command again never
-    throws its progress away. An evaluation is of the checkpoint that is named.
+    throws its progress away. An evaluation is of the checkpoint that is named, and with
+    `checkpoint.resume=none` of the student as it comes.
 
     Raises:
         ConfigError: there is none such, or there is one that must not be.
@@ -41,13 +42,15 @@ def choose_checkpoints(config: Config, *, trains: bool) -> Candidates:
     options, own = config.checkpoint, files.complete(config.run_dir)
     if not trains and options.load is not None:
         return _named(options.load)
-    if trains and options.resume == "none":
+    if options.resume == "none":
+        if not trains:
+            return Candidates([], [])
         if own:
             raise ConfigError(
                 f"checkpoint.resume=none, but {own[-1]} is there, and a run from the start would "
                 f"write over it. Use another run_dir, or checkpoint.resume=auto to go on."
             )
-    elif trains and options.resume != "auto":
+    elif options.resume != "auto":
         directory = files.checkpoint_dir(config.run_dir, options.resume)
         if directory not in own:
             there = ", ".join(path.name for path in own)

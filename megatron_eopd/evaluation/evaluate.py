@@ -98,7 +98,8 @@ class Evaluator:
         anew: bool,
     ) -> tuple[Report, list[tuple[Rollout, bool]]]:
         settings = sampling_settings(problems, self.config, self.tokenizer, self.engine_name)
-        drawn, size = settings | {"model": model}, self._problems_at_once
+        weights = {name: value for name, value in model.items() if name != "path"}
+        drawn, size = settings | {"model": weights}, self._problems_at_once
         errors: list[Exception] = []
         with ExitStack() as stack:
             recorder = measured = None

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from megatron_eopd.evaluation.grading_messages import GradeReply, GradeRequest, Limits
 from megatron_eopd.parallel.processes import die_with
+from megatron_eopd.tasks.task import Grade, Verdict
 
 RENEWED_AFTER = 2_000
 """Requests that one grader answers; the caches of what it calls grow."""
@@ -82,7 +83,7 @@ def _answer(request: GradeRequest, limits: Limits) -> GradeReply:
         # No handler is set for these two signals: the kernel ends the process, whatever it does.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
         signal.setitimer(signal.ITIMER_REAL, limits.wall_s)
-        return GradeReply(request.number, task.grade(answer, response))
+        return GradeReply(request.number, _checked(task.grade(answer, response)))
     except MemoryError:
         return GradeReply(request.number)
     except Exception:
@@ -90,6 +91,14 @@ def _answer(request: GradeRequest, limits: Limits) -> GradeReply:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _checked(grade: Grade) -> Grade:
+    """What a task of a user's gave back."""
+    if not isinstance(grade, Grade) or not isinstance(grade.verdict, Verdict):
+        raise TypeError(f"grade() returned {grade!r}, and not a Grade with a Verdict")
+    grade.canonical.encode()  # it is written to a file
+    return grade
 
 
 def _limit_itself(limits: Limits) -> None:

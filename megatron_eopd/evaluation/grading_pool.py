@@ -86,7 +86,14 @@ class GradingPool:
 
     def submit(self, task: Task, answer: str, response: str) -> "Future[Grade]":
         future: Future[Grade] = Future()
-        self._queue.put(_Item(pickle.dumps((task, answer, response)), future))
+        try:
+            payload = pickle.dumps((task, answer, response))
+        except Exception as error:
+            raise ConfigError(
+                f"the task {task.name} cannot be sent to a process that grades: {error}. Keep what "
+                f"it needs for that in its module."
+            ) from None
+        self._queue.put(_Item(payload, future))
         return future
 
 
@@ -133,7 +140,7 @@ class _Worker(Thread):
                 continue
             if reply.error:
                 raise ConfigError(f"the task's own grading failed:\n{reply.error}")
-            return reply.grade or Grade(Verdict.TIMED_OUT)
+            return Grade(Verdict.TIMED_OUT) if reply.grade is None else reply.grade
         else:
             raise RuntimeError(f"{ATTEMPTS} grading processes have died; see what they wrote")
         return Grade(Verdict.TIMED_OUT)
@@ -187,8 +194,13 @@ def _environment() -> dict[str, str]:
 def check_answers(task: Task, problems: Sequence[Problem], pool: GradingPool) -> None:
     """
     Raises:
-        ConfigError: problems whose own answer is not graded right, so that none ever could be.
+        ConfigError: problems whose own answer is not graded right, so that none ever could be; or
+            a task that is none.
     """
+    pool.submit(task, problems[0].answer, "").result()
+    for problem in problems:
+        if (count := task.num_right(problem.answer)) is not None and count < 1:
+            raise ConfigError(f"{task.name}: num_right is {count} for {problem.where}.")
     checked: list[tuple[Problem, Any]] = []
     for problem in problems:
         response = task.right_response(problem.answer)

@@ -3,6 +3,7 @@
 A report holds what became of every sample, so that figures can be paired problem by problem.
 """
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,13 +103,22 @@ def read_report(path: Path) -> Report:
         ) from None
 
 
+def _is_report(path: Path) -> bool:
+    """Or damaged, which is told; not a file of something else beside it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return True
+    return isinstance(found, dict) and "task" in found
+
+
 def read_reports(path: Path) -> dict[str, Report]:
-    """Task → report, of a file or of every .json in a directory.
+    """Task → report, of a file or of all in a directory.
 
     Raises:
         ConfigError: as `read_report`, or nothing there.
     """
-    paths = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    paths = list(filter(_is_report, sorted(path.glob("*.json")))) if path.is_dir() else [path]
     if not paths:
         raise ConfigError(f"{path}: holds no TASK.json. Name what an evaluation wrote into.")
     reports: dict[str, Report] = {}

@@ -96,7 +96,7 @@ class SampleFile:
             if row is None:
                 if self._file.readline():  # a kill cuts the last line short, and no other
                     raise ConfigError(
-                        f"{path} line {number}: damaged. Remove the file, or mend it."
+                        f"{path} line {number}: damaged. Remove the file to draw all anew."
                     )
                 break
             position += len(line)
@@ -104,7 +104,13 @@ class SampleFile:
                 _check_same(path, row.get("settings", {}), settings)
                 whole = position
                 continue
-            block.append(Sample.of(row))
+            block.append(_sample(path, number, row))
+            if (block[-1].problem, block[-1].sample) != (block[0].problem, len(block) - 1):
+                raise ConfigError(
+                    f"{path} line {number}: sample {block[-1].sample} of problem "
+                    f"{block[-1].problem}, where sample {len(block) - 1} of problem "
+                    f"{block[0].problem} is to be. Remove the file to draw all of it anew."
+                )
             if len(block) == self._count:
                 self._take(block, whole, position - whole)
                 whole, block = position, []
@@ -151,6 +157,15 @@ def _row(line: bytes) -> Json | None:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
+
+
+def _sample(path: Path, number: int, row: Json) -> Sample:
+    try:
+        return Sample.of(row)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} line {number}: no sample of an evaluation ({error}). Remove the file."
+        ) from None
 
 
 def outcome_of(samples: Sequence[Sample]) -> Outcome:

@@ -3,7 +3,7 @@ and values, which reports and sample files carry and comparisons hold against ea
 """
 
 import hashlib
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron_eopd.evaluation.problems import ProblemSet
 from megatron_eopd.model_paths import resolve_checkpoint
 
 Json = dict[str, Any]
+NUM_PIECES, PIECE_BYTES = 64, 16 * 2**10
 
 
 def sampling_settings(
@@ -64,12 +65,24 @@ def template_digest(config: Config, tokenizer: Tokenizer) -> str:
 
 
 def model_identity(path: Path) -> Json:
-    """Where it is, and what changes when its weights do: a checkpoint's own sums, of other models
-    the names, sizes and times of their files."""
+    """Where it is, and what changes when its weights do, but not when it is copied: a checkpoint's
+    own sums, of other models what a look at each file finds."""
     directory = resolve_checkpoint(path)
-    sums = directory / CHECKSUMS
+    told, sums = {"path": str(path.resolve())}, directory / CHECKSUMS
     if (directory / DONE).is_file() and sums.is_file():
-        return {"path": str(path), "digest": hashlib.sha256(sums.read_bytes()).hexdigest()}
-    stats = [(p.name, p.stat()) for p in sorted(directory.iterdir()) if p.is_file()]
-    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return {"path": str(path), "digest": hashlib.sha256(json.dumps(told).encode()).hexdigest()}
+        return told | {"digest": hashlib.sha256(sums.read_bytes()).hexdigest()}
+    digest = hashlib.sha256()
+    for file in sorted(path for path in directory.iterdir() if path.is_file()):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        for piece in _spread_pieces(file):
+            digest.update(piece)
+    return told | {"digest": digest.hexdigest()}
+
+
+def _spread_pieces(path: Path) -> Iterator[bytes]:
+    """A file of gigabytes is not read for its name; training changes nearly every byte of it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for number in range(NUM_PIECES):
+            file.seek(max(0, size - PIECE_BYTES) * number // (NUM_PIECES - 1))
+            yield file.read(PIECE_BYTES)

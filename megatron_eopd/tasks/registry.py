@@ -1,6 +1,7 @@
 """Tasks by name. In: a word of `evaluation.tasks` or `data.prompts`. Out: a Task."""
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,8 +62,13 @@ def _math(word: str, source: str | None, data_dir: Path, with_suffix: bool) -> M
             f"evaluation.tasks={word}: which problems? Write {word}=FILE, or put them into "
             f"{data_dir / word}.jsonl (evaluation.data_dir={data_dir})."
         )
-    name = Path(source).name.split(".")[0] if word in OF_ANY_FILE else word
+    name = _name_of(source) if word in OF_ANY_FILE else word
     return MathTask(name, source, word, None if with_suffix else "")
+
+
+def _name_of(source: str) -> str:
+    """Of a file or a data set, without what no other file's name should have."""
+    return re.sub(r"\W+", "_", Path(source).name.lstrip(".").split(".")[0]).strip("_") or "problems"
 
 
 def _own(word: str, source: str | None) -> Task:
@@ -77,10 +83,10 @@ def _own(word: str, source: str | None) -> Task:
         ) from None
     task = kind() if source is None else kind(source)
     missing = [method for method in METHODS if not callable(getattr(task, method, None))]
-    if missing or not isinstance(getattr(task, "name", None), str):
+    if missing or not re.fullmatch(r"[\w.-]+", str(getattr(task, "name", ""))):
         raise ConfigError(
-            f"evaluation.tasks={word}: {name} has no {', '.join(missing) or 'name'}. A task has "
-            f"what megatron_eopd/tasks/task.py says."
+            f"evaluation.tasks={word}: {name} has no {', '.join(missing) or 'name of letters'}. A "
+            f"task has what megatron_eopd/tasks/task.py says."
         )
     return task
 
