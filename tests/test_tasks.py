@@ -11,10 +11,17 @@ from megatron_eopd.evaluation.grading_pool import GradingPool, check_answers
 from megatron_eopd.tasks.countdown import Countdown
 from megatron_eopd.tasks.math import BOXED_SUFFIX
 from megatron_eopd.tasks.registry import open_tasks, training_rows
-from megatron_eopd.tasks.task import Grade, Problem, Verdict
+from megatron_eopd.tasks.task import Problem, Verdict
+from tests.faulty_task import Faulty
 
 DOCS = Path(__file__).parents[1] / "docs/evaluation.md"
 ROW = '{"problem": "1 + 1?", "answer": "2"}\n'
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GradingPool(workers=1) as pool:
+        yield pool
 
 
 def opened(*tasks: str, with_suffix: bool = True, **options):
@@ -92,24 +99,6 @@ def test_the_task_of_the_docs_is_one(tmp_path, monkeypatch):
         assert pool.submit(task, "odd", "even or odd").result(60).verdict == Verdict.NO_ANSWER
 
 
-class Faulty:
-    """A user's own, with one fault."""
-
-    name = "faulty"
-
-    def __init__(self, verdict="right", count=None, extra=None):
-        self._verdict, self._count, self._extra = verdict, count, extra
-
-    def grade(self, answer, response):
-        return Grade(Verdict(self._verdict)) if isinstance(self._verdict, str) else self._verdict
-
-    def right_response(self, answer):
-        return None
-
-    def num_right(self, answer):
-        return self._count
-
-
 @pytest.mark.parametrize(
     ("faulty", "said"),
     [
@@ -119,8 +108,8 @@ class Faulty:
         (Faulty(extra=lambda: 0), "cannot be sent to a process that grades"),
     ],
 )
-def test_a_task_that_is_none_is_told_before_anything_is_drawn(faulty, said):
-    with GradingPool([faulty]) as pool, pytest.raises(ConfigError, match=said):
+def test_a_task_that_is_none_is_told_before_anything_is_drawn(faulty, said, pool):
+    with pytest.raises(ConfigError, match=said):
         check_answers(faulty, [Problem("line 1", "q", "a")], pool)
 
 

@@ -197,7 +197,6 @@ def check_answers(task: Task, problems: Sequence[Problem], pool: GradingPool) ->
         ConfigError: problems whose own answer is not graded right, so that none ever could be; or
             a task that is none.
     """
-    pool.submit(task, problems[0].answer, "").result()
     for problem in problems:
         if (count := task.num_right(problem.answer)) is not None and count < 1:
             raise ConfigError(f"{task.name}: num_right is {count} for {problem.where}.")
@@ -206,6 +205,8 @@ def check_answers(task: Task, problems: Sequence[Problem], pool: GradingPool) ->
         response = task.right_response(problem.answer)
         if response is not None:
             checked.append((problem, pool.submit(task, problem.answer, response)))
+    if not checked:  # whether it grades at all
+        pool.submit(task, problems[0].answer, "").result()
     failed = [
         (problem, grade)
         for problem, future in checked

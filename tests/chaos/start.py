@@ -70,6 +70,10 @@ class Start:
     def output(self) -> str:
         return self._output.read_text(errors="replace")
 
+    def has_reported(self) -> bool:
+        """The last thing that a run does."""
+        return "\n- Hugging Face export: " in self.output()
+
     def count_steps(self) -> int:
         """Iterations that it has told of."""
         return len(STEP_LINE.findall(self.log()))
