@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-CONTENDERS = ["ours", "ours-inplace", "ours-eager", "modelopt", "nemo-rl", "autograd", "compile"]
+CONTENDERS = ["ours", "ours-inplace", "modelopt", "nemo-rl", "compile"]
+"""Those of others, and ours; what the plain forms compute is in the tests of the loss."""
 HAVE_MODELOPT = importlib.util.find_spec("modelopt") is not None
 
 
@@ -36,10 +37,10 @@ def bench_loss(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_contender_computes_what_it_says(bench_loss):
+def test_contenders_compute_what_it_says(bench_loss):
     """Values and gradients agree with float64, to the rounding of float32 in sums over 512 tokens;
     who cannot run says why."""
-    rows, printed = bench_loss("--cases", "float32")
+    rows, printed = bench_loss("--cases", "float32", "--contenders", *CONTENDERS, "liger")
     assert list(rows) == [*CONTENDERS, "liger"]
     skipped = {name: row["skipped"] for name, row in rows.items() if "skipped" in row}
     assert skipped.pop("liger") == "UnavailableError: runs on CUDA only"
