@@ -95,7 +95,7 @@ def test_golden_answers():
         if case["verdict"] != grade.verdict or case.get("second", grade.second) != grade.second
     ]
     assert not wrong, "\n".join(wrong)
-    assert len(cases) >= 200
+    assert len(cases) >= 360
 
 
 @given(
@@ -194,6 +194,21 @@ def test_a_number_is_found_however_it_is_written(number):
         ("18", r"18 is \boxed{17}", Verdict.WRONG),
         ("18", r"18 is \boxed{eighteen}", Verdict.WRONG),
         ("0.5", r"\boxed{\frac{1}{2}}", Verdict.RIGHT),
+        ("9", r"\boxed{x = 18/2}", Verdict.RIGHT),
+        ("0.18", r"\boxed{18\%}", Verdict.RIGHT),
+        ("1,800", r"\boxed{\$1800 \text{ a day}}", Verdict.RIGHT),
+        *(
+            ("18", rf"\boxed{{{answer}}}", Verdict.WRONG)
+            for answer in (
+                *("2^{18}", r"\sqrt{18}", "x>18", "17, 18", "17 - 18", "18 million"),
+                *(r"5\cdot 18", r"\frac{1}{18}", "-18", "18+1", "at least 18"),
+            )
+        ),
+        *(
+            ("18", text, Verdict.WRONG)
+            for text in ("1e18", "1/18", "17-18", "2^18", "$2^{18}$", r"$\frac{1}{18}$", "= -18")
+        ),
+        ("18", "so 36 / 2 = 18, or $18/day", Verdict.RIGHT),
         ("18", "eighteen", Verdict.NO_ANSWER),
         ("18", "", Verdict.NO_ANSWER),
         ("1000", "1,000.0", Verdict.RIGHT),
@@ -295,6 +310,18 @@ def test_what_cannot_be_graded_is_told(preset, rows, told, tmp_path):
     with pytest.raises(ConfigError, match=told) as info:
         list(MathTask("t", source, preset).problems())
     assert source in str(info.value)
+
+
+def test_an_answer_must_be_readable(tmp_path):
+    """More than its own spelling must be able to be right: what an integral comes to is no spelling
+    of it. Words, points, bases and dots are readable."""
+    readable = [r"\text{Evelyn}", "(1, x)", "52_8", r"\{2, 3\}", "x(x-1)...(x-9)", "2:3", "x=5"]
+    answers = [*readable, r"\int_0^1", r"\frac{1}{", "2^{999999}"]
+    rows = [{"problem": "?", "answer": answer} for answer in answers]
+    with pytest.raises(ConfigError, match=r"3 of 10 .* lines 8-10\. The first is '.*int_0"):
+        MathTask("t", write_rows(tmp_path / "rows.jsonl", rows)).problems()
+    few = write_rows(tmp_path / "few.jsonl", rows[: len(readable)])
+    assert len(list(MathTask("t", few).problems())) == len(readable)
 
 
 def test_a_source_is_needed_where_a_preset_has_none():

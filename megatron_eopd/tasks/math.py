@@ -12,8 +12,8 @@ from importlib.metadata import version
 from typing import ClassVar, Literal
 
 from megatron_eopd.data.boxed import has_box, last_box
-from megatron_eopd.tasks.math_answer import canonical, same_answer
-from megatron_eopd.tasks.math_number import MAX_DIGITS, read_quantity
+from megatron_eopd.tasks.math_answer import canonical, is_readable, same_answer
+from megatron_eopd.tasks.math_number import MAX_DIGITS
 from megatron_eopd.tasks.math_second import same_last_number, same_spelling
 from megatron_eopd.tasks.math_text import MAX_LENGTH, tidy
 from megatron_eopd.tasks.task import Grade, Problem, Verdict
@@ -131,6 +131,12 @@ def grade_boxed(gold: str, response: str) -> Grade:
     return Grade(verdict, spelled[:SHOWN_LENGTH], second)
 
 
+def is_gradable(gold: str) -> bool:
+    """Whether more than its own spelling could be found to be right."""
+    golds = alternatives(_without_tolerance(gold)[0])
+    return any(len(each) <= MAX_LENGTH and is_readable(tidy(each)) for each in golds)
+
+
 def _same(gold: str, answer: str, tolerance: Fraction) -> bool | None:
     try:
         return same_answer(gold, answer, tolerance)
@@ -144,15 +150,17 @@ def _verdict(marks: list[bool | None]) -> Verdict:
     return Verdict.UNPARSABLE if None in marks else Verdict.WRONG
 
 
-_OTHERWISE = re.compile(r",?\s+or (?:equivalently|approximately)\s+|\s*\(i\.e\.,?[^()]*\)\s*$")
+_OTHERWISE = re.compile(r",?\s+or (?:equivalently|approximately)\s+|\s*\(i\.e\..*\)\s*$")
 _ONLY = re.compile(r"\s+is the only possible value$")
+_YES_OR_NO = re.compile(r"(yes|no)\b[,.;]", re.IGNORECASE)
 
 
 def alternatives(gold: str) -> list[str]:
     """The answers that a gold answer names, itself the first."""
     plain = _ONLY.sub("", gold)
     others = [part.strip() for part in _OTHERWISE.split(plain) if part.strip()]
-    return list(dict.fromkeys([gold, plain, *others]))
+    short = _YES_OR_NO.match(gold)
+    return list(dict.fromkeys([gold, plain, *others, *([short[1]] if short else [])]))
 
 
 _TOLERANCE = re.compile(r"\s*\[within ([\d.]+(?:[eE][-+]?\d+)?)\]$")
@@ -177,25 +185,33 @@ _NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)
 def grade_number(gold: str, response: str) -> Grade:
     """By the last box, or else the last number of the text. Enough for GSM8K and its like, whose
     answers are plain numbers; not for fractions, expressions or words."""
-    is_boxed = has_box(response)
-    answer = last_box(response) if is_boxed else last_number(response)
+    if has_box(response):
+        grade = grade_boxed((_numbers(gold) or [gold])[0], response)
+        answer = last_box(response)
+        second = None if answer is None else same_last_number(gold, answer)
+        spelled = gold if grade.verdict is Verdict.RIGHT else grade.canonical
+        return Grade(grade.verdict, spelled, second)
+    answer = last_number(response)
     if answer is None:
         return Grade(Verdict.NO_ANSWER)
-    second = same_last_number(gold, answer if is_boxed else response)
-    found = _boxed_quantity(answer) if is_boxed else _exact(answer)
+    second = same_last_number(gold, response)
+    found = _exact(answer)
     if found is None:
-        is_number = not is_boxed or last_number(answer) is not None
-        verdict = Verdict.UNPARSABLE if is_number else Verdict.WRONG
-        return Grade(verdict, answer[:SHOWN_LENGTH], second)
-    is_right = found == plain_number(gold)
-    spelled = gold if is_right else str(found)[:SHOWN_LENGTH]
-    return Grade(Verdict.RIGHT if is_right else Verdict.WRONG, spelled, second)
+        return Grade(Verdict.UNPARSABLE, answer[:SHOWN_LENGTH], second)
+    if found == plain_number(gold) and not _is_part(response):
+        return Grade(Verdict.RIGHT, gold, second)
+    return Grade(Verdict.WRONG, str(found)[:SHOWN_LENGTH], second)
 
 
-def _boxed_quantity(answer: str) -> Fraction | None:
-    """Of a number with words around it the last one: \\boxed{x = 18 \\text{ eggs}}."""
-    quantity = read_quantity(tidy(answer)) if len(answer) <= MAX_LENGTH else None
-    return quantity.value if quantity else _exact(last_number(answer))
+# Before the last number of a text: 1/18, 2^18, 2^{18}, \\frac{1}{18}, 17-18, 1e18.
+_PART = re.compile(r"(?:\d\)?/|\^\{?|\}\{|\d-|\d[eE][-+]?)\Z")
+
+
+def _is_part(text: str) -> bool:
+    """Whether the last number of a text is one of an expression, without an equals sign."""
+    text = text.replace("\N{MINUS SIGN}", "-")
+    *_, last = _NUMBER.finditer(text)
+    return _PART.search(text, max(0, last.start() - 4), last.start()) is not None
 
 
 def _exact(number: str | None) -> Fraction | None:

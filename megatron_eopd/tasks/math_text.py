@@ -41,7 +41,7 @@ _REWRITES = [
         (r"(?<!\\)\\!", ""),
         (rf"(?<!\\)\\(?:[,;:> ]|q?quad{_END})|~", " "),
         (r"\{,\}", ","),
-        (r"\\\$|\$", ""),
+        (r"(?<!\\)\$", ""),
         (r"\\([%#&])", r"\1"),
         (rf"\\[dtc]frac{_END}", r"\\frac"),
         (rf"\\[dt]binom{_END}", r"\\binom"),
@@ -59,6 +59,8 @@ _REWRITES = [
         (rf"\\(?:degree|degrees){_END}|\^\s*\{{\s*\\circ\s*\}}|\^\s*\\circ{_END}", r"^\\circ "),
         (r"\+/-", r"\\pm "),
         (r"\*\*", "^"),
+        (r"(?<![a-zA-Z\\])(floor|ceil)\(([^()]*)\)", r"{\\l\1 \2\\r\1 }"),
+        (r"(?<![a-zA-Z\\])sum_\(([^()]*)\)", r"\\sum_{\1}"),
     )
 ]
 
@@ -95,14 +97,16 @@ def tidy(answer: str) -> str:
 
 def squeeze(tidied: str) -> str:
     """Equal for texts that differ in spaces and needless braces only. Between digits a space
-    counts: 1 2 is not 12."""
-    text = re.sub(r"(?<!\d) | (?!\d)", "", tidied)
+    counts: 1 2 is not 12, and 1, 200 not 1,200."""
+    text = re.sub(r"(?<![\d,]) | (?!\d)", "", tidied)
     return re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
 
 
 def _plain_font(match: re.Match[str]) -> str:
     content = match[2].strip()
-    if re.fullmatch(r"[-+.,\d]*\d[-+.,\d]*", content) or (not match[1] and len(content) == 1):
+    if re.fullmatch(r"(?:\\\$)?[-+.,\d]*\d[-+.,\d]*", content) or (
+        not match[1] and len(content) == 1
+    ):
         return content
     if number := re.fullmatch(r"([-+]?[.,\d]*\d)\s*([^\d]+)", content):
         return rf"{number[1]} \text{{{number[2]}}}"

@@ -33,27 +33,32 @@ class Items(NamedTuple):
 
     values: tuple["Value", ...]
     brackets: str = ""
+    """Also `matrix`."""
     is_bare: bool = False
     """1, 2: may be meant as (1, 2)."""
 
 
 class Named(NamedTuple):
-    r"""`x = 5` or `x \in [2, 3]`."""
+    r"""`x = 5`, `x \in [2, 3]` or `2 \le x \le 3`."""
 
     name: str
     value: "Value"
     text: str
+    between: tuple["Value", ...] = ()
+    """Of `x = 18/2 = 9` 18/2."""
 
 
 class Equation(NamedTuple):
     """Of expressions; also a computation, 2 + 3 = 5."""
 
     text: str
-    last: "Value"
-    """Its last side."""
+    sides: tuple["Value", ...]
 
 
 Value = Expression | Words | Items | Named | Equation
+
+NOTHING = Words("no solution")
+_NOTHING = re.compile(r"\\emptyset|\\\{\s*\\\}|(?:the )?empty set|no solutions?")
 
 _CONJUNCTION = re.compile(r"\s*,?\s*\\text\{\s*,?\s*(?:and|or)\s*\}\s*|\s*,?\s+(?:and|or)\s+", re.I)
 
@@ -63,6 +68,9 @@ def read(text: str, depth: int = 0) -> Value:
     quantity = read_quantity(text)
     if quantity is not None or depth > MAX_DEPTH:
         return Expression(text, quantity)
+    text = text.replace(r"\$", "")
+    if _NOTHING.fullmatch(_WRAPPED.sub(r"\1", text).strip().casefold()):
+        return NOTHING
     for read_one in (
         _read_words,
         _read_list,
@@ -152,7 +160,8 @@ def _read_bracketed(text: str, depth: int) -> Value | None:
         return read(builder[1], depth)
     parts = _parts(inner)
     if opening == r"\{":
-        return _collection(parts, depth)._replace(is_bare=False)
+        several = _collection(parts, depth)
+        return Items(tuple(dict.fromkeys(several.values)))
     if len(parts) == 1 and _BRACKETS[opening] == closing and opening in "({":
         return read(inner, depth)
     if not 1 < len(parts) <= MAX_ITEMS:
@@ -188,16 +197,29 @@ def _read_plus_minus(text: str, depth: int) -> Value | None:
 
 # --- relations ----------------------------------------------------------------------------------
 
-_NAME = re.compile(
-    r"[a-zA-Z](?:_\{?\w{1,3}\}?)?'?|\\[a-z]+|[a-zA-Z](?:\^\{-1\})?'{0,2}\s*\([a-z](?:,\s*[a-z])*\)"
+_LETTER = r"(?:[a-zA-Z](?:_\{?\w{1,3}\}?)?|\\[a-z]+)"
+_UNKNOWN = re.compile(
+    rf"{_LETTER}'?|[a-zA-Z](?:\^\{{-1\}})?'{{0,2}}\s*\({_LETTER}(?:,\s*{_LETTER})*\)"
     r"|\\text\{[^{}]*\}|[A-Za-z]{3,}(?: [A-Za-z]+)*"
 )
+_NAME = re.compile(
+    rf"{_UNKNOWN.pattern}"
+    rf"|\({_LETTER}(?:\s*,\s*{_LETTER})+\)"
+    # f(2), P(A \cap B); but x(x+1) is a product
+    r"|[f-hpquvA-Z](?:_\{?\w{1,3}\}?)?(?:\^\{-1\})?'{0,2}\s*\([^()]{1,60}\)"
+    rf"|\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\\angle\s*)?(?:[a-zA-Z]{{1,3}}|{_LETTER}|\({_LETTER}\))"
+    r"|m?\s*\\(?:angle|overline|triangle|widehat)\s*\{?[A-Z]{1,4}\}?"
+    r"|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,5}\]"
+    r"|\\(?:int|iint|lim|sum|prod)(?![a-zA-Z]).*",
+    re.DOTALL,
+)
+"""What is asked for, where it stands on one side of an equation."""
 _CONSTANTS = (r"\pi", r"\infty", r"\emptyset", "e", "i")
 _MIRRORED = {">": "<", r"\ge": r"\le", "<": ">", r"\le": r"\ge"}
 
 
-def _is_name(text: str) -> bool:
-    return _NAME.fullmatch(text) is not None and text not in _CONSTANTS
+def _is_name(text: str, pattern: re.Pattern[str] = _NAME) -> bool:
+    return pattern.fullmatch(text) is not None and text not in _CONSTANTS
 
 
 def _read_inequality(text: str, depth: int) -> Value | None:
@@ -209,31 +231,35 @@ def _read_inequality(text: str, depth: int) -> Value | None:
     if signs[0] in (">", r"\ge"):  # from the lowest to the highest
         sides, signs = sides[::-1], [_MIRRORED[sign] for sign in signs[::-1]]
     if len(sides) == 2:
-        is_upper = _is_name(sides[0])
+        is_upper = _is_name(sides[0], _UNKNOWN)
         sides = [r"-\infty", *sides] if is_upper else [*sides, r"\infty"]
         signs = ["<", *signs] if is_upper else [*signs, "<"]
-    if not _is_name(sides[1]) or not set(signs) <= {"<", r"\le"}:
+    if not _is_name(sides[1], _UNKNOWN) or not set(signs) <= {"<", r"\le"}:
         return None
     brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
-    return Items((read(sides[0], depth), read(sides[2], depth)), brackets)
+    interval = Items((read(sides[0], depth), read(sides[2], depth)), brackets)
+    return Named(squeeze(sides[1]), interval, text)
 
 
 def _read_equation(text: str, depth: int) -> Value | None:
-    sides = [side.strip() for side in _split(text, ("=",))]
-    if len(sides) == 1:
-        sides = [side.strip() for side in _split(text, (r"\in",))]
-        if not _is_name(sides[0]):
-            return None
+    for separator in ("=", r"\in", r"\approx"):
+        sides = [side.strip() for side in _split(text, (separator,))]
+        if len(sides) > 1:
+            break
     if not 1 < len(sides) <= MAX_ITEMS or not all(sides):
         return None
     if _is_name(sides[-1]) and not _is_name(sides[0]):
         sides = sides[::-1]
-    value = read(sides[-1], depth)
     if not _is_name(sides[0]):
-        return Equation(text, value)
+        return (
+            Equation(text, tuple(read(side, depth) for side in sides)) if separator == "=" else None
+        )
+    value = read(sides[-1], depth)
+    between = tuple(read(side, depth) for side in sides[1:-1] if not _is_name(side))
     names = [squeeze(side) for side in sides[:-1] if _is_name(side)]
     several = isinstance(value, Items) and value.is_bare  # x = ±1
-    named = [Named(n, v, text) for n in names for v in (value.values if several else [value])]
+    values = value.values if several else [value]
+    named = [Named(name, each, text, between) for name in names for each in values]
     return named[0] if len(named) == 1 else Items(tuple(named), is_bare=True)
 
 
