@@ -8,6 +8,7 @@ eat memory or are 100 kB long; and hostile texts alone, as a model that has gone
 
 import argparse
 import random
+import re
 import resource
 import sys
 import time
@@ -62,7 +63,8 @@ def usual(task: MathTask, number: int, rng: random.Random) -> Iterator[Answer]:
 
 
 def rewritten(answer: str) -> str:
-    return answer.replace(r"\frac", r"\dfrac").replace(",", ", ")
+    spaced = re.sub(r",(?!\d{3}(?!\d))", ", ", answer)  # 58, 500 is another answer than 58,500
+    return spaced.replace(r"\frac", r"\dfrac")
 
 
 def with_hostile(answers: Iterable[Answer], rng: random.Random) -> Iterator[Answer]:
