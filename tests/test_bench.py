@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-CONTENDERS = ["ours", "ours-inplace", "modelopt", "nemo-rl", "compile"]
+CONTENDERS = ["ours", "modelopt", "nemo-rl"]
 """Those of others, and ours; what the plain forms compute is in the tests of the loss."""
 HAVE_MODELOPT = importlib.util.find_spec("modelopt") is not None
 
