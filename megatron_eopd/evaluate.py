@@ -48,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     summary = __doc__.split("\n\n")[0]
     parser = make_parser("megatron_eopd.evaluate", summary, EXAMPLES, needs_config=False)
     parser.add_argument("--model", type=Path, metavar="DIR", help="in place of CONFIG.toml")
-    parser.add_argument("--teacher", type=Path, metavar="DIR", help="with --model")
+    parser.add_argument("--teacher", type=Path, metavar="DIR", help="teacher.hf_path")
     parser.add_argument(
         *("--task", "-t"),
         action="append",

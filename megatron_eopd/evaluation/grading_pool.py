@@ -40,7 +40,7 @@ class GradingPool:
     graded, at an exception what waits is cancelled.
 
     A grade is TIMED_OUT where it took more processor time or memory than it may, or crashed. An
-    exception of the task's own is raised by the future, as a RuntimeError with its traceback.
+    exception of the task's own is raised by the future, as a ConfigError with its traceback.
     """
 
     def __init__(

@@ -19,8 +19,8 @@ from megatron_eopd.tasks.task import Grade, Verdict
 
 TELL_INTERVAL_S = 60.0
 
-Graded = list[tuple[Rollout, Future[Grade]]]
-"""Of one problem, as far as there are."""
+Graded = list[tuple[Rollout, str, Future[Grade]]]
+"""Responses to one problem, their texts and grades, as far as there are."""
 
 
 class Recorder:
@@ -62,11 +62,12 @@ class Recorder:
     def add(self, _: int, rollout: Rollout) -> None:
         """As an engine tells it: in any order, and a problem's samples once each."""
         own = self._open.setdefault(rollout.prompt.index, [])
-        own.append((rollout, self._grade(rollout)))
+        text = self._tokenizer.decode(rollout.response_ids)
+        own.append((rollout, text, self._grade(rollout, text)))
         self._go_on()
         if len(own) == self._count:
             self._whole.append(self._open.pop(rollout.prompt.index))
-        while self._whole and all(grade.done() for _, grade in self._whole[0]):
+        while self._whole and all(grade.done() for *_, grade in self._whole[0]):
             self._write(self._whole.popleft())
 
     def _go_on(self) -> None:
@@ -99,29 +100,29 @@ class Recorder:
         both = zip(self.file.outcomes(), self._problems.problems, strict=True)
         return [o._replace(num_right=self._problems.task.num_right(p.answer)) for o, p in both]
 
-    def _grade(self, rollout: Rollout) -> Future[Grade]:
+    def _grade(self, rollout: Rollout, text: str) -> Future[Grade]:
         if rollout.finish_reason == "length":
             # A response that was cut has not ended, however right it looks.
             return _known(Grade(Verdict.NO_ANSWER))
-        text = self._tokenizer.decode(rollout.response_ids)
         return self._pool.submit(self._problems.task, rollout.prompt.answer, text)
 
     def _write(self, graded: Graded) -> None:
-        in_order = sorted(graded, key=lambda pair: pair[0].sample_index)
-        self.file.add([self._sample(rollout, grade.result()) for rollout, grade in in_order])
+        in_order = sorted(graded, key=lambda each: each[0].sample_index)
+        self.file.add([_sample(rollout, text, grade.result()) for rollout, text, grade in in_order])
 
-    def _sample(self, rollout: Rollout, grade: Grade) -> Sample:
-        return Sample(
-            problem=rollout.prompt.index,
-            sample=rollout.sample_index,
-            verdict=grade.verdict.value,
-            answer=grade.canonical,
-            second=grade.second,
-            finish_reason=rollout.finish_reason,
-            weight_version=rollout.weight_version,
-            text=self._tokenizer.decode(rollout.response_ids),
-            response_ids=rollout.response_ids,
-        )
+
+def _sample(rollout: Rollout, text: str, grade: Grade) -> Sample:
+    return Sample(
+        problem=rollout.prompt.index,
+        sample=rollout.sample_index,
+        verdict=grade.verdict.value,
+        answer=grade.canonical,
+        second=grade.second,
+        finish_reason=rollout.finish_reason,
+        weight_version=rollout.weight_version,
+        text=text,
+        response_ids=rollout.response_ids,
+    )
 
 
 def _known(grade: Grade) -> Future[Grade]:
