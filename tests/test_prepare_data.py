@@ -24,7 +24,7 @@ from megatron_eopd.data.prepare import (
     Example,
     Fate,
     Selection,
-    after_hashes,
+    answer_after_hashes,
     boxed_answer,
     duplicate_key,
     overlap_key,
@@ -221,9 +221,9 @@ def test_a_prompt_that_is_all_instruction_is_empty(run, tmp_path):
 
 
 def test_gsm8k_answers_stand_behind_the_hashes():
-    assert after_hashes("1+1=2\n#### 2").strip() == "2"
-    assert after_hashes("a #### 3\n#### -1,234,567").strip() == "-1234567"
-    assert after_hashes("no gold") == ""
+    assert answer_after_hashes("1+1=2\n#### 2").strip() == "2"
+    assert answer_after_hashes("a #### 3\n#### -1,234,567").strip() == "-1234567"
+    assert answer_after_hashes("no gold") == ""
 
 
 @pytest.mark.parametrize(

@@ -170,8 +170,9 @@ def _answer_text(where: str, value: Any) -> str:
 # --- presets ------------------------------------------------------------------------------------
 
 
-def after_hashes(solution: str) -> str:
-    """GSM8K's gold answer, behind the last ####, without the commas of 1,000; or nothing."""
+def answer_after_hashes(solution: str) -> str:
+    """GSM8K's gold answer, behind the last ####, without the commas of 1,000; empty where
+    there is no ####."""
     return solution.rpartition("####")[2].replace(",", "") if "####" in solution else ""
 
 
@@ -192,7 +193,7 @@ def without_dapo_instructions(prompt: str) -> str:
 
 PRESETS = {
     "prompts": Columns("prompt", (("answer", str),)),
-    "gsm8k": Columns("question", (("answer", after_hashes),)),
+    "gsm8k": Columns("question", (("answer", answer_after_hashes),)),
     "math": Columns("problem", (("answer", str), ("solution", boxed_answer))),
     "dapo_math": Columns(
         "prompt", (("reward_model.ground_truth", str),), clean=without_dapo_instructions

@@ -217,7 +217,7 @@ def _is_readable(value: Value) -> bool:
     is_one = isinstance(value, Expression)
     if is_one and (value.quantity is not None or _NUMERAL.fullmatch(squeeze(value.text))):
         return True
-    from megatron_eopd.tasks.math_symbolic import read_expression
+    from megatron_eopd.tasks.math_parser import read_expression
 
     return read_expression(value.text) is not None
 
