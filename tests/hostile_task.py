@@ -52,8 +52,8 @@ class HostileTask:
     def do_crash(self, _: str) -> Grade:
         os.kill(os.getpid(), signal.SIGSEGV)
 
-    def do_exit(self, _: str) -> Grade:
-        os._exit(0)
+    def do_exit(self, code: str) -> Grade:
+        os._exit(int(code or 0))
 
     def do_fail(self, argument: str) -> Grade:
         raise KeyError(argument)
@@ -63,3 +63,20 @@ class HostileTask:
 
     def do_name_process(self, _: str) -> Grade:
         return Grade(Verdict.RIGHT, str(os.getpid()))
+
+
+class Exiting(HostileTask):
+    """Ends the process at every response, and knows no right one."""
+
+    def grade(self, answer: str, response: str) -> Grade:
+        os._exit(3)
+
+    def right_response(self, answer: str) -> None:
+        return None
+
+
+class Reading(HostileTask):
+    """Can say what it can read."""
+
+    def is_gradable(self, answer: str) -> bool:
+        return "?" not in answer if "hang" not in answer else bool(self.do_spin(answer))

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.grading_pool import GradingPool, check_answers
-from megatron_eopd.tasks.task import Problem, Verdict
-from tests.hostile_task import HostileTask
+from megatron_eopd.tasks.task import Grade, Problem, Verdict
+from tests.hostile_task import Exiting, HostileTask, Reading
 from tests.living import is_alive, wait_until_gone
 
 TASK = HostileTask()
@@ -39,6 +39,23 @@ def test_what_takes_too_much_is_timed_out(pool, verb):
     verdicts = [future.result(timeout=30).verdict for future in futures]
     killed, right = Verdict.TIMED_OUT, Verdict.RIGHT
     assert verdicts == [killed, right, killed, killed, right]
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        *((f"exit {code}", f"the grader process exited with code {code}") for code in (0, 3)),
+        # As a grader does by itself, between two answers.
+        *((f"exit {code}", f"the grader process exited with code {code}") for code in (70, 71)),
+        ("crash", "the grader process was killed by signal 11 (Segmentation fault)"),
+        *((text, "") for text in ("spin", "hang_in_c", "eat_memory")),
+    ],
+)
+def test_an_end_by_itself_is_told_from_a_limit(pool, text, detail):
+    """By the detail of the verdict; and the next answer is graded."""
+    ended, other = [pool.submit(TASK, "", each) for each in (text, "say a")]
+    assert ended.result(timeout=30) == Grade(Verdict.TIMED_OUT, detail=detail)
+    assert other.result(timeout=30).canonical == "a"
 
 
 def test_the_limit_is_of_processor_time(pool):
@@ -158,7 +175,7 @@ def test_a_pool_that_cannot_start_says_so():
 CALLER = """
 import time
 from megatron_eopd.evaluation.grading_pool import GradingPool
-from tests.hostile_task import HostileTask
+from tests.hostile_task import Exiting, HostileTask, Reading
 
 with GradingPool([HostileTask()], cpu_s=60) as pool:
     task = HostileTask()
@@ -200,3 +217,24 @@ def test_problems_whose_own_answer_is_not_right_are_told(pool):
         check_answers(TASK, problems, pool)
     assert "'wrong': wrong" in str(info.value)
     check_answers(TASK, [problem for problem in problems if "say" in problem.answer], pool)
+
+
+def test_an_own_answer_that_ends_the_process_is_told_with_how(pool):
+    with pytest.raises(ConfigError, match=r"timed out \(the grader process exited with code 3\)"):
+        check_answers(TASK, [Problem("own.jsonl line 1", "?", "exit 3")], pool)
+
+
+def test_a_task_that_ends_the_process_is_told_where_it_knows_no_right_response(pool):
+    with pytest.raises(ConfigError, match=r"empty response to line 1.* exited with code 3"):
+        check_answers(Exiting(), [Problem("line 1", "?", "")], pool)
+
+
+def test_own_answers_are_read_where_there_is_a_limit():
+    """If a task can say whether it can: of three one cannot be read, and one takes for ever."""
+    texts = ["say ?", "say hang", "say a"]
+    problems = [Problem(f"own.jsonl line {n}", "?", text) for n, text in enumerate(texts, start=1)]
+    told = r"2 of 3 .* cannot read.* own.jsonl lines 1-2\. The first is 'say \?': unparsable"
+    with GradingPool(cpu_s=0.5) as pool:
+        with pytest.raises(ConfigError, match=told):
+            check_answers(Reading(), problems, pool)
+        check_answers(Reading(), problems[2:], pool)

@@ -318,10 +318,24 @@ def test_an_answer_must_be_readable(tmp_path):
     readable = [r"\text{Evelyn}", "(1, x)", "52_8", r"\{2, 3\}", "x(x-1)...(x-9)", "2:3", "x=5"]
     answers = [*readable, r"\int_0^1", r"\frac{1}{", "2^{999999}"]
     rows = [{"problem": "?", "answer": answer} for answer in answers]
-    with pytest.raises(ConfigError, match=r"3 of 10 .* lines 8-10\. The first is '.*int_0"):
-        MathTask("t", write_rows(tmp_path / "rows.jsonl", rows)).problems()
-    few = write_rows(tmp_path / "few.jsonl", rows[: len(readable)])
-    assert len(list(MathTask("t", few).problems())) == len(readable)
+    task = MathTask("t", write_rows(tmp_path / "rows.jsonl", rows))
+    problems = list(task.problems())
+    with GradingPool([task]) as pool:
+        with pytest.raises(ConfigError, match=r"3 of 10 .* lines 8-10\. The first is '.*int_0"):
+            check_answers(task, problems, pool)
+        check_answers(task, problems[: len(readable)], pool)
+
+
+def test_no_expression_is_read_with_the_problems(tmp_path):
+    """All ranks have those; an expression may be read for ever, so only processes with a limit
+    do."""
+    source = write_rows(tmp_path / "rows.jsonl", [{"problem": "?", "answer": r"\sqrt{2}+x"}])
+    code = (
+        "import sys; from megatron_eopd.tasks.math import MathTask; "
+        f"list(MathTask('t', {source!r}).problems()); "
+        "sys.exit('latex2sympy2_extended' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_source_is_needed_where_a_preset_has_none():

@@ -11,16 +11,18 @@ from megatron_eopd.evaluation.recorder import Recorder
 from megatron_eopd.evaluation.sample_file import SampleFile
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.tasks.math import MathTask
-from megatron_eopd.tasks.task import Problem
+from megatron_eopd.tasks.task import Problem, Task
+from tests.hostile_task import Exiting, HostileTask
 
 PROBLEMS = [Problem(f"line {n}", f"{n} + {n}?", str(2 * n)) for n in range(3)]
 PROMPTS = [Prompt(n, p.text, p.answer, (1,)) for n, p in enumerate(PROBLEMS)]
-TEXTS = {(1,): r"\boxed{0}", (2,): r"\boxed{2}", (3,): "no idea"}
+MATH = MathTask("t")
+TEXTS = {(1,): r"\boxed{0}", (2,): r"\boxed{2}", (3,): "no idea", (4,): "eat_memory"}
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with GradingPool([MathTask("t")]) as pool:
+    with GradingPool([MATH]) as pool:
         yield pool
 
 
@@ -29,8 +31,8 @@ def opened(pool, tmp_path):
     """Opens a recorder on the same file, again and again."""
     told: list[str] = []
 
-    def opened() -> Recorder:
-        problems = SimpleNamespace(name="t", task=MathTask("t"), problems=PROBLEMS, prompts=PROMPTS)
+    def opened(task: Task = MATH) -> Recorder:
+        problems = SimpleNamespace(name="t", task=task, problems=PROBLEMS, prompts=PROMPTS)
         tokenizer = SimpleNamespace(decode=TEXTS.__getitem__)
         file = SampleFile(tmp_path / "t.samples.jsonl", {}, 2, anew=False)
         bar = tqdm(total=6, disable=True)
@@ -67,6 +69,28 @@ def test_a_response_that_was_cut_is_never_right(opened):
         assert [s.verdict for s in recorder.file.read(1)] == ["no answer"] * 2
         (outcome,) = recorder.file.outcomes()
         assert outcome.cut == (True, False)
+
+
+def test_a_grader_that_ends_is_told_once(opened):
+    """With the problem and how; each sample has it in its detail."""
+    with opened(Exiting()) as recorder:
+        for problem in (1, 2):
+            for sample in (0, 1):
+                recorder.add(0, answer(problem, sample, (2,)))
+        recorder.settle()
+        how = "the grader process exited with code 3"
+        assert {(s.verdict, s.detail) for s in recorder.file.read(2)} == {("timed out", how)}
+    (told,) = opened.told
+    assert told.startswith(f"warning: evaluation on t: line 1: {how}")
+
+
+def test_a_limit_is_no_warning(opened):
+    with opened(HostileTask()) as recorder:
+        recorder.add(0, answer(1, 0, (4,)))
+        recorder.add(0, answer(1, 1, (4,)))
+        recorder.settle()
+        assert {(s.verdict, s.detail) for s in recorder.file.read(1)} == {("timed out", "")}
+    assert opened.told == []
 
 
 def test_a_log_hears_how_far_it_is(opened, monkeypatch):

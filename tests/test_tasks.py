@@ -11,7 +11,7 @@ from megatron_eopd.evaluation.grading_pool import GradingPool, check_answers
 from megatron_eopd.tasks.countdown import Countdown
 from megatron_eopd.tasks.math import BOXED_SUFFIX
 from megatron_eopd.tasks.registry import open_tasks, training_rows
-from megatron_eopd.tasks.task import Problem, Verdict
+from megatron_eopd.tasks.task import Grade, Problem, Verdict
 from tests.faulty_task import Faulty
 
 DOCS = Path(__file__).parents[1] / "docs/evaluation.md"
@@ -124,7 +124,7 @@ def test_countdown_grades_as_its_verifier_and_counts_all_solutions():
     task = Countdown()
     for problem in list(task.problems())[:20]:
         right = task.right_response(problem.answer)
-        assert task.grade(problem.answer, right) == (Verdict.RIGHT, right, None)
+        assert task.grade(problem.answer, right) == Grade(Verdict.RIGHT, right)
         assert task.num_right(problem.answer) >= 1
         wrong = right[:-1] + str((int(right[-1]) + 1) % 10)
         assert task.grade(problem.answer, wrong).verdict == Verdict.WRONG

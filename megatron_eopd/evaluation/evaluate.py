@@ -97,14 +97,15 @@ class Evaluator:
         *,
         anew: bool,
     ) -> tuple[Report, list[tuple[Rollout, bool]]]:
-        settings = sampling_settings(problems, self.config, self.tokenizer, self.engine_name)
-        weights = {name: value for name, value in model.items() if name != "path"}
-        drawn, size = settings | {"model": weights}, self._problems_at_once
+        size = self._problems_at_once
         errors: list[Exception] = []
         with ExitStack() as stack:
-            recorder = measured = None
+            recorder = measured = settings = None
             with collecting(errors):
                 if pool is not None:
+                    settings = self._settings(problems)
+                    weights = {name: value for name, value in model.items() if name != "path"}
+                    drawn = settings | {"model": weights}
                     recorder = stack.enter_context(
                         self._recorder(problems, directory, drawn, pool, anew)
                     )
@@ -126,6 +127,9 @@ class Evaluator:
                 return report, _shown(problems, recorder)
 
             return from_rank_zero(reported, self.context.cpu_group)
+
+    def _settings(self, problems: ProblemSet) -> Json:
+        return sampling_settings(problems, self.config, self.tokenizer, self.engine_name)
 
     @property
     def _problems_at_once(self) -> int:

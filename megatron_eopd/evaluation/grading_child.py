@@ -31,6 +31,8 @@ RENEWED_AFTER = 2_000
 _PAGE = resource.getpagesize()
 _STOPPED, _RENEW = 70, 71
 """How a grader exits by itself: for good, or to be replaced. Neither owes a reply."""
+_SIGNALS_OF_LIMITS = (signal.SIGPROF, signal.SIGALRM, signal.SIGKILL)
+"""Processor time, time, and the memory of the machine."""
 _MANY_IDLE_DEATHS = 20
 """In a row: then graders cannot run here at all."""
 
@@ -50,12 +52,22 @@ def keep(connection: Connection, limits: Limits) -> None:
             _serve(connection, limits, current)
         _, status = os.waitpid(grader, 0)
         exit_code = os.waitstatus_to_exitcode(status)
-        if exit_code == _STOPPED:
-            return
         number = int.from_bytes(current[:], "little")
-        if exit_code != _RENEW and number:
-            connection.send(GradeReply(number))
+        if number:  # whatever the code: the task, too, may exit with one of these two
+            connection.send(GradeReply(number, Grade(Verdict.TIMED_OUT, detail=_ending(exit_code))))
+        elif exit_code == _STOPPED:
+            return
         idle_deaths = 0 if exit_code == _RENEW or number else idle_deaths + 1
+
+
+def _ending(exit_code: int) -> str:
+    """Empty where it was a limit's."""
+    if exit_code >= 0:
+        return f"the grader process exited with code {exit_code}"
+    number = -exit_code
+    if number in _SIGNALS_OF_LIMITS:
+        return ""
+    return f"the grader process was killed by signal {number} ({signal.strsignal(number)})"
 
 
 def _serve(connection: Connection, limits: Limits, current: mmap.mmap) -> NoReturn:
@@ -97,7 +109,7 @@ def _checked(grade: Grade) -> Grade:
     """What a task of a user's gave back."""
     if not isinstance(grade, Grade) or not isinstance(grade.verdict, Verdict):
         raise TypeError(f"grade() returned {grade!r}, and not a Grade with a Verdict")
-    grade.canonical.encode()  # it is written to a file
+    (grade.canonical + grade.detail).encode()  # both are written to a file
     return grade
 
 

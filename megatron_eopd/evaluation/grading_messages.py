@@ -4,7 +4,7 @@ other end as __main__, whose classes the pool could not unpickle.
 
 from typing import NamedTuple
 
-from megatron_eopd.tasks.task import Grade
+from megatron_eopd.tasks.task import Grade, Task, Verdict
 
 
 class GradeRequest(NamedTuple):
@@ -14,10 +14,24 @@ class GradeRequest(NamedTuple):
     """(task, answer, response), pickled: whoever cannot unpickle it says so in its reply."""
 
 
+class Reading(NamedTuple):
+    """In a request, in the place of a task that can say of answers whether it can grade them.
+    RIGHT: it can. Reading one may take as long as grading, and is bounded alike."""
+
+    task: Task
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def grade(self, answer: str, response: str) -> Grade:
+        return Grade(Verdict.RIGHT if self.task.is_gradable(answer) else Verdict.UNPARSABLE)
+
+
 class GradeReply(NamedTuple):
     number: int
     grade: Grade | None = None
-    """None where the grader ran out of time or memory, or died otherwise."""
+    """None where the grader ran out of memory."""
     error: str = ""
     """What the task raised: a fault of its own."""
 

@@ -16,11 +16,11 @@ from itertools import count
 from multiprocessing import Pipe
 from queue import Queue
 from threading import Thread
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from megatron_eopd.data.prompt_files import places
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.evaluation.grading_messages import GradeReply, GradeRequest
+from megatron_eopd.evaluation.grading_messages import GradeReply, GradeRequest, Reading
 from megatron_eopd.tasks.task import Grade, Problem, Task, Verdict
 
 CHILD_MODULE = "megatron_eopd.evaluation.grading_child"
@@ -39,8 +39,9 @@ class GradingPool:
     """Grades, until the end of its `with` block: at the end of a good one all that was submitted is
     graded, at an exception what waits is cancelled.
 
-    A grade is TIMED_OUT where it took more processor time or memory than it may, or crashed. An
-    exception of the task's own is raised by the future, as a ConfigError with its traceback.
+    A grade is TIMED_OUT where it took more processor time or memory than it may, and where its
+    process ended otherwise: then `detail` says how. An exception of the task's own is raised by the
+    future, as a ConfigError with its traceback.
     """
 
     def __init__(
@@ -194,29 +195,63 @@ def _environment() -> dict[str, str]:
 def check_answers(task: Task, problems: Sequence[Problem], pool: GradingPool) -> None:
     """
     Raises:
-        ConfigError: problems whose own answer is not graded right, so that none ever could be; or
-            a task that is none.
+        ConfigError: problems whose own answer cannot be read, or is not graded right, so that none
+            ever could be; or a task that is none.
     """
     for problem in problems:
         if (count := task.num_right(problem.answer)) is not None and count < 1:
             raise ConfigError(f"{task.name}: num_right is {count} for {problem.where}.")
-    checked: list[tuple[Problem, Any]] = []
-    for problem in problems:
-        response = task.right_response(problem.answer)
-        if response is not None:
-            checked.append((problem, pool.submit(task, problem.answer, response)))
-    if not checked:  # whether it grades at all
-        pool.submit(task, problems[0].answer, "").result()
+    graded = [
+        None if response is None else pool.submit(task, problem.answer, response)
+        for problem in problems
+        for response in (task.right_response(problem.answer),)
+    ]
+    if not any(graded):
+        _check_grades(task, problems[0], pool)
+    if hasattr(task, "is_gradable"):
+        _require_right(
+            task.name,
+            problems,
+            [pool.submit(Reading(task), problem.answer, "") for problem in problems],
+            "that the grader cannot read, so that no other spelling of it could be right",
+            "Write what it comes to, or take these lines out.",
+        )
+    _require_right(
+        task.name,
+        problems,
+        graded,
+        "that is not graded right when a model writes it, and could never be",
+        "Take these lines out, or correct them.",
+    )
+
+
+def _check_grades(task: Task, problem: Problem, pool: GradingPool) -> None:
+    """Whether it grades at all, where no right response is known."""
+    grade = pool.submit(task, problem.answer, "").result()
+    if grade.verdict is Verdict.TIMED_OUT and grade.detail:
+        raise ConfigError(
+            f"{task.name}: at grading an empty response to {problem.where} {grade.detail}. Give "
+            f"back a Grade at every response."
+        )
+
+
+def _require_right(
+    name: str,
+    problems: Sequence[Problem],
+    futures: Sequence["Future[Grade] | None"],
+    fault: str,
+    advice: str,
+) -> None:
     failed = [
         (problem, grade)
-        for problem, future in checked
-        if (grade := future.result()).verdict is not Verdict.RIGHT
+        for problem, future in zip(problems, futures, strict=True)
+        if future is not None and (grade := future.result()).verdict is not Verdict.RIGHT
     ]
     if failed:
         first, grade = failed[0]
+        detail = f" ({grade.detail})" if grade.detail else ""
         raise ConfigError(
-            f"{task.name}: {len(failed)} of {len(problems)} problems have an answer that is not "
-            f"graded right when a model writes it, and could never be: "
+            f"{name}: {len(failed)} of {len(problems)} problems have an answer {fault}: "
             f"{places([problem.where for problem, _ in failed])}. The first is "
-            f"{first.answer[:80]!r}: {grade.verdict}. Take these lines out, or correct them."
+            f"{first.answer[:80]!r}: {grade.verdict}{detail}. {advice}"
         )

@@ -46,6 +46,7 @@ class Recorder:
         self._done = self._before
         self._tell, self._begin = tell, time.monotonic()
         self._told_at = self._begin
+        self._has_warned = False
         bar.update(self._before)
 
     def __enter__(self) -> "Recorder":
@@ -108,7 +109,21 @@ class Recorder:
 
     def _write(self, graded: Graded) -> None:
         in_order = sorted(graded, key=lambda each: each[0].sample_index)
-        self.file.add([_sample(rollout, text, grade.result()) for rollout, text, grade in in_order])
+        samples = [_sample(rollout, text, grade.result()) for rollout, text, grade in in_order]
+        self.file.add(samples)
+        for sample in samples:
+            self._warn(sample)
+
+    def _warn(self, sample: Sample) -> None:
+        """Once: a task that ends its process is likely to do it often."""
+        is_ended = sample.verdict == Verdict.TIMED_OUT and sample.detail
+        if is_ended and not self._has_warned:
+            self._has_warned = True
+            self._tell(
+                f"warning: evaluation on {self._problems.name}: "
+                f"{self._problems.problems[sample.problem].where}: {sample.detail}, and the sample "
+                f"counts as timed out. This is told once; the `detail` of samples has the others."
+            )
 
 
 def _sample(rollout: Rollout, text: str, grade: Grade) -> Sample:
@@ -122,6 +137,7 @@ def _sample(rollout: Rollout, text: str, grade: Grade) -> Sample:
         weight_version=rollout.weight_version,
         text=text,
         response_ids=rollout.response_ids,
+        detail=grade.detail,
     )
 
 

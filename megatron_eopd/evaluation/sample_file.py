@@ -36,6 +36,8 @@ class Sample:
     weight_version: int
     text: str
     response_ids: tuple[int, ...]
+    detail: str = ""
+    """Of the verdict; see Grade."""
 
     @classmethod
     def of(cls, row: Json) -> "Sample":

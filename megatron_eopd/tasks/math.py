@@ -27,8 +27,9 @@ SHOWN_LENGTH = 200
 """Of a canonical spelling."""
 
 
-def after_hashes(answer: str) -> str:
-    """GSM8K's gold answer, behind the last ####, without the commas of 1,000."""
+def without_solution(answer: str) -> str:
+    """GSM8K's gold answer, behind the last ####, without the commas of 1,000; all of the text where
+    there is no ####."""
     return answer.rpartition("####")[2].strip().replace(",", "")
 
 
@@ -54,9 +55,9 @@ _ANY = ("prompt", "messages", "conversations", "problem", "question")
 
 PRESETS = {
     "math": Preset(_ANY, _ANSWERS, suffix=""),
-    "number": Preset(_ANY, _ANSWERS, "number", suffix="", clean=after_hashes),
+    "number": Preset(_ANY, _ANSWERS, "number", suffix="", clean=without_solution),
     "gsm8k": Preset(
-        _PROMPTS, ("answer",), "number", hub="openai/gsm8k:main:test", clean=after_hashes
+        _PROMPTS, ("answer",), "number", hub="openai/gsm8k:main:test", clean=without_solution
     ),
     "math500": Preset(_PROMPTS, _ANSWERS, hub="HuggingFaceH4/MATH-500::test"),
     "amc23": Preset(_PROMPTS, _ANSWERS, hub="math-ai/amc23::test"),
@@ -99,6 +100,9 @@ class MathTask:
         if PRESETS[self.preset].form == "number":
             return f"The answer is {answer}."
         return rf"The answer is $\boxed{{{_without_tolerance(answer)[0]}}}$."
+
+    def is_gradable(self, answer: str) -> bool:
+        return PRESETS[self.preset].form == "number" or is_gradable(answer)
 
     def num_right(self, answer: str) -> None:
         return None

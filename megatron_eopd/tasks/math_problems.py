@@ -50,25 +50,9 @@ def read_problems(
             f"{' that is one plain number' * (preset.form == 'number')}, and could never be graded "
             f"right: {places(unanswered)}. Take these lines out."
         )
-    _check_gradable(problems, preset)
     if not problems:
         raise ConfigError(f"{source}: no problems in it.")
     return iter(problems)
-
-
-def _check_gradable(problems: list[Problem], preset: "Preset") -> None:
-    from megatron_eopd.tasks.math import is_gradable
-
-    if preset.form == "number":
-        return
-    spelled = [problem for problem in problems if not is_gradable(problem.answer)]
-    if spelled:
-        raise ConfigError(
-            f"{len(spelled)} of {len(problems)} problems have an answer that the grader cannot "
-            f"read, so that no other spelling of it could be right: "
-            f"{places([problem.where for problem in spelled])}. The first is "
-            f"{spelled[0].answer[:80]!r}. Write what it comes to, or take these lines out."
-        )
 
 
 def _column(where: str, row: dict[str, Any], names: tuple[str, ...], what: str) -> str:

@@ -31,7 +31,8 @@ class Verdict(StrEnum):
     UNPARSABLE = "unparsable"
     """It holds an answer that no grader can read."""
     TIMED_OUT = "timed out"
-    """Grading took longer, or more memory, than it may."""
+    """Grading took longer, or more memory, than it may; or its process ended by itself, as the
+    grade's `detail` says."""
 
 
 class Grade(NamedTuple):
@@ -41,10 +42,17 @@ class Grade(NamedTuple):
     answer."""
     second: bool | None = None
     """Whether a simpler, independent grader takes the answer for right; None without one."""
+    detail: str = ""
+    """For who reads the samples. Of TIMED_OUT: how the process ended, where no limit ended it."""
 
 
 class Task(Protocol):
-    """Stateless, and pickled: grading is done in processes that can be killed."""
+    """Stateless, and pickled: grading is done in processes that can be killed.
+
+    It may also have `preload`, names of modules that those processes import once, before they
+    grade; and `is_gradable(answer)`, False for one that no response could be graded right for but
+    by luck, which those processes ask before a run begins.
+    """
 
     name: str
     """Of the figures, eval/NAME/…, and of files."""
