@@ -33,6 +33,7 @@ from megatron_eopd.checkpoints.position import Position, write_position
 from megatron_eopd.errors import (
     CheckpointError,
 )
+from megatron_eopd.host_memory import host_memory_like
 from megatron_eopd.models.hf_files import copy_side_files
 from megatron_eopd.models.mcore_files import stored_shape
 from megatron_eopd.models.mcore_writer import (
@@ -77,7 +78,7 @@ class OwnPart:
         tensors = [n for n, value in enumerate(self.data) if isinstance(value, torch.Tensor)]
         if not buffers:
             try:
-                buffers += [_host_memory_for(self.data[n]) for n in tensors]
+                buffers += host_memory_like([self.data[n] for n in tensors])
             except (RuntimeError, MemoryError):  # torch has the first for host memory
                 return False
         for number, buffer in zip(tensors, buffers, strict=True):
@@ -87,11 +88,6 @@ class OwnPart:
     def add(self, item: WriteItem, data: torch.Tensor | bytes) -> None:
         self.items.append(item)
         self.data.append(data)
-
-
-def _host_memory_for(tensor: torch.Tensor) -> torch.Tensor:
-    """Page-locked where it is filled from a GPU, which is several times as fast."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
 
 
 def part_of_rank(student: Trainable, context: ParallelContext) -> OwnPart:

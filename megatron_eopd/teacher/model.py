@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from megatron_eopd.config import Config, StudentConfig, TeacherConfig
 from megatron_eopd.data.packing import make_microbatches
+from megatron_eopd.host_memory import host_memory_like
 from megatron_eopd.losses.chunked_head import chunk_size
 from megatron_eopd.losses.teacher_top_k import top_k_of_teacher
 from megatron_eopd.models.build import build_model
@@ -68,8 +69,9 @@ class TeacherModel:
         self._head_VH = self._load_head(swaps) if context.layout.is_last_stage else None
         self._parameters = [p for chunk in self._chunks for p in chunk.parameters()]
         if teacher.offload and context.device.type == "cuda":
-            for parameter in self._parameters:
-                parameter.data = parameter.data.cpu().pin_memory()
+            memory = host_memory_like(self._parameters)
+            for parameter, host in zip(self._parameters, memory, strict=True):
+                parameter.data = host.copy_(parameter.data)
 
     @property
     def head_VH(self) -> torch.Tensor | None:
