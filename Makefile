@@ -22,8 +22,9 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 MCORE_SECOND := megatron-core==0.19.2
 OVERLAY := $(VENV)/megatron-core-second
 # What is run on both lines: what calls Megatron-Core, once for each thing that it is asked to do.
-MCORE_TESTS := $(foreach name,models step checkpoint conversion megatron_engine parallelism,\
-	tests/distributed/test_$(name).py) -k "not teacher_layouts and not objective and not damaged"
+MCORE_a := models step parallelism
+MCORE_b := checkpoint conversion megatron_engine
+NOT_IN_MCORE := not teacher_layouts and not objective and not damaged
 
 # One thread per process: ranks and engine share the cores, and more threads cost 4 times the time.
 export OMP_NUM_THREADS ?= 1
@@ -98,13 +99,34 @@ lint: install
 # Tests that fork ranks need a parent without engines and thread pools: a pytest process of their own.
 # They are CPU tests on every machine, hence no visible GPU. The Triton kernels run under Triton's
 # interpreter, which has to be chosen before anything imports Triton: a process of their own, too.
+# What keeps one core busy, and ranks that wait for each other, run in two halves at a time; whole
+# runs and engines, which have deadlines and use all cores, one after the other.
 test: lint $(OVERLAY)/installed
-	$(BIN)/python -m pytest tests --ignore=tests/distributed --ignore=tests/triton
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/distributed
+	$(MAKE) -j2 --output-sync=target test-small-a test-small-b
+	$(BIN)/python -m pytest tests/e2e tests/engine $(WITH_DEADLINES)
+	$(MAKE) -j2 --output-sync=target test-ranks-a test-ranks-b
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 	$(if $(HAS_GPU),$(BIN)/python -m pytest tests/triton -m gpu)
 	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/e2e -k leaves_everything
-	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest $(MCORE_TESTS)
+	$(MAKE) -j2 --output-sync=target test-mcore-a test-mcore-b
+
+# By the first letter of a file's name, so that both take about the same time.
+WITH_DEADLINES := tests/test_engine_process.py tests/test_weight_sync.py
+SMALL := $(filter-out $(WITH_DEADLINES),$(wildcard tests/test_*.py))
+SMALL_a := $(filter $(wildcard tests/test_[a-j]*.py),$(SMALL))
+SMALL_b := $(filter-out $(SMALL_a),$(SMALL))
+test-small-%:
+	$(BIN)/python -m pytest $(SMALL_$*)
+
+RANKS := $(wildcard tests/distributed/test_*.py)
+RANKS_a := $(wildcard tests/distributed/test_[a-m]*.py)
+RANKS_b := $(filter-out $(RANKS_a),$(RANKS))
+test-ranks-%:
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(RANKS_$*)
+
+test-mcore-%:
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest -k "$(NOT_IN_MCORE)" \
+		$(patsubst %,tests/distributed/test_%.py,$(MCORE_$*))
 
 test-matrix: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.distributed.parity_matrix

@@ -1,4 +1,5 @@
-"""tools/convert_hf.py as a user starts it; what it converts is tested in tests/distributed."""
+"""tools/convert_hf.py as a user starts it wrongly, or for help; what it converts is tested in
+tests/distributed, and under torchrun in tests/e2e."""
 
 import os
 import runpy
@@ -7,10 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from megatron_eopd.models.hf_files import HFCheckpoint
-from megatron_eopd.models.mcore_files import MCoreCheckpoint
 
 CONVERT = Path(__file__).parents[1] / "tools/convert_hf.py"
 
@@ -26,19 +23,6 @@ def start(*command: object, cwd: Path) -> subprocess.CompletedProcess:
         text=True,
         timeout=300,
     )
-
-
-def test_torchrun_converts_from_any_directory(qwen3_dir, tmp_path):
-    """Two ranks, a relative output, and what is said is said once."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = start(*torchrun, CONVERT, "to-mcore", qwen3_dir, "mcore/", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        f"{tmp_path / 'mcore'}: a Megatron checkpoint of {qwen3_dir}"
-    ]
-    with HFCheckpoint(qwen3_dir) as source:
-        assert source.count_dtypes(source.names()) == {torch.float32: 47}
-    assert MCoreCheckpoint(tmp_path / "mcore").embedding_dtype() == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -116,23 +116,37 @@ class RecordingLoss(TokenLoss):
 def run_cases(
     cases: list[Case], models: dict[str, Path], rollouts: list[Rollout], tmp_path: Path
 ) -> list[dict]:
-    """Results of the cases, which share one world size and layout of ranks, in one launch."""
-    port, world_size = free_port(), cases[0].world_size
+    """Results of the cases, which share one world size and layout of ranks, in one launch. Single
+    processes have nothing to tell each other: two of them share the cases."""
+    world_size = cases[0].world_size
     out = tmp_path / f"cases-{len(list(tmp_path.iterdir()))}"
     out.mkdir()
-    start_ranks(world_size, _rank_main, port, world_size, cases, models, rollouts, out)
-    return [_collect(out / str(n)) for n in range(len(cases))]
+    numbered = list(enumerate(cases))
+    if world_size == 1:
+        halves = [half for half in (numbered[0::2], numbered[1::2]) if half]
+        ports = [free_port() for _ in halves]
+        start_ranks(len(halves), _single_main, ports, halves, models, rollouts, out)
+    else:
+        start_ranks(
+            world_size, _rank_main, free_port(), world_size, numbered, models, rollouts, out
+        )
+    return [_collect(out / str(n)) for n, _ in numbered]
 
 
-def _rank_main(rank, port, world_size, cases, models, rollouts, out) -> None:
+def _single_main(half, ports, halves, models, rollouts, out) -> None:
+    _rank_main(0, ports[half], 1, halves[half], models, rollouts, out)
+
+
+def _rank_main(rank, port, world_size, numbered, models, rollouts, out) -> None:
     choose_device()
     job = TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
-    role = next(r for r in roles_of(cases[0].config(models), world_size).values() if r.holds(rank))
+    first = numbered[0][1].config(models)
+    role = next(r for r in roles_of(first, world_size).values() if r.holds(rank))
     store = PrefixStore(role.name, job)
     dist.init_process_group("gloo", store=store, rank=rank - role.first_rank, world_size=role.size)
     context = None
     columns = read_hf_config(models["student"]).vocab_size
-    for n, case in enumerate(cases):
+    for n, case in numbered:
         config = case.config(models)
         layout = role.layout(config, rank)
         if context is None or context.layout != layout:

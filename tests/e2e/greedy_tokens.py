@@ -1,7 +1,8 @@
-"""Print, as JSON, the tokens that a model continues fixed prompts with when it always takes the
-most probable one: read by transformers, by vLLM, or by the trainer's reference sampler.
+"""Print, as JSON, the tokens that models continue fixed prompts with when they always take the
+most probable one: read by transformers, by vLLM, or by the trainer's reference sampler. A line for
+each pair of a reader and a model.
 
-usage: python greedy_tokens.py transformers|vllm|trainer MODEL_DIR
+usage: python greedy_tokens.py transformers|vllm|trainer MODEL_DIR …
 """
 
 import json
@@ -76,4 +77,5 @@ def trainer_tokens(path: Path) -> list[list[int]]:
 
 if __name__ == "__main__":
     readers = {"transformers": transformers_tokens, "vllm": vllm_tokens, "trainer": trainer_tokens}
-    print(json.dumps(readers[sys.argv[1]](Path(sys.argv[2]))))
+    for reader, model_dir in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        print(json.dumps(readers[reader](Path(model_dir))))
