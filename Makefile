@@ -106,7 +106,7 @@ test: lint $(OVERLAY)/installed
 	$(BIN)/python -m pytest tests/e2e tests/engine $(WITH_DEADLINES)
 	$(MAKE) -j2 --output-sync=target test-ranks-a test-ranks-b
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
-	$(if $(HAS_GPU),$(BIN)/python -m pytest tests/triton -m gpu)
+	$(if $(HAS_GPU),$(BIN)/python -m pytest tests/triton tests/gpu -m gpu)
 	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/e2e -k leaves_everything
 	$(MAKE) -j2 --output-sync=target test-mcore-a test-mcore-b
 

@@ -22,6 +22,7 @@ setup(
         "tqdm>=4.66",
         "datasets>=5.2,<6",
         "scipy>=1.16,<2",
+        "xxhash>=3.5,<5",
         # The extra says which runtime; without one pip takes any that the parser refuses.
         "math-verify[antlr4_13_2]>=0.9,<0.10",
     ],

@@ -1,8 +1,8 @@
 """The parts of a run, built once and closed in reverse order. In: Config, ranks. Out: Session."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,11 +14,11 @@ from megatron_eopd.checkpoints.saver import Saver
 from megatron_eopd.config import Config
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.engines import make_engine, start_own_engine
 from megatron_eopd.evaluation.problems import ProblemSet
 from megatron_eopd.interruption import Interruption
 from megatron_eopd.models.build import build_model
 from megatron_eopd.models.causal_lm import CausalLM
-from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import load_weights
 from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise_together
@@ -27,10 +27,8 @@ from megatron_eopd.parallel.worlds import Role
 from megatron_eopd.preflight import Inputs
 from megatron_eopd.records import Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, SyncReport
-from megatron_eopd.rollout.engine_process import EngineProcess
-from megatron_eopd.rollout.megatron_engine import MegatronEngine, score_tokens
+from megatron_eopd.rollout.placement import Places
 from megatron_eopd.rollout.recording import Recording
-from megatron_eopd.rollout.vllm_engine import VllmEngine, launch_vllm
 from megatron_eopd.run_log import RunLog, StageTimes
 from megatron_eopd.schedules import Progress
 from megatron_eopd.teacher.placement import open_teachers
@@ -38,7 +36,7 @@ from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.optimizer import Trainable, make_trainable
 from megatron_eopd.training.skipping import StepGuard
 from megatron_eopd.training.token_loss import TokenLoss
-from megatron_eopd.weight_sync.verify import SyncCheck, probe_sequences
+from megatron_eopd.weight_sync.verify import probe_sequences
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,6 @@ class Session:
     token_loss: TokenLoss | None
     """None without a teacher."""
     engine: RolloutEngine
-    sync_check: SyncCheck
     max_probe_tokens: int
     vocab_size: int
     """Tokens that student and teachers share."""
@@ -99,20 +96,11 @@ class Session:
     def push_weights(self, version: int, rollouts: Sequence[Rollout] = ()) -> SyncReport:
         """Give the engine the student's weights, and compare what both make of likely tokens, also
         of these rollouts."""
-        report = self.engine.update_weights(version)
-        if not (self.config.weight_sync.verify and isinstance(self.engine, VllmEngine)):
-            return report
-        prompts = self.prompts or self.problem_sets[0].prompts
-        sequences = probe_sequences(prompts, rollouts, self.max_probe_tokens)
-        if not sequences:  # prompts of one token, before the first responses
-            return report
-        engine = self.engine.score(sequences)
-        trainer = score_tokens(self.chunks, sequences, self.vocab_size, self.context)
-        # One rank judges for all: on GPUs replicas need not agree to the last bit.
-        probe = from_rank_zero(
-            lambda: self.sync_check.judge(engine, trainer, version), self.context.cpu_group
-        )
-        return replace(report, probe=probe)
+        probes: list[list[int]] = []
+        if self.engine.compares_weights:
+            prompts = self.prompts or self.problem_sets[0].prompts
+            probes = probe_sequences(prompts, rollouts, self.max_probe_tokens)
+        return self.engine.update_weights(version, probes)
 
 
 @contextmanager
@@ -120,6 +108,7 @@ def open_session(
     config: Config,
     inputs: Inputs,
     roles: Mapping[str, Role],
+    places: Places | None,
     store: dist.Store,
     context: ParallelContext,
     log: RunLog,
@@ -127,17 +116,18 @@ def open_session(
     *,
     trains: bool,
 ) -> Iterator[Session]:
-    """On the student's ranks. `store`: the job's, where separate teachers are met. Without training
-    there is no optimizer, and of a checkpoint the weights are read."""
+    """On the student's ranks. `store`: the job's, where separate ranks are met; `places`: of vLLM's
+    engines, where it is used. Without training there is no optimizer, and of a checkpoint the
+    weights are read."""
     times, tokenizers = StageTimes(log, "start-up"), inputs.tokenizers
     with ExitStack() as stack:
         # First of all: vLLM loads in its own process while the models are built here.
         errors: list[Exception] = []
-        process = None
+        relay = None
         with collecting(errors):
-            if context.layout.rank == 0 and inputs.engine.is_vllm:
-                process = _launch_vllm(config, inputs)
-                stack.callback(process.kill)
+            relay = start_own_engine(config, inputs, places, context.layout.rank)
+        if relay is not None:
+            stack.callback(relay.close)
         raise_together(errors, context.cpu_group)
         # Each rank has listed the folder by itself, and on a shared disk not all see the same.
         candidates = from_rank_zero(lambda: inputs.candidates, context.cpu_group)
@@ -156,8 +146,8 @@ def open_session(
                 )
             )
         with times("engine"):
-            engine = _make_engine(process, config, inputs, chunks, context, log, stop)
-        stack.enter_context(closing(engine))
+            engine = make_engine(relay, config, inputs, places, store, chunks, context, log, stop)
+        stack.push(lambda _type, error, _traceback: engine.close(error))
         saver = None
         if trains:
             saver = stack.enter_context(
@@ -183,7 +173,6 @@ def open_session(
             teachers=teachers,
             token_loss=token_loss,
             engine=engine,
-            sync_check=SyncCheck(config.weight_sync, config.coarsest_dtype),
             # To score a sequence vLLM also samples the token behind it.
             max_probe_tokens=inputs.max_sequence_length - 1,
             vocab_size=tokenizers.vocab_size,
@@ -225,64 +214,3 @@ def _build_student(path: Path, config: Config, context: ParallelContext) -> list
         load_weights(chunks, path, context)
     raise_together(errors, context.cpu_group)  # before the collectives of the next model's loading
     return chunks
-
-
-def _launch_vllm(config: Config, inputs: Inputs) -> EngineProcess:
-    return launch_vllm(
-        model_path=config.student.hf_path,
-        dtype=config.dtype_of(config.rollout),
-        seed=config.seed,
-        max_model_len=inputs.max_sequence_length,
-        hf_overrides={
-            # Without the student's padding, of which a sample would be no token.
-            "vocab_size": inputs.tokenizers.vocab_size,
-            # As it was read here: vLLM does not know every spelling.
-            "rope_parameters": read_hf_config(config.student.hf_path).rope_parameters,
-        },
-        rollout=config.rollout,
-        log_path=config.run_dir / "log" / "engine.txt",
-    )
-
-
-def make_exporter(
-    config: Config, chunks: Sequence[CausalLM], vocab_size: int, context: ParallelContext
-) -> Exporter:
-    """Of the student; see there. Collective."""
-    hf_config = read_hf_config(config.student.hf_path)
-    bucket_bytes = int(config.weight_sync.bucket_mib * 2**20)
-    return Exporter(chunks, hf_config, vocab_size, context, bucket_bytes)
-
-
-def _make_engine(
-    process: EngineProcess | None,
-    config: Config,
-    inputs: Inputs,
-    chunks: Sequence[CausalLM],
-    context: ParallelContext,
-    log: RunLog,
-    stop: Interruption,
-) -> RolloutEngine:
-    """`process`: vLLM's, on rank 0 of a run that wants it."""
-    rollout = config.rollout
-    if not inputs.engine.is_vllm:
-        return MegatronEngine(
-            chunks,
-            inputs.tokenizers.vocab_size,
-            rollout.max_num_seqs,
-            context,
-            pause=stop.pause_in_wait,
-        )
-    # vLLM's model has the compared tokens and no padding, so it never samples any.
-    exporter = make_exporter(config, chunks, inputs.tokenizers.vocab_size, context)
-    return VllmEngine(
-        process,
-        max_model_len=inputs.max_sequence_length,
-        rollout=rollout,
-        weight_sync=config.weight_sync,
-        manifest=exporter.manifest,
-        stage_leader=context.layout.leads_stage,
-        export_buckets=exporter.buckets,
-        cpu_group=context.cpu_group,
-        tell=log.line,
-        must_leave=stop.must_leave,
-    )

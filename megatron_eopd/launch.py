@@ -11,6 +11,7 @@ from torch.distributed import PrefixStore
 from megatron_eopd import preflight
 from megatron_eopd.build import Session, open_session
 from megatron_eopd.config import Config
+from megatron_eopd.engines import serve_engines
 from megatron_eopd.errors import Interrupted
 from megatron_eopd.interruption import Interruption
 from megatron_eopd.leaving import (
@@ -29,7 +30,15 @@ from megatron_eopd.parallel.init import (
     world_context,
 )
 from megatron_eopd.parallel.meeting import began_at, torchrun_store
-from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, smallest_world, student_layout
+from megatron_eopd.parallel.worlds import (
+    ENGINES,
+    STUDENT,
+    Role,
+    roles_of,
+    smallest_world,
+    student_layout,
+)
+from megatron_eopd.rollout.placement import Places, assumed_nodes, own_node, places_of
 from megatron_eopd.run_lock import run_lock
 from megatron_eopd.run_log import RunLog, seconds_since_start
 from megatron_eopd.stop_signals import StopSignals
@@ -45,7 +54,8 @@ def dry_run(config: Config, world_size: int | None, show_config: bool) -> None:
     preflight.check_answers(config, inputs)
     for line in _plan(config, inputs, world_size):
         print(line)
-    print(rank_table(config, world_size))
+    places = places_of(config, assumed_nodes(world_size)) if inputs.engine.is_vllm else None
+    print(rank_table(config, world_size, engines=places and places.describe()))
     if show_config:
         print(config.model_dump_json(indent=2))
 
@@ -100,14 +110,22 @@ def _meet_and_work(
     role = next(role for role in roles.values() if role.holds(rank))
     store = job_store(config.parallel.distributed_timeout_minutes)
     store.set(f"host/{rank}", socket.gethostname())
+    store.set(f"node/{rank}", str(own_node()))
+    nodes = [int(store.get(f"node/{other}")) for other in range(world_size)]
+    places = places_of(config, nodes) if inputs.engine.is_vllm else None
     limit = _limit(config, job)
     with _world(role, config, rank, store, job) as (context, log, signals):
         if role.name != STUDENT:
+            log.stage = f"service as [{role.name}]"
+            # The student lets these ranks go, when it has saved.
+            signals.keeps_work = signals.is_saving = True
+        if role.name == ENGINES:
+            serve_engines(config, inputs, places, store, context, rank)
+            log.line("the student has finished, and these engines with it")
+            return
+        if role.name != STUDENT:
             teacher = config.all_teachers[role.name]
             students = student_layout(config, world_size)
-            log.stage = f"service as [{role.name}]"
-            # The student lets this teacher go, when it has saved.
-            signals.keeps_work = signals.is_saving = True
             serve(
                 teacher,
                 role,
@@ -121,11 +139,11 @@ def _meet_and_work(
             log.line("the student has finished, and this teacher with it")
             return
         if rank == 0:
-            _tell_plan(config, inputs, world_size, store, log)
+            _tell_plan(config, inputs, world_size, places, store, log)
         log.startup |= startup
         stop = Interruption(signals, log, context.cpu_group, limit)
         with open_session(
-            config, inputs, roles, store, context, log, stop, trains=trains
+            config, inputs, roles, places, store, context, log, stop, trains=trains
         ) as session:
             parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in log.startup.items())
             log.line(f"start-up: {seconds_since_start():.1f} s ({parts})")
@@ -168,13 +186,18 @@ def _plan(config: Config, inputs: preflight.Inputs, world_size: int) -> Iterator
 
 
 def _tell_plan(
-    config: Config, inputs: preflight.Inputs, world_size: int, store: dist.Store, log: RunLog
+    config: Config,
+    inputs: preflight.Inputs,
+    world_size: int,
+    places: Places | None,
+    store: dist.Store,
+    log: RunLog,
 ) -> None:
     """What this run is, and who sits where."""
     for line in _plan(config, inputs, world_size):
         log.line(line)
     hosts = [store.get(f"host/{rank}").decode() for rank in range(world_size)]
-    table = rank_table(config, world_size, hosts)
+    table = rank_table(config, world_size, hosts, places and places.describe())
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "ranks.txt").write_text(table + "\n")
     log.line(table)

@@ -73,7 +73,8 @@ def iterate(session: Session, writer: MetricsWriter | None) -> None:
                     with times("rollout"):
                         work.add_rollouts(draw_rollouts(session, iteration))
                 plans = plan_steps(session, work.rollouts)
-                optimize(session, plans, work, times)
+                with session.engine.asleep():
+                    optimize(session, plans, work, times)
             finish_iteration(session, work, plans, times, health, writer)
             bar.update()
 
@@ -92,6 +93,7 @@ def finish_iteration(
         sync = session.push_weights(version, rollouts)
     scalars = report.iteration_scalars(rollouts, reports, sync, times)
     scalars |= report.packing_scalars(plans, session.context.layout)
+    scalars |= session.engine.metrics()
     publish(session, version, scalars, rollouts, reports, writer)
     health.look(scalars, sync)
     if sync.is_unsound:  # the trainer's own weights are good

@@ -16,8 +16,6 @@ from megatron_eopd.evaluation.evaluate import Evaluation, Evaluator
 from megatron_eopd.evaluation.sample_file import Json
 from megatron_eopd.evaluation.settings import model_identity
 from megatron_eopd.metrics.writer import MetricsWriter, rounded
-from megatron_eopd.rollout.choice import SAMPLER
-from megatron_eopd.rollout.vllm_engine import VllmEngine
 from megatron_eopd.run_files import RUN_CONFIG, export
 from megatron_eopd.training.replicas import check_replicas
 from megatron_eopd.unfinished import Unfinished, read_unfinished
@@ -62,7 +60,7 @@ def evaluate_student(session: Session, directory: Path, model: Json, *, anew: bo
         log=session.log,
         tokenizer=session.tokenizer,
         engine=session.engine,
-        engine_name="vLLM" if isinstance(session.engine, VllmEngine) else SAMPLER,
+        engine_name=session.engine.name,
         chunks=session.chunks,
         teachers=session.teachers,
         token_loss=session.token_loss,

@@ -42,8 +42,12 @@ from megatron_eopd.planning.memory import Placed, Setup, describe, describe_savi
 from megatron_eopd.planning.shapes import Models
 from megatron_eopd.records import DEFAULT_TEACHER
 from megatron_eopd.rollout.choice import EngineChoice, choose_engine
+from megatron_eopd.rollout.placement import assumed_nodes, places_of
 from megatron_eopd.rollout.recording import Recording
 from megatron_eopd.tasks.registry import training_rows
+from megatron_eopd.weight_sync.share import check_allocator
+
+SHOWN_OWNERS = 8
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     engine = choose_engine(config)
     if engine.is_vllm:
         check_vllm(student)
+        check_allocator(os.environ, torch.cuda.is_available())
+        places_of(config, assumed_nodes(world_size))
     sections = {
         "rollout": [prompts.longest] if prompts else [],
         "evaluation": [len(prompt.prompt_ids) for prompt in held_out],
@@ -286,7 +292,7 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         "prompts": _describe_prompts(inputs.prompts),
         "prompts / iteration": f"{rollout.batch_size // rollout.samples_per_prompt} × "
         f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
-        "rollouts": inputs.engine.why,
+        "rollouts": _describe_engines(config, inputs, world_size),
         **_describe_references(config),
         **_describe_evaluation(config, inputs.problem_sets),
         "optimizer steps": f"{config.optimizer_steps_per_iteration} / iteration × "
@@ -310,9 +316,22 @@ def evaluation_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[
         "layout": student_layout(config, world_size).describe(),
         "model": str(candidates[0] if candidates else config.student.hf_path),
         "teachers": teachers or "none, so no divergences are measured",
-        "samples": inputs.engine.why,
+        "samples": _describe_engines(config, inputs, world_size),
         **_describe_evaluation(config, inputs.problem_sets),
     }
+
+
+def _describe_engines(config: Config, inputs: Inputs, world_size: int) -> str:
+    if not inputs.engine.is_vllm:
+        return inputs.engine.why
+    seats = places_of(config, assumed_nodes(world_size)).seats
+    size, placement = config.rollout.tensor_model_parallel_size, config.rollout.placement
+    one = f"TP {size}, " if size > 1 else ""
+    engines = "1 engine" if len(seats) == 1 else f"{len(seats)} engines"
+    owners = ", ".join(str(seat.owner) for seat in seats[:SHOWN_OWNERS])
+    more = f" and {len(seats) - SHOWN_OWNERS} more" if len(seats) > SHOWN_OWNERS else ""
+    ranks = "rank" if len(seats) == 1 else "ranks"
+    return f"{inputs.engine.why}: {engines}, {one}{placement}, of {ranks} {owners}{more}"
 
 
 def _describe_evaluation(config: Config, problem_sets: Sequence[ProblemSet]) -> dict[str, str]:

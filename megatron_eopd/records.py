@@ -208,3 +208,22 @@ class StepReport:
     values: dict[str, list[float]]
     """Metric name → its value at each of those tokens, for percentiles and histograms."""
     fault: StepFault | None = None
+
+
+@dataclass(frozen=True)
+class RolloutProgress:
+    """How far a call for samples has come."""
+
+    answered: int
+    total: int
+    """Responses."""
+    tokens: int
+    """Of those that were answered."""
+    seconds: float
+    serving: int
+    engines: int
+    """Those that serve, of all."""
+
+    def describe(self) -> str:
+        pace = self.tokens / self.seconds if self.seconds else 0.0
+        return f"{pace:,.0f} tok/s, {self.serving} of {self.engines} engines"

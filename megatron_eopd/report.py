@@ -40,6 +40,7 @@ def iteration_scalars(
         "weight_sync/seconds": sync.seconds,
         "weight_sync/bytes": sync.num_bytes,
         "weight_sync/version": sync.version,
+        **{f"weight_sync/{part}_s": seconds for part, seconds in sync.parts.items()},
         "weight_sync/probe_difference": sync.probe.difference if sync.probe else math.nan,
     }
     scalars |= _rollout_scalars(rollouts) | memory_scalars()

@@ -12,8 +12,10 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from megatron_eopd.parallel.collectives import naming_stage
+from megatron_eopd.records import RolloutProgress
 
 Item = TypeVar("Item")
+MINUTE_S = 60.0
 
 
 def seconds_since_start() -> float:
@@ -47,6 +49,8 @@ class RunLog:
         """Seconds of the parts of the start."""
         self._speaks = rank == 0
         self._pace: tuple[int, float] | None = None  # an iteration, and when it was finished
+        self._rollout_bar: tqdm | None = None
+        self._rollout_told = 0.0
         path = run_dir / "log" / f"rank{rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1)
@@ -74,6 +78,25 @@ class RunLog:
         """Of samples, within whatever else has one."""
         hidden = None if self._speaks else True
         return tqdm(total=total, desc=what, unit="sample", disable=hidden, leave=False)
+
+    def watch_rollout(self, progress: RolloutProgress) -> None:
+        """Of one call for samples: a bar on a terminal, and elsewhere a line a minute."""
+        if self._rollout_bar is None:
+            self._rollout_bar = self.bar(progress.total, "rollout")
+            self._rollout_told = time.monotonic()
+        bar = self._rollout_bar
+        bar.update(progress.answered - bar.n)
+        bar.set_postfix_str(progress.describe())
+        if bar.disable and time.monotonic() - self._rollout_told > MINUTE_S:
+            self._rollout_told = time.monotonic()
+            left_s = progress.seconds * (progress.total / max(progress.answered, 1) - 1)
+            self.line(
+                f"rollout: {progress.answered} of {progress.total} responses, "
+                f"{progress.describe()}, {left_s:.0f} s to go"
+            )
+        if progress.answered == progress.total:
+            bar.close()
+            self._rollout_bar = None
 
     def remaining_s(self, finished: int, total: int) -> float | None:
         """Seconds to the last iteration at the mean pace of this start, evaluations and checkpoints

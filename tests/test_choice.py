@@ -60,6 +60,14 @@ def test_it_does_not_stand_in_unasked_for_long_responses(choose):
     assert not choose(installed=True, replay="recorded").is_vllm
 
 
+def test_engines_on_ranks_of_their_own_are_vllms(choose):
+    """Of a run that would start none, the configuration is refused."""
+    separate = {"placement": "separate", "world_size": 2}
+    assert choose(installed=True, **separate).is_vllm
+    with pytest.raises(ValueError, match=r"this run starts none \(rollout\.engine=megatron"):
+        choose(installed=True, engine="megatron", **separate)
+
+
 def test_the_dry_run_says_it(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(choice, "vllm_available", lambda: False)

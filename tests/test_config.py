@@ -70,6 +70,11 @@ def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
         ("parallel.virtual_pipeline_model_parallel_size=2", r"pipeline_model_parallel_size is 1"),
         ("teacher.placement=separate", r"Set world_size to the number of ranks"),
         ("teacher.world_size=2", r"leave it out of a colocated one"),
+        ("rollout.placement=separate", r"with world_size=None\. Set world_size to the number"),
+        ("rollout.world_size=2", r"placement=colocated with world_size=2.*leave it out"),
+        ("rollout={ num_engines = 2, min_engines = 3 }", r"min_engines=3 is above num_engines=2"),
+        ("rollout.visible_devices=4", r"rollout\.visible_devices: unknown option"),
+        ("weight_sync.port=1", r"weight_sync\.port: unknown option"),
         ("teacher.payload=topk", r"reverse_kl=full needs all of them.*eopd_paper"),
         ("training.overlap_param_gather=true", r"needs overlap_grad_reduce=true"),
         ("training.min_lr=1e-3", r"min_lr=0\.001 is above lr=1e-06.*Set min_lr=1e-06 or less"),
@@ -95,6 +100,24 @@ def test_both_models_get_the_rollout_temperature_unless_told_otherwise(toml):
 def test_a_wrong_option_is_named_with_value_and_fix(toml, override, message):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         load_config(toml, [override])
+
+
+@pytest.mark.parametrize(
+    "alone",
+    [
+        "rollout.engine=megatron",
+        "rollout.replay=recorded",
+        "rollout.reference_fraction=1 data.prompts=p.jsonl data.response_key=response",
+    ],
+)
+def test_no_ranks_are_kept_for_engines_that_a_run_does_not_start(toml, alone):
+    separate = ["rollout.placement=separate", "rollout.world_size=2"]
+    assert load_config(toml, separate).wants_vllm
+    with pytest.raises(
+        ConfigError, match=r"world_size=2 keeps ranks for vLLM .*Set rollout\.placement=colocated"
+    ):
+        load_config(toml, [*separate, *alone.split()])
+    assert not load_config(toml, alone.split()).wants_vllm
 
 
 def float_options(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:

@@ -1,195 +1,248 @@
-"""The engine process and its end. vLLM is never started in it: it refuses every request, or a
-stand-in answers in parts."""
+"""The engine process, its pipe and its end. vLLM is never started in it: a stand-in answers."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from megatron_eopd.errors import EngineError, Interrupted
 from megatron_eopd.rollout import engine_process
 from megatron_eopd.rollout.engine_process import EngineProcess
+from megatron_eopd.rollout.messages import Reply, Request
+from tests.living import is_alive, wait_until_gone
+from tests.ring_peers import start, try_to_open
 
 REPOSITORY = Path(__file__).parents[1]
+NOBODY = 65534
+LARGE = b"x" * (4 << 20)
+"""More than a socket takes while nobody reads."""
+TORCHRUNS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+@pytest.fixture(scope="module", autouse=True)
+def child_module() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_process, "CHILD_MODULE", "tests.engine.talking_child")
+        yield
 
 
-def wait_until_gone(pid: int, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while is_running(pid):
-        assert time.monotonic() < deadline, f"process {pid} still runs after {seconds} s"
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def process(tmp_path):
-    process = EngineProcess("test engine", tmp_path / "log" / "engine.txt", {"TEST_MARK": "here"})
-    yield process
-    process.close()
-    assert not is_running(process.pid)
-
-
-@pytest.fixture
-def talker(tmp_path, monkeypatch):
-    """A process that answers in parts."""
-    monkeypatch.setattr(engine_process, "CHILD_MODULE", "tests.engine.talking_child")
-    talker = EngineProcess("talker", tmp_path / "talker.txt", {})
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory, child_module) -> Iterator[EngineProcess]:
+    """One for all tests that leave it sound. It has seen torchrun's variables, and its log had
+    something in it before."""
+    log = tmp_path_factory.mktemp("log") / "engine0.txt"
+    log.write_text("from an earlier start\n")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in TORCHRUNS:
+            patch.setenv(name, "1")
+        talker = EngineProcess(log, {"TEST_MARK": "here"})
     yield talker
     talker.close()
-    assert not is_running(talker.pid)
+    assert talker.death().startswith("exit code 0."), "it was asked to exit, and did"
+    talker.close()
+    talker.kill()
 
 
-def ask(talker: EngineProcess, verb: str, **options):
-    return talker.ask(verb, **({"doing": "counting", "wait_s": 30} | options))
+@pytest.fixture
+def process(tmp_path) -> Iterator[EngineProcess]:
+    process = EngineProcess(tmp_path / "log" / "engine1.txt", {})
+    yield process
+    process.kill()
+    assert not psutil.pid_exists(process.pid)
 
 
-def test_refusal_names_the_request_and_quotes_the_log(process):
-    """A verb that fails answers, and the process goes on."""
-    for _ in range(2):
-        with pytest.raises(EngineError) as caught:
-            process.ask("begin_update", doing="taking weights", wait_s=30, timeout_s=1)
-        assert "test engine failed while taking weights: " in str(caught.value)
-        assert "engine.txt:\n" in str(caught.value) and "Traceback" in str(caught.value)
+def replies_until(process: EngineProcess, number: int, seconds: float = 60) -> list[Reply]:
+    """All that come before and with the last reply to this request."""
+    deadline, found = time.monotonic() + seconds, []
+    while not any(reply.number == number and not reply.is_part for reply in found):
+        assert time.monotonic() < deadline, f"{number} was not answered: {process.log_tail()}"
+        found += process.replies(0.1)
+    return found
 
 
-def test_killed_process_is_noticed_at_once(process):
-    process.post("begin_update", doing="x", timeout_s=1)
-    with pytest.raises(EngineError, match="failed"):
-        process.answer(30)
+def ask(process: EngineProcess, number: int, verb: str, **arguments) -> Reply:
+    process.post(Request(number, verb, arguments))
+    return replies_until(process, number)[-1]
+
+
+def test_replies_come_in_the_order_of_their_requests(talker):
+    for number in range(50, 70):
+        talker.post(Request(number, "size_of", {"data": b"x" * number}))
+    assert replies_until(talker, 69) == [Reply(number, number) for number in range(50, 70)]
+
+
+def test_parts_come_in_order_while_other_requests_are_answered(talker):
+    """They bear the number of their own request."""
+    talker.post(Request(1, "add", {"to": 200}))
+    talker.post(Request(2, "whole"))
+    replies = replies_until(talker, 2)
+    while sum(reply.is_part for reply in replies) < 200:
+        replies += talker.replies(5)
+    assert [r for r in replies if not r.is_part] == [Reply(1), Reply(2, "whole")]
+    parts = [r for r in replies if r.is_part]
+    assert parts == [Reply(1, value, is_part=True) for value in range(200)]
+    assert replies[0] == Reply(1) and talker.replies(0.05) == []
+
+
+def test_a_verb_that_fails_answers_and_the_process_goes_on(talker):
+    refused = ask(talker, 3, "refuse", reason="not today")
+    assert refused == Reply(3, error="ValueError: not today")
+    assert "Traceback" in talker.log_tail()
+    assert ask(talker, 4, "no_such_verb").error.startswith("AttributeError: ")
+    assert ask(talker, 5, "whole") == Reply(5, "whole") and talker.death() is None
+
+
+def test_the_log_is_quoted_from_this_start_on(talker):
+    """The last 20 lines of it; of the last one a screen's width, without empty ones behind it."""
+    ask(talker, 1, "whole")
+    assert "from an earlier start" not in talker.log_tail()
+    ask(talker, 6, "say", lines=[f"line {n}" for n in range(30)] + ["z" * 500, "", ""])
+    head, *lines = talker.log_tail().splitlines()
+    assert head.endswith("engine0.txt:") and len(lines) == 20 and "  line 29" in lines
+    assert talker.last_line() == "z" * 100
+
+
+def test_environment_of_torchrun_stays_outside(talker):
+    """vLLM would join the trainer's own rendezvous."""
+    entries = Path(f"/proc/{talker.pid}/environ").read_text().split("\0")
+    names = {entry.partition("=")[0] for entry in entries}
+    assert "TEST_MARK" in names and not names & set(TORCHRUNS)
+
+
+def test_a_held_process_keeps_nobody_waiting(talker):
+    """Neither who posts more than the pipe takes nor who looks for replies; all of it arrives when
+    the process runs again."""
+    ask(talker, 1, "whole")
+    os.kill(talker.pid, signal.SIGSTOP)
+    try:
+        begin = time.monotonic()
+        for number in (7, 8, 9):
+            talker.post(Request(number, "size_of", {"data": LARGE}))
+        assert talker.replies(0.05) == [] and talker.death() is None
+        assert time.monotonic() - begin < 1
+    finally:
+        os.kill(talker.pid, signal.SIGCONT)
+    assert replies_until(talker, 9) == [Reply(number, len(LARGE)) for number in (7, 8, 9)]
+
+
+def test_a_busy_process_keeps_nobody_waiting(talker):
+    talker.post(Request(1, "sleep", {"seconds": 0.6}))
+    begin = time.monotonic()
+    talker.post(Request(2, "size_of", {"data": LARGE}))
+    assert time.monotonic() - begin < 0.5
+    assert [reply.number for reply in replies_until(talker, 2)] == [1, 2]
+
+
+def test_a_killed_process_is_noticed_at_once(process):
+    assert process.death() is None
     os.kill(process.pid, signal.SIGKILL)
     begin = time.monotonic()
-    with pytest.raises(EngineError, match=r"test engine died while resting: killed by SIGKILL"):
-        process._doing = "resting"
-        process.answer(60)
-    assert time.monotonic() - begin < 1
-    with pytest.raises(EngineError, match="died"):  # and every later request says so as well
-        process.ask("begin_update", doing="y", wait_s=60, timeout_s=1)
+    assert process.replies(60) == []
+    assert process.death().startswith("killed by SIGKILL.\nLast lines of ")
+    assert time.monotonic() - begin < 2
+    process.post(Request(1, "whole"))
+    assert process.death().startswith("killed by SIGKILL."), "and it stays dead"
 
 
-def test_late_process_is_killed(process):
-    os.kill(process.pid, signal.SIGSTOP)
-    begin = time.monotonic()
-    with pytest.raises(EngineError, match=r"no answer within 1 s while hanging, and was killed"):
-        process.ask("begin_update", doing="hanging", wait_s=1, timeout_s=1)
-    assert time.monotonic() - begin < 3
-    wait_until_gone(process.pid)
+def test_a_process_that_cannot_start_says_why_in_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_process, "CHILD_MODULE", "tests.engine.no_such_child")
+    process = EngineProcess(tmp_path / "engine.txt", {})
+    process.post(Request(1, "size_of", {"data": LARGE}))
+    assert process.replies(60) == []
+    death = process.death()
+    assert death.startswith("exit code 1.") and "No module named tests.engine.no_such" in death
 
 
-def test_a_wait_that_must_be_left_is_and_takes_the_process_with_it(process):
-    os.kill(process.pid, signal.SIGSTOP)
-    reasons = iter([None, "SIGTERM"])
-    with pytest.raises(Interrupted, match="stopped by SIGTERM while test engine was generating"):
-        process.ask(
-            "begin_update",
-            doing="generating",
-            wait_s=60,
-            must_leave=lambda: next(reasons),
-            timeout_s=1,
-        )
-    wait_until_gone(process.pid)
+@pytest.mark.parametrize(
+    "then,how", [("fail", "exit code 0."), ("die", "killed by SIGKILL.")], ids=["fails", "dies"]
+)
+def test_what_a_dead_process_has_said_is_not_lost(process, then, how):
+    """It is gone long before it is read. Its own children go with it."""
+    process.post(Request(1, "start_worker"))
+    process.post(Request(2, "add", {"to": 3, "then": then}))
+    child = psutil.Process(process.pid)
+    wait_until_gone(lambda: [child] if is_alive(child) else [], 60)
+    replies = process.replies(1)
+    death = process.death()
+    assert death.startswith(how)
+    replies += process.replies(0)
+    worker = psutil.Process(replies[0].value) if psutil.pid_exists(replies[0].value) else None
+    wait_until_gone(lambda: [worker] if worker and is_alive(worker) else [], 5)
+    assert replies[1:5] == [Reply(2), *(Reply(2, n, is_part=True) for n in range(3))]
+    failure = [Reply(2, error="ValueError: no more numbers")]
+    assert replies[5:] == (failure if then == "fail" else [])
+    assert ("Traceback" in death) == (then == "fail")
 
 
-def test_parts_are_handed_on_before_the_answer(talker):
-    """In order, each once, and the next answer is the next request's."""
-    for _ in range(2):
-        parts = []
-        assert ask(talker, "count", take_part=parts.append, to=200) is None
-        assert parts == list(range(200))
-        assert ask(talker, "whole") == "whole"
-    parts = []
-    with pytest.raises(EngineError, match="failed while counting: ValueError: no more numbers"):
-        ask(talker, "count_and_fail", take_part=parts.append)
-    assert parts == [0, 1, 2]
-    assert ask(talker, "whole") == "whole"
+def test_threads_and_pipes_end_with_their_process(tmp_path):
+    """However it ended, and with messages on their way that it never took."""
+    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        process = EngineProcess(tmp_path / f"engine{number}.txt", {})
+        if number % 2:
+            os.kill(process.pid, signal.SIGSTOP)
+            process.post(Request(1, "size_of", {"data": LARGE}))
+        if number % 4 == 2:
+            os.kill(process.pid, signal.SIGKILL)
+            process.replies(60)
+            assert process.death() is not None
+        process.kill()
+    assert set(threading.enumerate()) == threads
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert not psutil.pid_exists(process.pid), "not even as a zombie"
 
 
-def test_parts_of_a_process_that_has_died_are_not_lost(talker):
-    """It is gone long before they are read."""
-    parts = []
-
-    def take(part: int) -> None:
-        wait_until_gone(talker.pid)
-        parts.append(part)
-
-    with pytest.raises(EngineError, match="talker died while counting: killed by SIGKILL"):
-        ask(talker, "count_and_die", take_part=take)
-    assert parts == [0, 1, 2]
+def sockets_of(pid: int) -> set[str]:
+    links = (f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd"))
+    return {link for link in map(os.readlink, links) if link.startswith("socket:")}
 
 
-def test_who_cannot_take_a_part_ends_the_process(talker):
-    """Or its further parts would answer the next request."""
-
-    def take(part: int) -> None:
-        if part == 3:
-            raise ValueError(f"part {part} is one too many")
-
-    with pytest.raises(ValueError, match="part 3 is one too many"):
-        ask(talker, "count_for_ever", take_part=take)
-    assert not is_running(talker.pid)
-
-
-def test_parts_do_not_put_the_deadline_off(talker):
-    begin = time.monotonic()
-    with pytest.raises(EngineError, match=r"no answer within 1 s while counting, and was killed"):
-        ask(talker, "count_for_ever", wait_s=1, take_part=lambda part: None)
-    assert time.monotonic() - begin < 3
-    assert not is_running(talker.pid)
+def test_the_pipe_is_between_two_processes_alone(talker, process):
+    """A pair of sockets without a name: a process that is started later inherits neither end, and
+    nobody listens anywhere."""
+    ours = os.readlink(f"/proc/self/fd/{talker._connection.fileno()}")
+    (theirs,) = sockets_of(talker.pid)
+    assert ours != theirs
+    assert not sockets_of(process.pid) & {ours, theirs}
+    for pid in (talker.pid, process.pid):
+        (connection,) = psutil.Process(pid).net_connections("all")
+        assert connection.family.name == "AF_UNIX" and not connection.laddr
 
 
-def test_a_wait_is_left_between_two_parts(talker):
-    parts = []
-    with pytest.raises(Interrupted, match="stopped by SIGTERM while talker was counting"):
-        ask(
-            talker,
-            "count_for_ever",
-            take_part=parts.append,
-            must_leave=lambda: "SIGTERM" if len(parts) == 3 else None,
-        )
-    assert parts == [0, 1, 2]
-    assert not is_running(talker.pid)
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_does_not_reach_the_pipe(talker):
+    for pid in (os.getpid(), talker.pid):
+        files = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
+        _, nobody = start(try_to_open, NOBODY, pid, files)
+        assert nobody.recv() == []
 
 
 def test_no_orphan_when_the_trainer_is_killed(tmp_path):
-    """Not even by SIGKILL, which leaves the trainer no word."""
+    """Not even by SIGKILL, which leaves the trainer no word; not even while it starts."""
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from megatron_eopd.rollout.engine_process import EngineProcess\n"
-        f"process = EngineProcess('x', Path({str(tmp_path / 'log.txt')!r}), {{}})\n"
-        "try: process.ask('begin_update', doing='x', wait_s=60, timeout_s=1)\n"
-        "except Exception: print(process.pid, flush=True)\n"
+        "from megatron_eopd.rollout import engine_process\n"
+        "from megatron_eopd.rollout.messages import Request\n"
+        "engine_process.CHILD_MODULE = 'tests.engine.talking_child'\n"
+        f"log = Path({str(tmp_path)!r})\n"
+        "processes = [engine_process.EngineProcess(log / 'ready', {})]\n"
+        "processes[0].post(Request(1, 'whole'))\n"
+        "while not processes[0].replies(60): pass\n"
+        "processes.append(engine_process.EngineProcess(log / 'starts', {}))\n"
+        "print(*(process.pid for process in processes), flush=True)\n"
         "time.sleep(60)\n"
     )
     trainer = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
     )
-    engine_pid = int(trainer.stdout.readline())
-    assert is_running(engine_pid)
+    engines = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
+    assert len(engines) == 2 and all(map(is_alive, engines))
     trainer.kill()
     trainer.wait()
-    wait_until_gone(engine_pid)
-
-
-def test_environment_of_torchrun_stays_outside(tmp_path, monkeypatch):
-    """vLLM would join the trainer's own rendezvous."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, "1")
-    process = EngineProcess("test engine", tmp_path / "engine.txt", {"TEST_MARK": "here"})
-    try:
-        with pytest.raises(EngineError):  # it has started once it has answered
-            process.ask("begin_update", doing="x", wait_s=30, timeout_s=1)
-        entries = Path(f"/proc/{process.pid}/environ").read_text().split("\0")
-        names = {entry.partition("=")[0] for entry in entries}
-        assert "TEST_MARK" in names
-        assert not names & {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
-    finally:
-        process.close()
+    wait_until_gone(lambda: [engine for engine in engines if is_alive(engine)], 20)

@@ -220,7 +220,8 @@ def test_a_dry_run_takes_it_and_places_every_rank(dry_run, toml):
     status, printed = dry_run(toml, ranks)
     assert status == 0, printed
     table = printed[printed.index("\nrank ") :].splitlines()[1:]
-    assert table[0].split() == ["rank", "student", "teacher"]
+    assert table[0].split() == ["rank", "student", "teacher", "engines"]
+    assert table[1].endswith("engine 0")
     assert [line.split()[0] for line in table[1:]] == [str(rank) for rank in range(ranks)]
 
 

@@ -1,7 +1,7 @@
 """What the loop does, in which order: with an engine, teachers and a step that only take notes."""
 
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from math import nan
 from types import SimpleNamespace
 
@@ -32,14 +32,26 @@ BATCH, STEP = 4, 2
 class NotingEngine:
     """Answers every prompt with three tokens, of the version that it was given last."""
 
+    compares_weights = True
+
     def __init__(self, events: list, unsound_version: int | None = None):
         self.events, self.unsound, self.version = events, unsound_version, None
+        self.probes: list = []
 
-    def update_weights(self, version):
+    def update_weights(self, version, probes=()):
         self.events.append(f"push {version}")
         self.version = version
+        self.probes.append(probes)
         probe = Probe(1.0, "stop", "not the weights") if version == self.unsound else None
-        return SyncReport(version, 0.1, 10, probe)
+        return SyncReport(version, 0.1, 10, {"gather": 0.01}, probe)
+
+    @contextmanager
+    def asleep(self):
+        self.events.append("sleep")
+        yield
+
+    def metrics(self):
+        return {"engine/alive": 1}
 
     def generate(self, prompts, sampling):
         self.events.append(f"generate {len(prompts) * sampling.samples_per_prompt}")
@@ -128,7 +140,6 @@ def run(tmp_path, monkeypatch):
             teachers=NotingTeachers(events),
             token_loss=None,
             engine=NotingEngine(events, unsound),
-            sync_check=None,
             max_probe_tokens=10,
             vocab_size=112,
             first_iteration=first,
@@ -151,7 +162,7 @@ def run(tmp_path, monkeypatch):
 
         monkeypatch.setattr(milestones, "save", noted_save)
         monkeypatch.setattr(loop, "save", noted_save)
-        run.events = events
+        run.events, run.engine = events, session.engine
         loop.iterate(session, MetricsWriter(tmp_path, resumed_at=first))
         return events
 
@@ -159,9 +170,11 @@ def run(tmp_path, monkeypatch):
 
 
 def iteration(n: int) -> list[str]:
-    """Each step is scored when the one before is done; the new weights go to the engine last."""
+    """Each step is scored when the one before is done; the engine sleeps meanwhile, and gets the
+    new weights last."""
     first, second = f"step {2 * n} beside the engine", f"step {2 * n + 1}"
-    return [f"generate {BATCH}", "score", first, "score", second, "gather", f"push {n + 1}"]
+    steps = ["score", first, "score", second]
+    return [f"generate {BATCH}", "sleep", *steps, "gather", f"push {n + 1}"]
 
 
 def test_a_run_from_first_to_last(run, tmp_path):
@@ -179,6 +192,15 @@ def test_a_run_from_first_to_last(run, tmp_path):
     assert [row["iteration"] for row in rows] == [0, 1, 2, 2, 3, 3]
     assert [row["throughput/tokens_total"] for row in rows if "loss/total" in row] == [12, 24, 36]
     assert rows[1]["loss/total"] == 0.5 and rows[1]["weight_sync/version"] == 1
+    assert rows[1]["weight_sync/gather_s"] == 0.01 and rows[1]["engine/alive"] == 1
+
+
+def test_engine_and_trainer_are_compared_on_prompts_and_on_the_newest_rollouts(run):
+    """At the first push there are prompts alone, of more than one token each."""
+    run(training={"train_iters": 1})
+    first, second = run.engine.probes
+    assert first == []
+    assert {tuple(ids[1:]) for ids in second} == {(5, 6, 7)}
 
 
 def test_a_run_that_goes_on_makes_no_evaluation_twice(run):

@@ -229,22 +229,49 @@ def test_a_teacher_of_other_sizes_weighs_most_where_its_biggest_stage_is(models)
         assert found == ([own[0]] * 2 if pp == 1 else [max(own[:2]), max(own[2:])])
 
 
-def test_the_engine_sits_on_the_first_ranks_or_elsewhere(models):
-    def engine(**rollout) -> list[int]:
+def test_engines_sit_on_all_ranks_or_on_the_first_ones_or_elsewhere(models):
+    def engine(num_gpus=8, **rollout) -> list[int]:
         config = make_config(
             models["8b"],
             models["8b"],
             parallel={"pipeline_model_parallel_size": 4},
             rollout={"batch_size": 256, "kv_cache_gib": 3.0} | rollout,
         )
-        return [stage.engine for stage in memory_of(config, 8).stages["student"]]
+        return [stage.engine for stage in memory_of(config, num_gpus).stages["student"]]
 
     weights = 2 * ModelShape.of(read_hf_config(models["8b"])).num_parameters
-    # Stages of two ranks: four GPUs reach into the second.
-    assert engine(tensor_model_parallel_size=4) == [weights // 4 + 3 * GIB] * 2 + [0, 0]
-    assert engine(tensor_model_parallel_size=1) == [weights + 3 * GIB, 0, 0, 0]
-    assert engine(visible_devices="8") == engine(engine="megatron") == [0, 0, 0, 0]
-    assert engine(replay="recorded") == [0, 0, 0, 0]
+    none = [0, 0, 0, 0]
+    assert engine(tensor_model_parallel_size=4) == [weights // 4 + 3 * GIB] * 4
+    assert engine(tensor_model_parallel_size=1) == [weights + 3 * GIB] * 4
+    # Stages of two ranks: one engine of four GPUs reaches into the second, two of two as well.
+    whole, half = weights + 3 * GIB, weights // 2 + 3 * GIB
+    one = {"num_engines": 1}
+    assert engine(**one, tensor_model_parallel_size=4) == [weights // 4 + 3 * GIB] * 2 + [0, 0]
+    assert engine(**one, tensor_model_parallel_size=1) == [whole, 0, 0, 0]
+    assert engine(num_engines=2, tensor_model_parallel_size=2) == [half, half, 0, 0]
+    separate = {"placement": "separate", "world_size": 4}
+    assert engine(12, **separate) == engine(engine="megatron") == none
+    assert engine(replay="recorded") == none
+
+
+def test_engines_have_memory_only_while_they_sample(models):
+    """They let go of it while the student trains and teachers score, and the student of its
+    activations while they sample: the larger sum is what a rank needs."""
+
+    def student(gib: float):
+        config = make_config(models["8b"], models["8b"], rollout={"kv_cache_gib": gib})
+        return memory_of(config, 8).stages["student"]
+
+    (small,), (large,) = student(1.0), student(40.0)
+    for phase in ("training", "scoring"):
+        assert large.during(phase) == small.during(phase) > 0
+    assert large.during("sampling") == small.during("sampling") + 39 * GIB
+    always = ("weights", "gradients", "optimizer", "teacher_weights", "teacher_head")
+    sums = sum(large.parts[name] for name in (*always, "engine"))
+    assert large.during("sampling") == sums
+    assert (small.fullest_phase, large.fullest_phase) == ("training", "sampling")
+    assert small.peak == small.while_training and large.peak == sums
+    assert "engine" not in small.parts_of_peak and "activations" not in large.parts_of_peak
 
 
 # Layouts
@@ -330,7 +357,7 @@ def test_what_context_parallelism_pads_must_fit_a_microbatch(models):
     assert {plan.layout.cp for plan in search(request)} == {1}
 
 
-# Each with a part that it makes smaller, or, of the engine, moves to other GPUs.
+# Each with a part that it makes smaller, or, of the engines, moves to other GPUs.
 REMEDIES = [
     ("model.recompute_granularity=full", "activations"),
     ("training.micro_batch_size=1", "activations"),
@@ -340,14 +367,14 @@ REMEDIES = [
     ("teacher.microbatches_per_exchange=1", "payload"),
     ("rollout.kv_cache_gib=1", "engine"),
     ("rollout.tensor_model_parallel_size=8", "engine"),
-    ("rollout.visible_devices='8'", "engine"),
+    ("rollout.placement=separate rollout.world_size=4", "engine"),
     ("model.dtype=bfloat16", "weights"),
 ]
 
 
-@pytest.mark.parametrize("option,part", REMEDIES)
-def test_what_is_said_to_help_makes_that_part_smaller(models, option, part, tmp_path):
-    assert option.partition("=")[0] in HELPS[part]
+@pytest.mark.parametrize("remedy,part", REMEDIES)
+def test_what_is_said_to_help_makes_that_part_smaller(models, remedy, part, tmp_path):
+    assert all(option.partition("=")[0] in HELPS[part] for option in remedy.split())
     toml = write_toml(tmp_path / "run.toml", models["8b"], models["8b"])
 
     def size(*options: str) -> int:
@@ -356,7 +383,7 @@ def test_what_is_said_to_help_makes_that_part_smaller(models, option, part, tmp_
         setup = Setup.of(config, Models.of(config), student_layout(config, 8), lengths, Platform())
         return plan_memory(setup).stages["student"][0].parts[part]
 
-    assert size(option) < size()
+    assert size(*remedy.split()) < size()
 
 
 def test_why_a_layout_does_not_fit_is_said_of_its_large_parts(models):
@@ -443,13 +470,16 @@ def test_command_says_that_and_why_nothing_fits(plan_command, run_toml):
     status, text = plan_command(*no_room, "--search")
     assert status == 1
     assert "No layout of 2 GPUs fits. The closest:" in text
+    assert "\n  engine:" not in text, "it is asleep when the rank is fullest"
+    status, text = plan_command(*no_room, "--search", "rollout.kv_cache_gib=1")
+    assert status == 1
     assert "\n  engine: a smaller rollout.kv_cache_gib" in text
 
 
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["rollout.tensor_model_parallel_size=4"], "vLLM finds 2 GPUs"),
+        (["rollout.tensor_model_parallel_size=4"], "an engine finds 2 GPUs on a machine"),
         (["training.max_tokens_per_microbatch=20"], "cannot hold a sample of"),
         (["student.hf_path=/nowhere"], "no config.json there"),
         (["no.such=1"], "unknown option"),

@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_eopd import preflight
 from megatron_eopd.config import load_config
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.parallel.worlds import smallest_world
+from megatron_eopd.rollout import choice
 from megatron_eopd.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,12 @@ def refused(monkeypatch, capsys, tmp_path):
         return capsys.readouterr().err
 
     return start
+
+
+@pytest.fixture
+def with_vllm(monkeypatch):
+    """On a machine that has it."""
+    monkeypatch.setattr(choice, "vllm_available", lambda: True)
 
 
 @pytest.fixture
@@ -204,6 +212,55 @@ def test_heads_that_tensor_parallelism_cannot_cut(refused, monkeypatch):
     assert "num_key_value_heads=2" in message and "one of [1, 2]" in message
 
 
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (
+            "rollout.num_engines=3",
+            "rollout.num_engines=3 engines of rollout.tensor_model_parallel_size=1 need 3 ranks, "
+            "each engine's on one host; 2 (the student's) hold 2",
+        ),
+        (
+            "rollout.tensor_model_parallel_size=3",
+            "rollout.tensor_model_parallel_size=3 does not divide the 2 ranks (the student's) of "
+            "host 0",
+        ),
+        (
+            "rollout.num_engines=none rollout.min_engines=3",
+            "rollout.min_engines=3 is more than the 2 engines that the ranks hold",
+        ),
+        (
+            "rollout.placement=separate rollout.world_size=2",
+            "rollout.world_size=2 leaves no rank to the student in a world of 2",
+        ),
+        (
+            "rollout.placement=separate rollout.world_size=1 rollout.num_engines=2 "
+            "parallel.tensor_model_parallel_size=1",
+            "1 (1 own) hold 1",
+        ),
+    ],
+)
+def test_engines_that_the_ranks_do_not_hold(refused, with_vllm, options, message):
+    assert message in refused(*options.split())
+
+
+def test_an_engine_does_not_reach_over_two_hosts(refused, with_vllm, monkeypatch):
+    """torchrun says how many ranks a host has."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    message = refused("rollout.tensor_model_parallel_size=2")
+    assert "does not divide the 1 ranks (the student's) of host 0" in message
+
+
+def test_memory_that_no_other_process_can_open_is_refused_on_a_gpu(refused, with_vllm, monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    preflight.check(load_config(QUICKSTART, ["run_dir=unused"]), 2)  # on a CPU it means nothing
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    message = refused()
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in message
+    assert "Leave expandable_segments out of it" in message
+    preflight.check(load_config(QUICKSTART, ["run_dir=unused", "rollout.engine=megatron"]), 2)
+
+
 def test_transformer_engine_demanded_and_absent(refused):
     message = refused("model.transformer_impl=transformer_engine")
     assert "set model.transformer_impl=local" in message
@@ -225,6 +282,53 @@ def test_a_dry_run_prints_numbers_first_and_every_option_on_request(monkeypatch,
     assert whole.startswith(short) and '"entropy_threshold": 0.8' in whole
 
 
+ENGINES = [
+    ("", 4, "1 engine, colocated, of rank 0", [0]),
+    ("rollout.num_engines=none", 4, "4 engines, colocated, of ranks 0, 1, 2, 3", [0, 1, 2, 3]),
+    (
+        "rollout.num_engines=none rollout.tensor_model_parallel_size=2",
+        4,
+        "2 engines, TP 2, colocated, of ranks 0, 2",
+        [0, 0, 1, 1],
+    ),
+    (
+        "rollout.num_engines=none rollout.placement=separate rollout.world_size=2",
+        4,
+        "2 engines, separate, of ranks 2, 3",
+        [None, None, 0, 1],
+    ),
+    (
+        "rollout.num_engines=none parallel.tensor_model_parallel_size=1",
+        10,
+        "10 engines, colocated, of ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more",
+        list(range(10)),
+    ),
+]
+
+
+@pytest.mark.parametrize("options,ranks,said,engines", ENGINES)
+def test_a_dry_run_tells_the_engines_and_who_has_which(
+    with_vllm, monkeypatch, capsys, tmp_path, options, ranks, said, engines
+):
+    monkeypatch.chdir(ROOT)
+    command = [str(QUICKSTART), f"run_dir={tmp_path / 'run'}", "training.global_batch_size=512"]
+    more = [*options.split(), "--dry-run", "--world-size", str(ranks)]
+    assert main([*command, *more]) == 0
+    printed = capsys.readouterr().out
+    assert f"rollouts: vLLM: {said}\n" in printed
+    header, *rows = printed[printed.index("\nrank ") :].strip().splitlines()
+    assert header.split() == ["rank", "student", "teacher", "engines"] and len(rows) == ranks
+    expected = ["-" if n is None else f"engine {n}" for n in engines + [None] * ranks]
+    assert [row[header.index("engines") :] for row in rows] == expected[:ranks]
+
+
+def test_a_dry_run_without_engines_has_no_column_of_them(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    options = [f"run_dir={tmp_path / 'run'}", "rollout.engine=megatron"]
+    assert main([str(QUICKSTART), *options, "--dry-run"]) == 0
+    assert "\nrank  student  teacher\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "overrides,ranks",
     [
@@ -232,6 +336,7 @@ def test_a_dry_run_prints_numbers_first_and_every_option_on_request(monkeypatch,
         (["parallel.context_parallel_size=2"], 4),
         (["teacher.parallel.pipeline_model_parallel_size=3"], 6),
         (["teacher.placement=separate", "teacher.world_size=3"], 5),
+        (["rollout.placement=separate", "rollout.world_size=3"], 5),
         (["parallel.expert_model_parallel_size=4"], 4),
     ],
 )

@@ -1,26 +1,36 @@
-"""The wire format, the transfer groups and their deadlines, without an engine."""
+"""The wire format, what ranks hand on between hosts, and the check of what engines hold."""
 
 import math
-import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed import HashStore, PrefixStore
 
 from megatron_eopd.config import WeightSyncConfig
 from megatron_eopd.errors import EngineError
+from megatron_eopd.parallel.wire import JointWire, WireError
 from megatron_eopd.records import Prompt, Rollout
-from megatron_eopd.weight_sync.buckets import buffer_bytes, checksum, offsets, pack, unpack
-from megatron_eopd.weight_sync.communicator import (
-    GlooCommunicator,
-    TransferError,
-    join_store,
-    serve_store,
+from megatron_eopd.weight_sync import buckets as buckets_module
+from megatron_eopd.weight_sync.buckets import (
+    buffer_bytes,
+    checksums,
+    offsets,
+    pack,
+    unpack,
+    weighted_sums,
 )
-from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
-from megatron_eopd.weight_sync.sender import WeightSender
+from megatron_eopd.weight_sync.manifest import Bucket, Manifest, TensorSpec
+from megatron_eopd.weight_sync.outlet import Outlet
+from megatron_eopd.weight_sync.ring import RingReader, TransferError
+from megatron_eopd.weight_sync.route import StageRoute
 from megatron_eopd.weight_sync.verify import (
     EXPECTED_ROUNDING,
     SyncCheck,
@@ -43,12 +53,18 @@ def tensors_of(bucket) -> list[torch.Tensor]:
     return [torch.randn(s.shape, generator=generator).to(s.torch_dtype) for s in bucket]
 
 
+def packed(bucket: Bucket, tensors: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+    """Into memory that had something else in it."""
+    buffer = torch.full((buffer_bytes(bucket),), 0xA5, dtype=torch.uint8)
+    pack(bucket, tensors_of(bucket) if tensors is None else tensors, buffer)
+    return buffer
+
+
 def test_unpack_returns_what_pack_was_given():
     """Bit for bit, in any mixture of types and odd sizes, on 16-byte boundaries."""
     tensors = tensors_of(BUCKET)
     tensors[1] = tensors[1].t().contiguous().t()  # the exporter may hand over a transposed view
-    buffer = pack(BUCKET, tensors, CPU)
-    assert buffer.numel() == buffer_bytes(BUCKET)
+    buffer = packed(BUCKET, tensors)
     assert all(start % 16 == 0 for start in offsets(BUCKET))
     unpacked = unpack(BUCKET, buffer)
     assert [name for name, _ in unpacked] == ["a", "b", "c", "d"]
@@ -60,36 +76,68 @@ def test_unpack_returns_what_pack_was_given():
 @given(st.integers(0, buffer_bytes(BUCKET) - 1), st.integers(1, 255))
 def test_no_changed_byte_passes(position, change):
     """Wherever it is: in a tensor, in the gap behind one, or in a checksum."""
-    buffer = pack(BUCKET, tensors_of(BUCKET), CPU)
+    buffer = packed(BUCKET)
     buffer[position] ^= change
     with pytest.raises(ValueError, match="tensors arrived changed"):
         unpack(BUCKET, buffer)
 
 
 def test_error_names_the_tensor_that_changed():
-    buffer = pack(BUCKET, tensors_of(BUCKET), CPU)
+    buffer = packed(BUCKET)
     buffer[offsets(BUCKET)[2]] ^= 1
     with pytest.raises(ValueError, match=r"1 of 4 tensors .*: c$"):
         unpack(BUCKET, buffer)
 
 
-@pytest.mark.parametrize("distance", [1, 2, 512, 1 << 20])
-def test_checksum_sees_exchanged_words(distance):
+def test_the_same_tensors_make_the_same_bytes():
+    """Gaps are zero, whatever was in the memory before."""
+    dirty, clean = packed(BUCKET), torch.zeros(buffer_bytes(BUCKET), dtype=torch.uint8)
+    pack(BUCKET, tensors_of(BUCKET), clean)
+    assert torch.equal(dirty, clean)
+
+
+CHUNK = 1 << 10
+
+
+@pytest.mark.parametrize("sums_of", [checksums, weighted_sums])
+@pytest.mark.parametrize("distance", [1, 2, 512, CHUNK, CHUNK + 1])
+def test_checksum_sees_exchanged_words(sums_of, distance, monkeypatch):
     """Also when they differ in the sign of one float alone, the top bit of a word, and when they
-    lie in different chunks of the computation."""
-    words = torch.zeros((1 << 20) + 2, dtype=torch.int64)
+    lie in different chunks of the computation. That of the part behind stays what it was."""
+    monkeypatch.setattr(buckets_module, "WORDS_PER_CHUNK", CHUNK)
+    words = torch.arange(2 * CHUNK + 8)
     words[0], words[distance] = 7, 7 ^ (-1 << 63)
     exchanged = words.clone()
     exchanged[0], exchanged[distance] = words[distance], words[0]
-    assert checksum(words.view(torch.uint8)) != checksum(exchanged.view(torch.uint8))
+    starts = [0, 16 * CHUNK, 16 * CHUNK + 64]
+    before, after = (sums_of(w.view(torch.uint8), starts) for w in (words, exchanged))
+    assert before.dtype == torch.int64 and (before != after).tolist() == [True, False]
 
 
-def test_checksum_is_that_of_plain_python():
-    """Σ (w ^ (w >> 32)) · (2i + 1) modulo 2^64, on unsigned words: what any device must find."""
+@pytest.mark.parametrize("chunk", [1 << 22, 1000, 999, 64, 1])
+def test_weighted_sums_are_those_of_plain_python(chunk, monkeypatch):
+    """Σ (w ^ (w >> 32)) · (2i + 1) modulo 2^64 over the words of a part, unsigned, in whatever
+    chunks: what any device must find. One part is empty."""
+    monkeypatch.setattr(buckets_module, "WORDS_PER_CHUNK", chunk)
     data = torch.randint(0, 256, (8 * 1000,), dtype=torch.uint8)
     words = memoryview(data.numpy().tobytes()).cast("Q")
-    expected = sum((w ^ (w >> 32)) * (2 * i + 1) for i, w in enumerate(words)) % 2**64
-    assert checksum(data).item() % 2**64 == expected
+    bounds = [0, 2, 64, 64, 640, 998, 1000]
+    expected = [
+        sum((words[i] ^ (words[i] >> 32)) * (2 * i + 1) for i in range(a, b)) % 2**64
+        for a, b in pairwise(bounds)
+    ]
+    found = weighted_sums(data, [8 * bound for bound in bounds])
+    assert [total % 2**64 for total in found.tolist()] == expected
+
+
+def test_checksums_on_a_cpu_are_xxh3_of_each_part():
+    """As signed words. Of an empty part, the digest that XXH3's own test vectors have."""
+    data = torch.randint(0, 256, (48,), dtype=torch.uint8)
+    raw = data.numpy().tobytes()
+    found = checksums(data, [0, 16, 16, 48])
+    digests = [xxhash.xxh3_64_intdigest(raw[a:b]) for a, b in ((0, 16), (16, 16), (16, 48))]
+    assert digests[1] == 0x2D06800538D394C2
+    assert found.tolist() == [digest - (1 << 63) for digest in digests]
 
 
 @pytest.mark.parametrize(
@@ -103,12 +151,12 @@ def test_pack_refuses_what_the_manifest_does_not_say(position, tensor, message):
     tensors = tensors_of(BUCKET)
     tensors[position] = tensor
     with pytest.raises(ValueError, match=message):
-        pack(BUCKET, tensors, CPU)
+        packed(BUCKET, tensors)
 
 
 def test_pack_refuses_an_incomplete_bucket():
     with pytest.raises(ValueError, match="a bucket of 3 tensors where the manifest has 4: a, b"):
-        pack(BUCKET, tensors_of(BUCKET)[:3], CPU)
+        packed(BUCKET, tensors_of(BUCKET)[:3])
 
 
 def test_manifest_survives_json_and_its_digest_sees_every_field():
@@ -124,101 +172,236 @@ def test_manifest_survives_json_and_its_digest_sees_every_field():
     assert len({other.digest for other in [manifest, *others]}) == 5
 
 
-def meet(timeout_s: float = 5.0) -> tuple[GlooCommunicator, GlooCommunicator]:
-    """A leader and one worker, both in this process."""
-    store = serve_store(0, timeout_s)
-    leader: list[GlooCommunicator] = []
-    thread = threading.Thread(
-        target=lambda: leader.append(GlooCommunicator(store, 0, 2, timeout_s))
+# What ranks hand on. Two hosts, a stage of the pipeline and an engine on each, in this process.
+
+STAGES = tuple(
+    tuple((TensorSpec(f"{stage}.{n}", "float32", (300 + n,)),) for n in range(6))
+    for stage in range(2)
+)
+BOTH_WAYS = (StageRoute(0, {0: 0, 1: 1}), StageRoute(1, {0: 0, 1: 1}))
+AT_ONCE_S = 3.0
+"""Far below every time-out here, far above what a notice takes on a busy machine."""
+Export = Callable[[], Iterator[list[torch.Tensor]]]
+
+
+def export_of(stage: int, changed: Callable[[list], Iterator] = iter) -> Export:
+    """Its buckets, or what `changed` makes of them."""
+    return lambda: changed([tensors_of(bucket) for bucket in STAGES[stage]])
+
+
+def failing_at(number: int) -> Callable[[list], Iterator]:
+    def export(buckets: list) -> Iterator:
+        yield from buckets[:number]
+        raise ArithmeticError("the export failed")
+
+    return export
+
+
+@contextmanager
+def two_hosts(exports: Sequence[Export], minutes: float = 0.1) -> Iterator[list[Outlet]]:
+    """Their outlets, joined by gloo; rank r is alone on host r and leads stage r."""
+    store = HashStore()
+
+    def join(rank: int) -> Outlet:
+        wires = [
+            JointWire(PrefixStore(str(stage), store), route.hop.index(rank), 2, minutes, CPU)
+            for stage, route in enumerate(BOTH_WAYS)
+        ]
+        return Outlet(
+            Manifest(STAGES),
+            BOTH_WAYS,
+            wires,
+            rank=rank,
+            node=rank,
+            own_stage=rank,
+            export_buckets=exports[rank],
+            device=CPU,
+            timeout_s=10,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        outlets = list(pool.map(join, range(2)))
+    yield outlets
+    for outlet in outlets:
+        outlet.close()
+
+
+def take_stages(readers: dict[int, RingReader]) -> list[list]:
+    """What a worker gets, stage by stage; of a stage that ends early the error is the last."""
+
+    def take(stage: int) -> list:
+        taken: list = []
+        try:
+            for bucket in STAGES[stage]:
+                taken += unpack(bucket, readers[stage].take())
+        except TransferError as error:
+            taken.append(error)
+        readers[stage].close()
+        return taken
+
+    with ThreadPoolExecutor(len(readers)) as pool:
+        return list(pool.map(take, sorted(readers)))
+
+
+def sync(outlets: Sequence[Outlet], num_readers: int = 1) -> tuple[list[Future], list[list[list]]]:
+    """How the outlets ended, and what each worker of each host got."""
+    opened = [outlet.open(num_readers) for outlet in outlets]
+    workers = [
+        {stage: RingReader(addresses[worker]) for stage, addresses in stages.items()}
+        for stages in opened
+        for worker in range(num_readers)
+    ]
+    begin = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(outlet.run) for outlet in outlets]
+        taken = list(pool.map(take_stages, workers))
+    assert time.monotonic() - begin < AT_ONCE_S
+    return runs, taken
+
+
+def assert_whole(taken: list[list[list]]) -> None:
+    for stages in taken:
+        for stage, got in enumerate(stages):
+            sent = [tensor for bucket in STAGES[stage] for tensor in tensors_of(bucket)]
+            assert [name for name, _ in got] == [spec.name for (spec,) in STAGES[stage]]
+            assert all(torch.equal(a, b) for (_, a), b in zip(got, sent, strict=True))
+
+
+@pytest.mark.parametrize("num_readers", [1, 2])
+def test_stages_cross_hosts_both_ways(num_readers):
+    """Each rank leads one stage and forwards the other; one sync after the other on one wire."""
+    with two_hosts([export_of(0), export_of(1)]) as outlets:
+        for _ in range(2):
+            runs, taken = sync(outlets, num_readers)
+            assert len(taken) == 2 * num_readers
+            assert_whole(taken)
+            for times in (run.result() for run in runs):
+                assert times.gather > 0 and times.hop > 0 and times.hand_over > 0
+
+
+def test_hosts_without_readers_hand_nothing_over_and_wait_for_nobody():
+    with two_hosts([export_of(0), export_of(1)]) as outlets:
+        runs, _ = sync(outlets, 0)
+        assert [run.exception() for run in runs] == [None, None]
+
+
+BROKEN = {
+    "fails at once": (failing_at(0), "the export failed"),
+    "fails later": (failing_at(3), "the export failed"),
+    "too few": (lambda b: iter(b[:2]), "2 buckets were exported, and the manifest has 6"),
+    "none": (lambda b: iter([]), "0 buckets were exported, and the manifest has 6"),
+    "another shape": (
+        lambda b: iter([*b[:1], [torch.zeros(7)], *b[2:]]),
+        r"0.1 is torch.float32 \(7,\), and the manifest says torch.float32 \(301,\)",
+    ),
+    "and fails as well": (
+        lambda b: failing_at(2)([[torch.zeros(7)], *b]),
+        r"0.0 is torch.float32 \(7,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("changed,message", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_export_lets_go_of_readers_on_every_host_at_once(changed, message):
+    """They hear that the trainer gave up. The rank itself raises what happened, the one that hands
+    on for it that it came to nothing, and the other stage arrives whole. The wires are in step: the
+    next sync is sound."""
+    exports = [export_of(0, changed), export_of(1)]
+    with two_hosts([lambda: exports[0](), exports[1]]) as outlets:
+        (leader, forwarder), taken = sync(outlets)
+        with pytest.raises((ValueError, ArithmeticError), match=message):
+            leader.result()
+        with pytest.raises(TransferError, match="leader of the stage gave up"):
+            forwarder.result()
+        for stages in taken:
+            assert isinstance(stages[0][-1], TransferError) and len(stages[0]) < 6
+            assert "gave up" in str(stages[0][-1])
+        assert len(taken[0][1]) == len(taken[1][1]) == 6
+        exports[0] = export_of(0)
+        runs, taken = sync(outlets)
+        assert [run.exception() for run in runs] == [None, None]
+        assert_whole(taken)
+
+
+def test_a_bucket_too_many_is_an_error():
+    """Readers have all that the manifest promised by then."""
+    with two_hosts([export_of(0, lambda b: iter([*b, b[0]])), export_of(1)]) as outlets:
+        (leader, _), taken = sync(outlets)
+        with pytest.raises(ValueError, match="a bucket more than the manifest's 6"):
+            leader.result()
+        assert_whole(taken)
+
+
+def test_who_has_not_opened_the_memory_by_then_is_not_waited_for():
+    """One whose process ended before: the others get all, at once."""
+    with two_hosts([export_of(0), export_of(1)]) as outlets:
+        opened = [outlet.open(2) for outlet in outlets]
+        readers = [{s: RingReader(a[1]) for s, a in stages.items()} for stages in opened]
+        begin = time.monotonic()
+        with ThreadPoolExecutor() as pool:
+            runs = [pool.submit(outlet.run) for outlet in outlets]
+            taken = list(pool.map(take_stages, readers))
+        assert [run.exception() for run in runs] == [None, None]
+        assert time.monotonic() - begin < AT_ONCE_S
+        assert_whole(taken)
+
+
+def test_a_host_that_does_not_come_lets_go_of_the_leaders_own_readers():
+    """A bucket larger than any socket buffer cannot leave."""
+    bucket = (TensorSpec("large", "float32", (4 << 20,)),)
+    store, route = HashStore(), StageRoute(0, {0: 0, 1: 1})
+    with ThreadPoolExecutor(2) as pool:
+        wire, _other = pool.map(lambda r: JointWire(store, r, 2, 0.5 / 60, CPU), range(2))
+    outlet = Outlet(
+        Manifest(((bucket,),)),
+        [route],
+        [wire],
+        rank=0,
+        node=0,
+        own_stage=0,
+        export_buckets=lambda: iter([[torch.zeros(4 << 20)]]),
+        device=CPU,
+        timeout_s=10,
     )
-    thread.start()
-    worker = GlooCommunicator(join_store("127.0.0.1", store.port, timeout_s), 1, 2, timeout_s)
-    thread.join()
-    return leader[0], worker
+    reader = RingReader(outlet.open(1)[0][0])
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(outlet.run)
+        with pytest.raises(TransferError, match="gave up"):
+            reader.take()
+        with pytest.raises(WireError):
+            run.result()
+    reader.close()
+    outlet.close()
 
 
-def test_sender_delivers_its_buckets_in_order():
-    buckets = (BUCKET[:2], BUCKET[2:])
-    leader, worker = meet()
-    sender = WeightSender(leader, buckets)
-    for _ in range(2):  # a sync, and the next one on the same group
-        arrived = []
+@pytest.mark.parametrize("changed", [iter, failing_at(3)], ids=["sound", "failing"])
+def test_a_rank_that_does_not_lead_takes_part_in_the_export(changed):
+    """To its end, because the leader is in the same collectives."""
+    seen = []
 
-        def receive(arrived=arrived):
-            for bucket in buckets:
-                buffer = torch.empty(buffer_bytes(bucket), dtype=torch.uint8)
-                worker.broadcast(buffer, timeout_s=5)
-                arrived.extend(unpack(bucket, buffer))
+    def export() -> Iterator[list[torch.Tensor]]:
+        for tensors in changed(list(range(6))):
+            seen.append(tensors)
+            yield []
 
-        thread = threading.Thread(target=receive)
-        thread.start()
-        sender.start()
-        for bucket in buckets:
-            sender.send(tensors_of(bucket), time.monotonic() + 5)
-        sender.finish()
-        thread.join()
-        sent = [t for bucket in buckets for t in tensors_of(bucket)]
-        assert [name for name, _ in arrived] == ["a", "b", "c", "d"]
-        assert all(torch.equal(a, b) for (_, a), b in zip(arrived, sent, strict=True))
-
-
-def test_sender_counts_its_buckets():
-    leader, _worker = meet()
-    sender = WeightSender(leader, ())
-    with pytest.raises(ValueError, match="a bucket more than the manifest's 0"):
-        sender.send([], time.monotonic() + 1)
-    sender = WeightSender(leader, (BUCKET,))
-    with pytest.raises(ValueError, match="0 buckets were exported, and the manifest has 1"):
-        sender.finish()
-
-
-def test_sender_gives_up_at_its_deadline():
-    """The worker never reads; a bucket larger than any socket buffer cannot leave."""
-    bucket = (TensorSpec("large", "float32", (16 << 20,)),)
-    leader, _worker = meet(timeout_s=60)
-    sender = WeightSender(leader, (bucket,))
-    begin = time.monotonic()
-    with pytest.raises(TransferError):
-        sender.send([torch.zeros(16 << 20)], begin + 1)
-    assert time.monotonic() - begin < 3
-    assert sender.dead
-
-
-def test_receiver_gives_up_at_its_deadline():
-    _leader, worker = meet(timeout_s=60)
-    begin = time.monotonic()
-    with pytest.raises(TransferError, match="a broadcast of 64 bytes failed"):
-        worker.broadcast(torch.empty(64, dtype=torch.uint8), timeout_s=0.5)
-    assert time.monotonic() - begin < 3
-
-
-def test_abort_lets_go_of_the_other_side():
-    """A leader that fails before it sends must not keep the workers until their deadline."""
-    leader, worker = meet(timeout_s=60)
-    threading.Timer(0.3, leader.abort).start()
-    begin = time.monotonic()
-    with pytest.raises(TransferError):
-        worker.broadcast(torch.empty(64, dtype=torch.uint8), timeout_s=30)
-    assert time.monotonic() - begin < 5
-
-
-def test_no_worker_comes():
-    with pytest.raises(TransferError, match="rank 0 of 2 met no full group"):
-        GlooCommunicator(serve_store(0, 0.5), 0, 2, 0.5)
-
-
-def test_no_leader_answers():
-    store = serve_store(0, 1)
-    port = store.port
-    del store
-    with pytest.raises(TransferError, match=rf"no stage leader answers at 127.0.0.1:{port}"):
-        join_store("127.0.0.1", port, 0.5)
-
-
-def test_port_in_use_is_named():
-    taken = serve_store(0, 1)
-    with pytest.raises(TransferError, match=rf"port {taken.port} is in use.*weight_sync.port"):
-        serve_store(taken.port, 1)
+    outlet = Outlet(
+        Manifest(STAGES[:1]),
+        [StageRoute(0, {0: 0})],
+        [None],
+        rank=1,
+        node=0,
+        own_stage=0,
+        export_buckets=export,
+        device=CPU,
+        timeout_s=10,
+    )
+    assert outlet.open(3) == {}
+    if changed is iter:
+        outlet.run()
+    else:
+        with pytest.raises(ArithmeticError, match="the export failed"):
+            outlet.run()
+    assert seen == list(range(6 if changed is iter else 3))
 
 
 LIKELY = [math.log(0.5)] * 8

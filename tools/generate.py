@@ -348,7 +348,7 @@ def engine(arguments: argparse.Namespace, dtype: str, max_model_len: int) -> Ite
     """vLLM with the weights of MODEL_DIR, in this process; its workers end with the block."""
     from vllm import LLM
 
-    from megatron_eopd.rollout.vllm_engine import llm_arguments
+    from megatron_eopd.rollout.vllm_options import llm_arguments
 
     options = llm_arguments(
         *(arguments.model_dir, dtype, arguments.seed, max_model_len), rollout_config(arguments)
@@ -376,6 +376,8 @@ def rollout_config(arguments: argparse.Namespace) -> RolloutConfig:
         max_num_seqs=arguments.max_num_seqs,
         kv_cache_gib=arguments.kv_cache_gib,
         num_threads=threads or max(share, 1),
+        placement="separate",
+        world_size=arguments.tensor_model_parallel_size,
     )
 
 
@@ -388,7 +390,7 @@ def set_environment(arguments: argparse.Namespace) -> None:
     """
     import torch
 
-    from megatron_eopd.rollout.vllm_engine import engine_environment, vllm_available
+    from megatron_eopd.rollout.vllm_options import engine_environment, vllm_available
 
     if not vllm_available():
         raise ConfigError(

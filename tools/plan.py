@@ -216,8 +216,10 @@ def memory_table(plan: "Plan") -> str:
 
 
 def memory_rows(stage: "StageMemory") -> dict[str, int]:
+    from megatron_eopd.planning.memory import PHASES
+
     parts = {name.replace("_", " "): size for name, size in stage.parts.items()}
-    sums = {"= while training": stage.while_training, "= while scoring": stage.while_scoring}
+    sums = {f"= while {phase}": stage.during(phase) for phase in PHASES}
     return parts | sums
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from megatron_eopd.metrics.writer import read_metrics
 
-LEFT_OUT = re.compile(r"time/|memory/|throughput/(?!tokens_total$)|weight_sync/seconds$")
+LEFT_OUT = re.compile(
+    r"time/|memory/|engine/|throughput/(?!tokens_total$)|weight_sync/(seconds|\w+_s)$"
+)
 """Metrics that depend on the machine's speed and memory."""
 SHOWN = 12
 """Lines of a table, the worst first."""

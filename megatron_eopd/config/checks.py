@@ -23,6 +23,7 @@ def check_across_sections(config: "Config") -> None:
     if config.rollout.uses_references and config.rollout.replay is None:
         _check_references(config)
     _check_temperatures(config)
+    _check_engines(config)
     _check_layouts(config)
     if config.teacher is None:
         _check_no_teacher(config)
@@ -97,6 +98,16 @@ def _check_temperatures(config: "Config") -> None:
             f"objective.reverse_kl={formula.reverse_kl} compares the student at "
             f"objective.student_temperature={student} with the engine's log-probabilities at "
             f"rollout.temperature={config.rollout.temperature}. Set both to the same value."
+        )
+
+
+def _check_engines(config: "Config") -> None:
+    rollout = config.rollout
+    if rollout.placement == "separate" and not config.wants_vllm:
+        raise ValueError(
+            f"rollout.placement=separate with rollout.world_size={rollout.world_size} keeps ranks "
+            f"for vLLM engines, and this run starts none (rollout.engine={rollout.engine}, "
+            f"rollout.replay={rollout.replay}). Set rollout.placement=colocated."
         )
 
 

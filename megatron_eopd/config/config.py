@@ -79,6 +79,14 @@ class Config(Section):
         return rollout.start_timeout_s + rollout.generate_timeout_s + self.weight_sync.timeout_s
 
     @property
+    def longest_pause_s(self) -> float:
+        """The longest, in seconds, between two things that the student asks of ranks of others: a
+        rollout with its weight sync, and the steps of an iteration, each of which has its own
+        time-out. Evaluation and checkpoints count as steps."""
+        steps = self.optimizer_steps_per_iteration + 4
+        return self.longest_wait_s + steps * 60 * self.parallel.distributed_timeout_minutes
+
+    @property
     def needs_samples(self) -> bool:
         """For training or for evaluations; not where all is reference answers."""
         return self.rollout.ever_samples or bool(self.evaluation.tasks)

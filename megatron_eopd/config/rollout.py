@@ -32,8 +32,17 @@ class RolloutConfig(Section):
     """Folder of recorded rollouts to train on instead of generating."""
     record: bool = False
     """Keep every iteration's rollouts under RUN_DIR/rollouts/, ready to be replayed."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """`colocated`: vLLM engines on the student's ranks, asleep while it trains. `separate`: on
+    `world_size` ranks of their own, behind student and teachers in the same torchrun world."""
+    world_size: int | None = Field(None, gt=0)
+    """Ranks of `separate` engines."""
+    num_engines: int | None = Field(None, gt=0)
+    """Engines, on the first ranks. Default: as many as the ranks hold, which is one for each
+    `tensor_model_parallel_size` ranks of a host."""
     tensor_model_parallel_size: int = Field(1, gt=0)
-    """Tensor-parallel size of the vLLM engine, independent of the trainer's."""
+    """Tensor-parallel size of an engine, independent of the trainer's: so many neighbouring ranks
+    of a host own it."""
     dtype: Literal["float32", "bfloat16", "as_model"] = "as_model"
     """Type of vLLM's weights and activations."""
     max_num_seqs: int = Field(256, gt=0)
@@ -42,14 +51,19 @@ class RolloutConfig(Section):
     """Memory of vLLM's key/value cache, in GiB."""
     num_threads: int = Field(1, gt=0)
     """CPU threads of a vLLM worker; ignored on GPU."""
-    visible_devices: str = ""
-    """CUDA_VISIBLE_DEVICES of vLLM's process, e.g. "4,5,6,7", for GPUs of its own; weights then go
-    there over NCCL. Empty: the trainer's GPUs, and weights go through host memory, because NCCL
-    does not join two processes on one GPU."""
     start_timeout_s: float = Field(600.0, gt=0)
-    """Longest wait, in seconds, for the engine process to become ready."""
+    """Longest wait, in seconds, for an engine process to become ready."""
     generate_timeout_s: float = Field(1800.0, gt=0)
     """Longest wait, in seconds, for the rollouts of one iteration."""
+    engine_timeout_s: float = Field(180.0, gt=0)
+    """Longest silence, in seconds, of an engine that has requests; it is then killed, and its
+    requests go to others. From half of it on it gets no new ones. An engine tells of itself every
+    second, between two tokens."""
+    max_restarts: int = Field(3, ge=0)
+    """An engine that dies so many times in a row, without an iteration's rollouts in between, is
+    not started again."""
+    min_engines: int = Field(1, gt=0)
+    """The run ends with an error when fewer engines than this are left."""
     reference_fraction: float = Field(0.0, ge=0, le=1)
     """Share of an iteration's prompts whose reference answers (`data.response_key`) are trained on
     instead of samples, 1 − λ of GKD: off-policy distillation. At 1, from first to last, it is
@@ -75,6 +89,20 @@ class RolloutConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fits_its_placement(self) -> "RolloutConfig":
+        if (self.placement == "separate") != (self.world_size is not None):
+            raise ValueError(
+                f"placement={self.placement} with world_size={self.world_size}. Set world_size to "
+                f"the number of ranks of separate engines, and leave it out of colocated ones."
+            )
+        if self.num_engines is not None and self.min_engines > self.num_engines:
+            raise ValueError(
+                f"min_engines={self.min_engines} is above num_engines={self.num_engines}. Set it "
+                f"to {self.num_engines} or less."
+            )
+        return self
+
     @property
     def uses_references(self) -> bool:
         return max(self.reference_fraction, self.final_reference_fraction or 0.0) > 0
@@ -87,16 +115,12 @@ class RolloutConfig(Section):
 
 
 class WeightSyncConfig(Section):
-    host: str = "127.0.0.1"
-    """Address at which the engine reaches the pipeline-stage leaders on its own host, which is rank
-    0's; leaders on other hosts are reached under their host names."""
-    port: int = Field(0, ge=0, le=65535)
-    """First TCP port of the transfer groups, one per pipeline stage; 0 takes free ones."""
     bucket_mib: float = Field(64.0, gt=0)
-    """Tensors are gathered and sent in buckets of about this many MiB; one is packed while another
-    is loaded."""
+    """Tensors are gathered and handed over in buckets of about this many MiB; one is packed while
+    another is read, so each pipeline stage holds two of them."""
     timeout_s: float = Field(300.0, gt=0)
-    """Longest wait, in seconds, for one weight sync."""
+    """Longest wait, in seconds, for an engine to read one bucket, and for it to be done with all
+    of them once the last was handed over. An engine that is later than that is killed."""
     verify: bool = True
     """After each sync, compare the engine's log-probabilities of likely tokens, of real prompts and
     of the newest responses, with the trainer's. Their mean difference is the metric

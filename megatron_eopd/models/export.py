@@ -109,18 +109,23 @@ class Exporter:
         if bucket:
             yield bucket
 
-    def _gather(self, entries: list[Entry], gathering: Gathering) -> list[torch.Tensor]:
-        """One coalesced all-gather: the flat bucket of every rank of the group."""
-        flat = torch.cat([p.detach().flatten() for p, _ in entries])
+    def _gather(self, entries: list[Entry], gathering: Gathering) -> list[Sequence[torch.Tensor]]:
+        """The flat shards of every rank of the group, by one coalesced all-gather; where there is
+        one rank, the parameters themselves."""
+        own = [p.detach().flatten() for p, _ in entries]
+        if gathering.size == 1:
+            return [own]
+        flat = torch.cat(own)
         gathered = [torch.empty_like(flat) for _ in range(gathering.size)]
         dist.all_gather(gathered, flat, group=gathering.group)
-        return gathered
+        return [rank.split([shard.numel() for shard in own]) for rank in gathered]
 
     def _join(
-        self, entries: list[Entry], gathered: list[torch.Tensor], gathering: Gathering
+        self,
+        entries: list[Entry],
+        by_rank: list[Sequence[torch.Tensor]],
+        gathering: Gathering,
     ) -> list[torch.Tensor]:
-        sizes = [p.numel() for p, _ in entries]
-        by_rank = [flat.split(sizes) for flat in gathered]
         wholes = []
         for ep_rank in range(gathering.num_ep):
             ranks = by_rank[ep_rank * gathering.num_tp : (ep_rank + 1) * gathering.num_tp]

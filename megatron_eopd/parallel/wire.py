@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo
+from torch.distributed.distributed_c10d import BroadcastOptions
 
 from megatron_eopd.parallel.collectives import reason_of
 
@@ -77,6 +78,13 @@ class JointWire:
         except RuntimeError as error:
             raise WireError(reason_of(error)) from None
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Of rank 0, into the tensors of the others."""
+        try:
+            self._group.broadcast([tensor], _from_rank_zero(self._timeout)).wait(self._timeout)
+        except RuntimeError as error:
+            raise WireError(reason_of(error)) from None
+
     def flush(self) -> None:
         """Wait until everything that was sent has been taken."""
         pending, self._pending = self._pending, []
@@ -85,6 +93,12 @@ class JointWire:
                 work.wait(self._timeout)
         except RuntimeError as error:
             raise WireError(reason_of(error)) from None
+
+
+def _from_rank_zero(timeout: timedelta) -> BroadcastOptions:
+    options = BroadcastOptions()
+    options.rootRank, options.timeout = 0, timeout
+    return options
 
 
 def _join(

@@ -1,4 +1,4 @@
-"""Who does what in a torchrun job: the student's ranks, and behind them separate teachers' ranks.
+"""Who does what in a torchrun job: the student's ranks, behind them separate teachers and engines.
 
 Each role is a world of its own: a torch.distributed default group, and Megatron's global state,
 over its ranks alone. A role's code is therefore the same whether it has the job to itself or not,
@@ -14,6 +14,8 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.parallel.layout import Layout
 
 STUDENT = "student"
+ENGINES = "engines"
+"""Of ranks on which engines alone sit."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,10 @@ class Role:
     def layout(self, config: Config, rank: int) -> Layout:
         """Of this world; `rank` of the job, one of the world's."""
         own_rank = rank - self.first_rank
+        if self.name == ENGINES:
+            return Layout(tp=1, pp=1, dp=self.size, rank=own_rank)
         if self.name == STUDENT:
-            separate = any(teacher.world_size for teacher in config.all_teachers.values())
+            separate = bool(_separate_sizes(config))
             world = "the ranks left to the student," if separate else "the world size"
             return Layout.from_config(config.parallel, self.size, own_rank, world=world)
         teacher = config.all_teachers[self.name]
@@ -47,21 +51,30 @@ def roles_of(config: Config, world_size: int) -> dict[str, Role]:
     """Of a job with this many ranks, the student first.
 
     Raises:
-        ConfigError: the separate teachers leave no rank to the student.
+        ConfigError: separate teachers and engines leave no rank to the student.
     """
-    separate = [(name, t.world_size) for name, t in config.all_teachers.items() if t.world_size]
-    student = world_size - sum(size for _, size in separate)
+    separate = _separate_sizes(config)
+    student = world_size - sum(separate.values())
     if student < 1:
-        asked = " + ".join(f"{name}.world_size={size}" for name, size in separate)
+        asked = " + ".join(
+            f"{'rollout' if name == ENGINES else name}.world_size={size}"
+            for name, size in separate.items()
+        )
         raise ConfigError(
             f"{asked} leaves no rank to the student in a world of {world_size}. Start torchrun "
             f"with more processes, or set smaller numbers."
         )
     roles, first = {}, 0
-    for name, size in [(STUDENT, student), *separate]:
+    for name, size in {STUDENT: student, **separate}.items():
         roles[name] = Role(name, first, size)
         first += size
     return roles
+
+
+def _separate_sizes(config: Config) -> dict[str, int]:
+    """Ranks of those that have their own, in their order behind the student."""
+    sizes = {name: t.world_size for name, t in config.all_teachers.items() if t.world_size}
+    return sizes | ({ENGINES: config.rollout.world_size} if config.rollout.world_size else {})
 
 
 def smallest_world(config: Config) -> int:
@@ -74,8 +87,7 @@ def smallest_world(config: Config) -> int:
         experts = size.expert_model_parallel_size * size.expert_tensor_parallel_size
         stage = math.lcm(size.tensor_model_parallel_size, experts)
         students.append(stage * size.pipeline_model_parallel_size)
-    separate = sum(teacher.world_size or 0 for teacher in config.all_teachers.values())
-    return math.lcm(*students) + separate
+    return math.lcm(*students) + sum(_separate_sizes(config).values())
 
 
 def student_layout(config: Config, world_size: int, rank: int = 0) -> Layout:

@@ -103,7 +103,7 @@ class StageMemory:
     teacher_head: int = 0
     """In the student's cut, where it is not part of the teacher's own weights."""
     engine: int = 0
-    """vLLM's weights and key/value cache on the trainer's GPUs."""
+    """vLLM's weights and key/value cache on the trainer's GPUs, while it is awake."""
     payload: int = 0
     """What the teachers have handed over for the microbatches of an exchange."""
     activations: int = 0
@@ -118,23 +118,22 @@ class StageMemory:
     teacher_payload: int = 0
     """On the teacher's last stage, before it travels to the student's."""
 
-    @property
-    def always(self) -> int:
-        state = self.weights + self.gradients + self.optimizer
-        return state + self.teacher_weights + self.teacher_head + self.engine + self.payload
+    def during(self, phase: str) -> int:
+        """One of PHASES, with what is there always. Engines let go of their memory while the
+        student trains, and the student keeps no activations while they sample or teachers score."""
+        return sum(getattr(self, name) for name in (*ALWAYS, *PHASES[phase]))
 
     @property
     def while_training(self) -> int:
-        return self.always + sum(getattr(self, name) for name in WHILE_TRAINING)
-
-    @property
-    def while_scoring(self) -> int:
-        """The teachers run between optimizer steps, when the student keeps no activations."""
-        return self.always + sum(getattr(self, name) for name in WHILE_SCORING)
+        return self.during("training")
 
     @property
     def peak(self) -> int:
-        return max(self.while_training, self.while_scoring)
+        return self.during(self.fullest_phase)
+
+    @property
+    def fullest_phase(self) -> str:
+        return max(PHASES, key=self.during)
 
     @property
     def parts(self) -> dict[str, int]:
@@ -142,13 +141,20 @@ class StageMemory:
 
     @property
     def parts_of_peak(self) -> dict[str, int]:
-        absent = WHILE_SCORING if self.while_training >= self.while_scoring else WHILE_TRAINING
-        return {name: size for name, size in self.parts.items() if name not in absent}
+        return {n: size for n, size in self.parts.items() if n in (*ALWAYS, *self._fullest)}
+
+    @property
+    def _fullest(self) -> tuple[str, ...]:
+        return PHASES[self.fullest_phase]
 
 
 PARTS = tuple(field.name for field in fields(StageMemory))
-WHILE_TRAINING = ("activations", "logits", "vocab_gradients")
-WHILE_SCORING = ("offloaded_teacher", "teacher_activations", "teacher_payload")
+PHASES = {
+    "training": ("payload", "activations", "logits", "vocab_gradients"),
+    "scoring": ("payload", "offloaded_teacher", "teacher_activations", "teacher_payload"),
+    "sampling": ("engine",),
+}
+ALWAYS = tuple(name for name in PARTS if not any(name in own for own in PHASES.values()))
 
 
 @dataclass(frozen=True)
@@ -420,16 +426,16 @@ def _vocab_gradient_bytes(setup: Setup, is_last: bool) -> int:
 
 
 def _engine_bytes(setup: Setup, stage: int) -> int:
-    """vLLM sits on the first GPUs of rank 0's machine, unless it has GPUs of its own."""
+    """Of the engine's worker on a GPU of the student's, if it is one on which an engine sits."""
     rollout, student = setup.config.rollout, setup.student
-    is_elsewhere = rollout.visible_devices or not setup.config.wants_vllm
-    first_rank = stage * student.layout.stage_size
+    is_elsewhere = rollout.placement == "separate" or not setup.config.wants_vllm
     if is_elsewhere or not student.platform.on_gpu:
         return 0
-    if first_rank >= rollout.tensor_model_parallel_size:
+    size, first_rank = rollout.tensor_model_parallel_size, stage * student.layout.stage_size
+    if rollout.num_engines is not None and first_rank >= rollout.num_engines * size:
         return 0
     weights = student.shape.num_parameters * itemsize(setup.config.dtype_of(rollout))
-    return weights // rollout.tensor_model_parallel_size + int(rollout.kv_cache_gib * 2**30)
+    return weights // size + int(rollout.kv_cache_gib * 2**30)
 
 
 def describe(parts: Mapping[str, int]) -> str:

@@ -19,6 +19,7 @@ from megatron_eopd.parallel.worlds import STUDENT, roles_of, student_layout
 from megatron_eopd.planning.activations import Lengths, Platform
 from megatron_eopd.planning.memory import MemoryPlan, Setup, describe, plan_memory
 from megatron_eopd.planning.shapes import Models, ModelShape
+from megatron_eopd.rollout.placement import ranks_for_engines, seats_of
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,15 @@ def check_request(request: Request) -> None:
     """
     rollout, node = request.config.rollout, request.gpus_per_node
     engine = rollout.tensor_model_parallel_size
-    room = node if rollout.visible_devices else min(node, request.num_gpus)
+    room = min(node, rollout.world_size or request.num_gpus)
     if engine > room and request.config.wants_vllm:
         raise ConfigError(
-            f"rollout.tensor_model_parallel_size={engine}, but vLLM finds {room} GPUs on the "
-            f"machine of rank 0. Set it to {room} or less."
+            f"rollout.tensor_model_parallel_size={engine}, but an engine finds {room} GPUs on a "
+            f"machine. Set it to {room} or less."
         )
+    if request.config.wants_vllm:
+        nodes = [rank // node for rank in range(request.num_gpus)]
+        seats_of(rollout, ranks_for_engines(request.config, request.num_gpus), nodes)
     _check_budget(request, request.longest.total)
 
 
@@ -223,7 +227,7 @@ HELPS = {
     "offloaded_teacher": "teacher.placement=separate with teacher.world_size",
     "teacher_head": "teacher.payload=logits",
     "engine": "a smaller rollout.kv_cache_gib, a larger rollout.tensor_model_parallel_size, or "
-    "rollout.visible_devices with GPUs of vLLM's own",
+    "rollout.placement=separate with rollout.world_size",
     "payload": "a small teacher.microbatches_per_exchange",
     "teacher_payload": "a small teacher.microbatches_per_exchange",
     "activations": "model.recompute_granularity=full, a smaller "

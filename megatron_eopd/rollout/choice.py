@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from megatron_eopd.config import Config
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.rollout.vllm_engine import vllm_available
-
-SAMPLER = "the trainer's exact sampler"
+from megatron_eopd.rollout.engine import SAMPLER
+from megatron_eopd.rollout.vllm_options import vllm_available
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ same answer or the same error. An engine that lives on one rank broadcasts.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.weight_sync.verify import Probe
+
+SAMPLER = "the trainer's exact sampler"
+"""The name of the engine that is the student itself."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,18 @@ class SyncReport:
 
     version: int
     seconds: float
+    """Of the whole, without the probe."""
     num_bytes: int
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of `gather`, `hop`, `hand_over`, `wait` (each of the rank that took longest, see
+    TransferTimes), of `load` (of the engine that took longest, beside them), and of `probe`."""
     probe: Probe | None = None
-    """What the comparison of log-probabilities afterwards found, where there was one."""
+    """What the comparison of log-probabilities afterwards found, where there was one: the worst of
+    the engines that serve."""
 
     @property
     def is_unsound(self) -> bool:
-        """Whether the engine must not sample: it does not hold the trainer's weights."""
+        """Whether no engine may sample: none holds the trainer's weights."""
         return self.probe is not None and self.probe.verdict == "stop"
 
 
@@ -55,6 +64,11 @@ Finished = Callable[[int, Rollout], None]
 
 
 class RolloutEngine(Protocol):
+    name: str
+    """Of its kind, for reports."""
+    compares_weights: bool
+    """Whether it samples with a copy of the student's weights, which a probe can compare."""
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, finished: Finished | None = None
     ) -> list[Rollout]:
@@ -67,16 +81,23 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability, in nats at temperature 1, of every token but the first of each
-        sequence. The probe that shows which weights the engine really holds."""
+    def update_weights(self, version: int, probes: Sequence[Sequence[int]] = ()) -> SyncReport:
+        """Make the engine sample from the student's present weights, known as `version`. `probes`:
+        token ids whose log-probabilities engine and trainer compare then."""
         ...
 
-    def update_weights(self, version: int) -> SyncReport:
-        """Make the engine sample from the student's present weights, known as `version`."""
+    def asleep(self) -> AbstractContextManager[None]:
+        """While the student trains: an engine on the same devices lets go of their memory, weights
+        included, until the next `update_weights`."""
         ...
 
-    def close(self) -> None: ...
+    def metrics(self) -> dict[str, float]:
+        """What it did since this was asked last, on global rank 0; empty on the others."""
+        ...
+
+    def close(self, error: BaseException | None = None) -> None:
+        """`error`: why the run ends early."""
+        ...
 
 
 def sample_seed(seed: int, prompt: Prompt, sample_index: int) -> int:

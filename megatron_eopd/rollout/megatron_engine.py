@@ -7,6 +7,7 @@ as the yardstick in tests.
 # Shapes: N tokens asked for on this rank, V this rank's columns, W whole vocabulary.
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,24 @@ from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.pipeline import map_hidden
 from megatron_eopd.parallel.vocab import gather_vocab, vocab_parallel_logprobs
 from megatron_eopd.records import MicroBatch, Prompt, Rollout, ScoredRollout
-from megatron_eopd.rollout.engine import Finished, Sampling, SyncReport, numbered_samples
+from megatron_eopd.rollout.engine import (
+    SAMPLER,
+    Finished,
+    Sampling,
+    SyncReport,
+    numbered_samples,
+)
 
 Place = tuple[int, int]
 """(which sequence, which response token of it)."""
 
 
 class MegatronEngine:
+    """A RolloutEngine; see megatron_eopd.rollout.engine for what its methods promise."""
+
+    name = SAMPLER
+    compares_weights = False
+
     def __init__(
         self,
         chunks: Sequence[CausalLM],
@@ -67,15 +79,18 @@ class MegatronEngine:
             rollouts |= batch
         return [rollouts[number] for number in range(len(jobs))]
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return score_tokens(self._chunks, sequences, self._vocab_size, self._context)
-
-    def update_weights(self, version: int) -> SyncReport:
+    def update_weights(self, version: int, probes: Sequence[Sequence[int]] = ()) -> SyncReport:
         """Nothing moves: the engine samples from the student itself."""
         self._version = version
         return SyncReport(version, seconds=0.0, num_bytes=0)
 
-    def close(self) -> None: ...
+    def asleep(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self, error: BaseException | None = None) -> None: ...
 
     def _tell(self, batch: dict[int, Rollout], finished: Finished | None) -> None:
         def tell() -> None:

@@ -23,17 +23,22 @@ def name_of(section: str) -> str:
     return section.removeprefix("teachers.") if section != "teacher" else DEFAULT_TEACHER
 
 
-def rank_table(config: Config, world_size: int, hosts: Sequence[str] = ()) -> str:
-    """Who sits where: a line for each rank of the job."""
+def rank_table(
+    config: Config,
+    world_size: int,
+    hosts: Sequence[str] = (),
+    engines: Mapping[int, str] | None = None,
+) -> str:
+    """Who sits where: a line for each rank of the job. `engines`: by rank, what it has of them."""
     models = [STUDENT, *config.all_teachers]
-    rows = [["rank", *(["host"] if hosts else []), *models]]
+    rows = [["rank", *(["host"] if hosts else []), *models, *(["engines"] if engines else [])]]
     roles = roles_of(config, world_size)
     for rank in range(world_size):
         row = [str(rank), *([hosts[rank]] if hosts else [])]
         for name in models:
             layout = _layout_at(name, config, roles, rank)
             row.append(layout.place() if layout else "-")
-        rows.append(row)
+        rows.append([*row, *([engines.get(rank, "-")] if engines else [])])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ([text.ljust(w) for text, w in zip(row, widths, strict=True)] for row in rows)
     return "\n".join("  ".join(row).rstrip() for row in padded)

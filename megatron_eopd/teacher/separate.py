@@ -243,7 +243,7 @@ def _serve(
                 wire.flush()
             model.drop_head()
         while True:
-            request = requests.read(number, longest_pause_s(config))
+            request = requests.read(number, config.longest_pause_s)
             if isinstance(request, Farewell):
                 if request.is_stop:
                     raise Interrupted("the student was stopped, and this teacher with it")
@@ -265,10 +265,3 @@ def _serve(
         if isinstance(error, LostRankError):
             raise
         raise TeacherError(f"[{role.name}] the student is gone or late: {error}") from None
-
-
-def longest_pause_s(config: Config) -> float:
-    """Between two requests: a rollout with its weight sync, and the steps of an iteration, each of
-    which has its own time-out. Evaluation and checkpoints count as steps."""
-    steps = config.optimizer_steps_per_iteration + 4
-    return config.longest_wait_s + steps * 60 * config.parallel.distributed_timeout_minutes

@@ -1,7 +1,7 @@
 """What a weight sync carries, agreed once at start-up and never negotiated again.
 
 The trainer makes a Manifest from its parallel layout (models.export), the engine is told it when
-the transfer groups are built, and both compare its digest before every update.
+its process has started, and both compare its digest before every update.
 """
 
 import hashlib

@@ -1,19 +1,20 @@
 """The engine's side of a weight sync, inside every vLLM worker.
 
-In: the bytes of each stage's buckets. Out: vLLM's own parameters, through its layerwise reload,
-because they lie packed and cannot be written in place. Importing this module registers the
-transports `eopd_gloo` and `eopd_nccl` with vLLM; `worker_extension_cls` names `WorkerExtension`
-for just that, since registration has to happen in the worker's process.
+In: buckets in this host's memory, a ring of them for each pipeline stage. Out: vLLM's own
+parameters, through its layerwise reload, because they lie packed and cannot be written in place.
+Importing this module registers the transport `eopd` with vLLM; `worker_extension_cls` names
+`WorkerExtension` for just that, since registration has to happen in the worker's process.
 
-A fault during an update is remembered, not raised: the rest of the update is still drained and
-the reload finalised, so that every worker answers every call, no meta tensor stays behind, and the
-next complete sync is exact. Until then the worker is poisoned: its weights are a mixture.
+A fault during an update is remembered, not raised: the reload is finalised all the same, so that
+every worker answers every call, no meta tensor stays behind, and the next complete sync is exact.
+Until then the worker is poisoned: its weights are a mixture.
 """
 
-import queue
-import threading
+import json
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -29,14 +30,11 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.platforms import current_platform
 
-from megatron_eopd.weight_sync.buckets import buffer_bytes, unpack
-from megatron_eopd.weight_sync.communicator import (
-    Communicator,
-    TransferError,
-    join_store,
-    make_communicator,
-)
+from megatron_eopd.weight_sync.buckets import unpack
 from megatron_eopd.weight_sync.manifest import Bucket, Manifest
+from megatron_eopd.weight_sync.ring import RingReader, TransferError
+
+BACKEND = "eopd"
 
 
 @dataclass(kw_only=True)
@@ -44,56 +42,42 @@ class InitInfo(WeightTransferInitInfo):
     manifest: str
     """Manifest.to_json()."""
     digest: str
-    addresses: list[tuple[str, int]]
-    """Host and port of each stage's leader, in the manifest's order of stages."""
-    timeout_s: float
 
 
 @dataclass(kw_only=True)
 class UpdateInfo(WeightTransferUpdateInfo):
     digest: str
     timeout_s: float
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """What a stage's receiving thread hands on: a bucket, or that the stage is over."""
-
-    bucket: Bucket = ()
-    buffer: torch.Tensor | None = None
-    error: Exception | None = None
+    """For the whole update."""
 
 
 class EopdReceiver(WeightTransferEngine):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
-    backend: str
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self._communicators: list[Communicator] = []
         self.fault: str | None = "no weights have been received yet"
         """Why this worker must not generate; None once a complete update is in."""
+        self._readers: list[RingReader] = []
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self.shutdown()
         self.manifest = Manifest.from_json(init_info.manifest)
         if self.manifest.digest != init_info.digest:
             raise ValueError(
                 f"the manifest changed on its way: digest {self.manifest.digest} here, "
                 f"{init_info.digest} in the trainer"
             )
-        world_size = 1 + self.parallel_config.world_size
-        self._communicators = [
-            make_communicator(
-                self.backend,
-                join_store(host, port, init_info.timeout_s),
-                rank=1 + self.parallel_config.rank,
-                world_size=world_size,
-                timeout_s=init_info.timeout_s,
-            )
-            for host, port in init_info.addresses
-        ]
+
+    def attach(self, addresses: str) -> None:
+        """Open each stage's ring for the update that follows. `addresses`: JSON, of each worker."""
+        self._detach()
+        self._readers = [RingReader(a) for a in json.loads(addresses)[self.parallel_config.rank]]
+
+    def _detach(self) -> None:
+        for reader in self._readers:
+            reader.close()
+        self._readers = []
 
     def start_weight_update(self) -> None:
         self._expected_parameters = dict(self.model.named_parameters()).keys()
@@ -116,54 +100,26 @@ class EopdReceiver(WeightTransferEngine):
 
     def update_weights(self, update_info: dict) -> None:
         # The base class synchronises torch.accelerator afterwards, which raises on a CPU.
-        info = self.parse_update_info(update_info)
         try:
-            self.receive_weights(info)
+            self.receive_weights(self.parse_update_info(update_info))
         except Exception as error:
-            self.shutdown()  # lets go of the leaders that still send
             self._remember(error)
+        finally:
+            self._detach()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """One thread per stage receives, this one loads. So no order between the stages is
-        prescribed, and no leader ever waits for another one's gather."""
         if update_info.digest != self.manifest.digest:
             raise ValueError(
                 f"the trainer sends by manifest {update_info.digest}, the engine was told "
                 f"{self.manifest.digest} at start-up"
             )
         deadline = time.monotonic() + update_info.timeout_s
-        # One bucket waits while another loads; with more, a slow load would fill the memory.
-        arrivals: queue.Queue[Arrival] = queue.Queue(maxsize=1)
-        stop = threading.Event()
-        for communicator, stage in zip(self._communicators, self.manifest.stages, strict=True):
-            threading.Thread(
-                target=_receive_stage,
-                args=(communicator, stage, arrivals, stop, deadline),
-                name="weight-sync",
-                daemon=True,
-            ).start()
-        try:
-            self._load_arrivals(arrivals, deadline)
-        finally:
-            stop.set()
-
-    def _load_arrivals(self, arrivals: queue.Queue[Arrival], deadline: float) -> None:
-        """Transport errors raise: that group is lost. A bad bucket is remembered and the transfer
-        goes on, so that the leaders finish and the one error reported is the cause."""
-        open_stages = len(self.manifest.stages)
-        while open_stages:
-            try:
-                arrival = arrivals.get(timeout=max(deadline - time.monotonic(), 0.001))
-            except queue.Empty:
-                raise TransferError("the buckets did not all arrive in time") from None
-            if arrival.error is not None:
-                raise arrival.error
-            if arrival.buffer is None:
-                open_stages -= 1
-            elif self._update_fault is None:
+        for bucket, buffer in take_all(self._readers, self.manifest.stages, deadline):
+            if self._update_fault is None:
                 try:
-                    self._load(arrival.bucket, arrival.buffer)
+                    self._load(bucket, buffer)
                 except Exception as error:
+                    # The others are taken all the same: the one fault reported is the cause.
                     self._remember(error)
 
     def _load(self, bucket: Bucket, buffer: torch.Tensor) -> None:
@@ -212,52 +168,32 @@ class EopdReceiver(WeightTransferEngine):
             self._update_fault = f"{type(error).__name__}: {error}"
 
     def shutdown(self) -> None:
-        for communicator in self._communicators:
-            communicator.abort()
-        self._communicators = []
+        self._detach()
 
 
-def _receive_stage(
-    communicator: Communicator,
-    stage: tuple[Bucket, ...],
-    arrivals: queue.Queue[Arrival],
-    stop: threading.Event,
-    deadline: float,
-) -> None:
-    """Always ends with an Arrival that carries no buffer."""
-    error: Exception | None = None
-    try:
-        for bucket in stage:
-            # A fresh buffer each time: the layerwise reload keeps views of it until a layer is
-            # complete, which may be a bucket later.
-            buffer = torch.empty(
-                buffer_bytes(bucket), dtype=torch.uint8, device=communicator.device
-            )
-            communicator.broadcast(buffer, timeout_s=deadline - time.monotonic())
-            if not _hand_over(Arrival(bucket, buffer), arrivals, stop):
-                return
-    except Exception as caught:
-        error = caught
-    _hand_over(Arrival(error=error), arrivals, stop)
+def take_all(
+    readers: Sequence[RingReader], stages: Sequence[Sequence[Bucket]], deadline: float
+) -> Iterator[tuple[Bucket, torch.Tensor]]:
+    """Every bucket of every stage with its bytes, as they come: the stages in any order.
 
-
-def _hand_over(arrival: Arrival, arrivals: queue.Queue[Arrival], stop: threading.Event) -> bool:
-    """False when nobody reads any more. Returning lets go of the group, and so of its leader."""
-    while not stop.is_set():
-        try:
-            arrivals.put(arrival, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False
-
-
-class GlooReceiver(EopdReceiver):
-    backend = "gloo"
-
-
-class NcclReceiver(EopdReceiver):
-    backend = "nccl"
+    Raises:
+        TransferError: a writer gave up or is gone, or the deadline passed.
+    """
+    left = {
+        reader: iter(stage) for reader, stage in zip(readers, stages, strict=True) if len(stage)
+    }
+    following = {reader: next(buckets) for reader, buckets in left.items()}
+    while following:
+        ready = wait(list(following), max(deadline - time.monotonic(), 0))
+        if not ready:
+            raise TransferError("the buckets did not all arrive in time")
+        for reader in ready:
+            yield following[reader], reader.take()
+            bucket = next(left[reader], None)
+            if bucket is None:
+                del following[reader]
+            else:
+                following[reader] = bucket
 
 
 class WorkerExtension:
@@ -266,6 +202,12 @@ class WorkerExtension:
     def weights_fault(self) -> str | None:
         return self.weight_transfer_engine.fault  # type: ignore[attr-defined]
 
+    def attach_readers(self, addresses: str) -> None:
+        self.weight_transfer_engine.attach(addresses)  # type: ignore[attr-defined]
 
-for _receiver in (GlooReceiver, NcclReceiver):
-    WeightTransferEngineFactory.register_engine(f"eopd_{_receiver.backend}", _receiver)
+    def forget_weights(self) -> None:
+        """They are gone, as after sleep."""
+        self.weight_transfer_engine.fault = "asleep, and no weights since"  # type: ignore[attr-defined]
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, EopdReceiver)

@@ -41,6 +41,11 @@ class Probe:
     message: str
     """What it means and what to do; empty where it is sound."""
 
+    @property
+    def rank(self) -> tuple[int, float]:
+        """A larger one is worse."""
+        return ("sound", "warn", "stop").index(self.verdict), self.difference
+
 
 def probe_sequences(
     prompts: Sequence[Prompt], rollouts: Sequence[Rollout], max_tokens: int

@@ -107,7 +107,7 @@ def test_references_alone_need_no_engine(warm_up, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rollouts: none; every iteration trains on reference answers" in done.stdout
-    assert not (tmp_path / "run/log/engine.txt").exists()
+    assert not (tmp_path / "run/log/engine0.txt").exists()
 
 
 @pytest.mark.engine

@@ -16,5 +16,4 @@ class PatientServer(vllm_child.Server):
 
 
 if __name__ == "__main__":
-    vllm_child.Server = PatientServer
-    vllm_child.main()
+    vllm_child.main(PatientServer())

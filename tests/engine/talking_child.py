@@ -1,8 +1,8 @@
-"""An engine process without an engine, which answers in parts."""
+"""An engine process without an engine, whose answers a test chooses."""
 
-import itertools
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -12,26 +12,44 @@ from megatron_eopd.rollout import vllm_child
 class Talker:
     """In the place of vLLM's Server."""
 
-    def count(self, to: int) -> Iterator[int]:
-        yield from range(to)
+    def __init__(self) -> None:
+        self._next, self._to, self._then = 0, 0, "rest"
+
+    def add(self, to: int, then: str = "rest") -> None:
+        """Count, a number with every step; behind the last one `rest`, `fail` or `die`."""
+        self._next, self._to, self._then = 0, to, then
+
+    @property
+    def is_busy(self) -> bool:
+        return self._next < self._to
+
+    def step(self) -> Iterator[int]:
+        yield self._next
+        self._next += 1
+        if self._next == self._to and self._then == "fail":
+            raise ValueError("no more numbers")
+        if self._next == self._to and self._then == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def whole(self) -> str:
         return "whole"
 
-    def count_and_fail(self) -> Iterator[int]:
-        yield from range(3)
-        raise ValueError("no more numbers")
+    def size_of(self, data: bytes) -> int:
+        return len(data)
 
-    def count_and_die(self) -> Iterator[int]:
-        yield from range(3)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def refuse(self, reason: str) -> None:
+        raise ValueError(reason)
 
-    def count_for_ever(self) -> Iterator[int]:
-        for number in itertools.count():
-            yield number
-            time.sleep(0.01)  # less than the trainer waits for a word
+    def say(self, lines: list[str]) -> None:
+        print(*lines, sep="\n", flush=True)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def start_worker(self) -> int:
+        """A process that knows nothing of its parent, as some of vLLM's do not."""
+        return subprocess.Popen(["sleep", "60"]).pid
 
 
 if __name__ == "__main__":
-    vllm_child.Server = Talker
-    vllm_child.main()
+    vllm_child.main(Talker())

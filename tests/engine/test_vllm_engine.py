@@ -18,14 +18,25 @@ from megatron_eopd.config import WeightSyncConfig
 from megatron_eopd.errors import EngineError
 from megatron_eopd.parallel.init import free_port
 from megatron_eopd.records import Rollout
-from megatron_eopd.rollout import engine_process, vllm_engine
+from megatron_eopd.rollout import engine_process, vllm_options
 from megatron_eopd.rollout.engine import Sampling, numbered_samples
-from megatron_eopd.rollout.vllm_engine import VllmEngine, vllm_available
-from megatron_eopd.weight_sync import sender
+from megatron_eopd.rollout.messages import Sample
+from megatron_eopd.rollout.states import State
+from megatron_eopd.rollout.vllm_engines import VllmEngines
+from megatron_eopd.rollout.vllm_options import vllm_available
+from megatron_eopd.weight_sync import outlet
 from megatron_eopd.weight_sync.manifest import Manifest
 from megatron_eopd.weight_sync.verify import SyncCheck
 from tests.dense_sampling import nucleus
-from tests.engine.toy import MAX_MODEL_LEN, PROBES, ToyTrainer, largest_difference, make_prompts
+from tests.engine.toy import (
+    MAX_MODEL_LEN,
+    PROBES,
+    ToyTrainer,
+    largest_difference,
+    make_prompts,
+    pids,
+    scores,
+)
 from tests.test_engine_process import wait_until_gone
 from tests.tiny_models import make_model
 
@@ -41,10 +52,10 @@ TOLERANCE = 1e-4
 STOP_IDS = tuple(range(10, 26))
 
 
-def start(tmp_path_factory, **arguments):
+def start(tmp_path_factory, options=None, **arguments):
     path = tmp_path_factory.mktemp("engine")
     trainer = ToyTrainer(make_model("qwen3", path / "model", vocab_size=256, **arguments))
-    return trainer, trainer.start_engine(path / "log" / "engine.txt")
+    return trainer, trainer.start_engine(path / "log" / "engine.txt", **(options or {}))
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
@@ -53,12 +64,12 @@ def pair(request, world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_process, "CHILD_MODULE", "tests.engine.patient_child")
         trainer, engine = start(tmp_path_factory, tie_word_embeddings=request.param == "tied")
-    with pytest.raises(EngineError, match="refusing to generate: no weights have been received"):
-        engine.generate(make_prompts(1), sampling())
+    with pytest.raises(EngineError, match="refusing to score: no weights have been received"):
+        engine._fleet.ask(engine._fleet.handles, "score", 60, "scoring", sequences=PROBES)
     engine.update_weights(0)
     yield trainer, engine
     engine.close()
-    wait_until_gone(engine._process.pid)
+    wait_until_gone(pids(engine)[0])
 
 
 def sampling(**overrides) -> Sampling:
@@ -66,8 +77,9 @@ def sampling(**overrides) -> Sampling:
     return dataclasses.replace(usual, **overrides)
 
 
-def assert_in_step(trainer: ToyTrainer, engine: VllmEngine) -> None:
-    assert largest_difference(engine.score(PROBES), trainer.probes()) < TOLERANCE
+def assert_in_step(trainer: ToyTrainer, engine: VllmEngines) -> None:
+    for found in scores(engine, PROBES):
+        assert largest_difference(found, trainer.probes()) < TOLERANCE
 
 
 def test_engine_scores_as_the_trainer_after_every_update(pair):
@@ -100,9 +112,8 @@ def test_probe_finds_one_tensor_that_was_not_sent(pair, name):
     with torch.no_grad():
         # Not a factor: the norms behind a projection would take it out again.
         parameter.add_(0.05 * torch.randn_like(parameter))
-    probe = SyncCheck(WeightSyncConfig(), "float32").judge(
-        engine.score(PROBES), trainer.probes(), version=1
-    )
+    (found,) = scores(engine, PROBES)
+    probe = SyncCheck(WeightSyncConfig(), "float32").judge(found, trainer.probes(), version=1)
     assert probe.verdict == "stop" and "does not hold the trainer's weights" in probe.message
     with torch.no_grad():
         parameter.copy_(kept)
@@ -181,12 +192,10 @@ def test_responses_are_told_as_they_end_and_are_those_of_vllms_own_loop(pair):
     )
     assert [number for number, _ in told] != list(range(32))
     jobs = numbered_samples(prompts, sampling())
-    whole = engine._process.ask(
-        "generate_whole",
-        doing="generating",
-        wait_s=60,
-        requests=[engine._request(prompt, seed, sampling()) for prompt, _, seed in jobs],
-    )
+    requests = [r for group in engine._requests(jobs, sampling()) for r in group]
+    (whole,) = engine._fleet.ask(
+        engine._fleet.handles, "generate_whole", 60, "generating", requests=requests
+    ).values()
     assert [
         (tuple(s.response_ids), tuple(s.response_logprobs), s.finish_reason) for s in whole
     ] == [(r.response_ids, r.response_logprobs, r.finish_reason) for r in rollouts]
@@ -198,10 +207,9 @@ def test_rollouts_carry_the_version_that_wrote_them(pair):
         trainer.train(seed=version)
         engine.update_weights(version)
         assert {r.weight_version for r in engine.generate(make_prompts(3), sampling())} == {version}
-    engine._version = 43  # the trainer believes in an update that never came
-    with pytest.raises(EngineError, match=r"written by weight versions \['42'\], .* given 43"):
-        engine.generate(make_prompts(3), sampling())
-    engine.update_weights(43)
+    late = Sample(0, [1], [-0.5], "stop", ["41"])
+    with pytest.raises(EngineError, match=r"written by weight versions \['41'\], .* given 42"):
+        engine._to_rollout(make_prompts(1)[0], 0, late)
 
 
 def test_prompt_too_long_is_refused(pair):
@@ -215,20 +223,19 @@ def test_changed_byte_is_found_and_poisons_until_the_next_sync(pair, monkeypatch
     trainer, engine = pair
     trainer.train(seed=50)
 
-    def pack_and_corrupt(bucket, tensors, device):
-        buffer = whole_pack(bucket, tensors, device)
+    def pack_and_corrupt(bucket, tensors, buffer):
+        whole_pack(bucket, tensors, buffer)
         if bucket[0].name == trainer.manifest.stages[0][1][0].name:
             buffer[3] ^= 64
-        return buffer
 
-    whole_pack = sender.pack
-    monkeypatch.setattr(sender, "pack", pack_and_corrupt)
+    whole_pack = outlet.pack
+    monkeypatch.setattr(outlet, "pack", pack_and_corrupt)
     with pytest.raises(EngineError, match="1 of 7 tensors arrived changed, by their checksums"):
         engine.update_weights(50)
-    with pytest.raises(EngineError, match=r"refusing to generate.*arrived changed"):
-        engine.generate(make_prompts(1), sampling())
-    with pytest.raises(EngineError, match="refusing to score"):
-        engine.score(PROBES)
+    assert not engine._fleet.serving
+    for verb, what in [("score", {"sequences": PROBES}), ("commit", {"version": 50})]:
+        with pytest.raises(EngineError, match=r"refusing to .*arrived changed"):
+            engine._fleet.ask(engine._fleet.handles, verb, 60, verb, **what)
     monkeypatch.undo()
     engine.update_weights(51)
     assert_in_step(trainer, engine)
@@ -237,7 +244,7 @@ def test_changed_byte_is_found_and_poisons_until_the_next_sync(pair, monkeypatch
 def test_missing_bucket_fails_at_once(pair, monkeypatch):
     """Not at the deadline: the leader knows, and lets go of the workers."""
     trainer, engine = pair
-    monkeypatch.setattr(engine._bridge, "_export_buckets", lambda: list(trainer.export())[:-1])
+    monkeypatch.setattr(engine._own.outlet, "_export_buckets", lambda: list(trainer.export())[:-1])
     begin = time.monotonic()
     with pytest.raises(EngineError, match="buckets were exported, and the manifest has"):
         engine.update_weights(60)
@@ -250,7 +257,7 @@ def test_missing_bucket_fails_at_once(pair, monkeypatch):
 def test_wrong_tensor_fails_at_once(pair, monkeypatch):
     trainer, engine = pair
     halves = ([tensor.half() for tensor in bucket] for bucket in trainer.export())
-    monkeypatch.setattr(engine._bridge, "_export_buckets", lambda: halves)
+    monkeypatch.setattr(engine._own.outlet, "_export_buckets", lambda: halves)
     with pytest.raises(EngineError, match=r"is torch.float16 .* manifest says torch.float32"):
         engine.update_weights(62)
     monkeypatch.undo()
@@ -258,72 +265,144 @@ def test_wrong_tensor_fails_at_once(pair, monkeypatch):
     assert_in_step(trainer, engine)
 
 
-def test_late_leader_meets_the_deadline(pair, monkeypatch):
-    trainer, engine = pair
-
-    def export():
-        time.sleep(4)
-        yield from trainer.export()
-
-    short = engine._weight_sync.model_copy(update={"timeout_s": 1.5})
-    monkeypatch.setattr(engine, "_weight_sync", short)
-    monkeypatch.setattr(engine._bridge, "_export_buckets", export)
-    begin = time.monotonic()
-    with pytest.raises(EngineError, match=r"vLLM engine .* failed while taking the weights"):
-        engine.update_weights(70)
-    assert time.monotonic() - begin < 4 + 1.5 + vllm_engine.GRACE_S
-    monkeypatch.undo()
-    engine.update_weights(71)
-    assert_in_step(trainer, engine)
-
-
-def test_manifest_that_forgets_a_parameter_is_found(pair, monkeypatch):
+def test_manifest_that_forgets_a_parameter_is_found(pair, tmp_path):
     """The names arrive complete, and one parameter of the engine would keep its old values."""
-    trainer, engine = pair
+    trainer, _ = pair
     (stage,) = trainer.manifest.stages
-    smaller = Manifest((stage[:-1],))
-    monkeypatch.setattr(engine._bridge, "manifest", smaller)
-    monkeypatch.setattr(engine._bridge, "_export_buckets", lambda: list(trainer.export())[:-1])
-    engine._bridge.close()  # the next sync tells the engine the manifest anew
+    smaller = ToyTrainer(trainer.hf_dir)
+    smaller.manifest = Manifest((stage[:-1],))
+    forgetful = smaller.start_engine(
+        tmp_path / "engine.txt", export=lambda: list(smaller.export())[:-1]
+    )
     with pytest.raises(EngineError, match="the manifest has nothing for the engine's"):
-        engine.update_weights(80)
-    monkeypatch.undo()
-    engine._bridge.close()
-    engine.update_weights(81)
-    assert_in_step(trainer, engine)
+        forgetful.update_weights(80)
+    forgetful.close()
 
 
-def test_killed_engine_is_named_at_once_and_what_was_told_is_whole(tmp_path_factory):
-    """Told before it died: complete, and what an engine that lives says."""
-    _, engine = start(tmp_path_factory)
-    engine.update_weights(0)
-    pid = engine._process.pid
-    prompts, told, killed_at = make_prompts(32), {}, []
+def test_an_engine_that_dies_loses_nothing(tmp_path_factory):
+    """Alone: it starts again, gets the weights, and draws what is missing, bit for bit. In the
+    middle of a call, of a sync, and of its own start."""
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        if line.startswith("WARNING"):
+            told.append(line)
+
+    trainer, engine = start(tmp_path_factory, {"tell": tell})
+    engine.update_weights(0, PROBES)
+    prompts = make_prompts(32)
     expected = engine.generate(prompts, sampling())
 
-    def tell(number: int, rollout: Rollout) -> None:
-        told[number] = rollout
-        if len(told) == 5:
-            killed_at.append(time.monotonic())
-            os.kill(pid, signal.SIGKILL)
+    seen = []
 
-    with pytest.raises(EngineError) as caught:
-        engine.generate(prompts, sampling(), tell)
-    assert killed_at and time.monotonic() - killed_at[0] < 2
-    assert "vLLM engine (rollout.tensor_model_parallel_size=1) died while generating 64" in str(
-        caught.value
-    )
-    assert "killed by SIGKILL" in str(caught.value) and "engine.txt:\n" in str(caught.value)
-    assert 5 <= len(told) < 64
-    assert all(rollout == expected[number] for number, rollout in told.items())
-    with pytest.raises(EngineError, match="died"):
-        engine.update_weights(1)
+    def kill(number: int, rollout: Rollout) -> None:
+        seen.append(number)
+        if len(seen) == 5:
+            os.killpg(pids(engine)[0], signal.SIGKILL)
+
+    assert engine.generate(prompts, sampling(), kill) == expected
+    assert sorted(seen) == list(range(64)), "each told once"
+    assert "engine 0 on rank 0 died: killed by SIGKILL" in told[-1]
+    assert "requests go back into the queue. It starts again, 1 of 3" in told[-1]
+
+    trainer.train(seed=1)
+    victim = pids(engine)[0]
+    exports = [interrupted(trainer, victim)]
+    engine._own.outlet._export_buckets = lambda: exports.pop() if exports else trainer.export()
+    engine.update_weights(1, PROBES)
+    assert pids(engine)[0] != victim and "while taking the weights" in told[-1]
+    assert_in_step(trainer, engine)
+
+    os.killpg(pids(engine)[0], signal.SIGKILL)
+    engine._fleet.exchange()  # it starts again
+    os.killpg(pids(engine)[0], signal.SIGKILL)
+    assert engine.update_weights(1, PROBES).probe.verdict == "sound"
+    assert engine._fleet.handles[0].life.restarts_in_a_row == 3
     engine.close()
-    wait_until_gone(pid)
+    wait_until_gone(pids(engine)[0])
+
+
+def interrupted(trainer: ToyTrainer, victim: int):
+    """The export; the engine is killed behind its first bucket."""
+    first, *others = trainer.export()
+    yield first
+    os.killpg(victim, signal.SIGKILL)
+    yield from others
+
+
+def test_two_engines_draw_as_one(tmp_path_factory):
+    """Bit for bit, also while one of them is killed, and when it has come back. What a sync would
+    give to both, both have."""
+    trainer, one = start(tmp_path_factory)
+    one.update_weights(0)
+    prompts = make_prompts(40)
+    expected = one.generate(prompts, sampling())
+    one.close()
+    two = trainer.start_engine(tmp_path_factory.mktemp("two") / "engine.txt", num_engines=2)
+    two.update_weights(0, PROBES)
+    drawn = two.generate(prompts, sampling())
+    assert drawn == expected
+    used = two.metrics()
+    assert min(used["engine/0/tokens_per_s"], used["engine/1/tokens_per_s"]) > 0
+    assert used["engine/alive"] == 2 and 0 <= used["engine/0/idle_share"] < 1
+
+    def kill(number: int, rollout: Rollout) -> None:
+        if not killed:
+            killed.append(os.killpg(pids(two)[1], signal.SIGKILL))
+
+    killed: list[None] = []
+    assert two.generate(prompts, sampling(), kill) == expected
+    assert [h.life.state for h in two._fleet.handles] == [State.HEALTHY, State.RESTARTING]
+    trainer.train(seed=1)
+    two.update_weights(1, PROBES)  # without waiting for the other
+    two._fleet.wait_for_start()
+    while not two._fleet.handles[1].life.runs:
+        two._fleet.exchange()
+    trainer.train(seed=2)
+    two.update_weights(2, PROBES)
+    assert len(two._fleet.serving) == 2
+    assert_in_step(trainer, two)
+    two.close()
+
+
+def test_an_engine_asleep_refuses(pair):
+    trainer, engine = pair
+    with engine.asleep():
+        for verb, what in [("score", {"sequences": PROBES}), ("commit", {"version": 0})]:
+            with pytest.raises(EngineError, match=f"refusing to {verb}: asleep"):
+                engine._fleet.ask(engine._fleet.handles, verb, 60, verb, **what)
+        trainer.train(seed=90)
+    engine.update_weights(90)
+    assert_in_step(trainer, engine)
+
+
+def test_one_engine_of_two_that_does_not_hold_the_weights_is_killed(tmp_path_factory, monkeypatch):
+    """Its probe says so; the other one goes on."""
+    told: list[str] = []
+    _, engine = start(tmp_path_factory, {"num_engines": 2, "tell": told.append})
+    engine.update_weights(0, PROBES)
+    victim = engine._fleet.handles[1]
+    taken = victim.take
+
+    def falsify(report):
+        replies = tuple(
+            dataclasses.replace(r, value=[[x - 1 for x in row] for row in r.value])
+            if isinstance(r.value, list)
+            else r
+            for r in report.replies
+        )
+        taken(dataclasses.replace(report, replies=replies))
+
+    monkeypatch.setattr(victim, "take", falsify)
+    report = engine.update_weights(1, PROBES)
+    assert report.probe.verdict == "sound" and victim.life.failed_probes == 1
+    assert [h.number for h in engine._fleet.serving] == [0]
+    assert "engine 1 on rank 0 died: after the sync of weight version 1" in told[-1]
+    engine.close()
 
 
 def test_missing_vllm_says_how_to_install_it(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(vllm_engine, "vllm_available", lambda: False)
+    monkeypatch.setattr(vllm_options, "vllm_available", lambda: False)
     with pytest.raises(EngineError, match=r"make install.*rollout.engine=megatron"):
         start(tmp_path_factory)
 
@@ -332,8 +411,11 @@ def test_start_failure_quotes_the_engine(tmp_path_factory):
     path = tmp_path_factory.mktemp("engine")
     trainer = ToyTrainer(make_model("qwen3", path / "model"))
     (path / "model" / "config.json").write_text("{}")
-    with pytest.raises(EngineError, match=r"vLLM engine .* failed while starting"):
+    with pytest.raises(
+        EngineError, match=r"engine 0 on rank 0 cannot be started: it failed to"
+    ) as no:
         trainer.start_engine(path / "engine.txt")
+    assert "engine.0.txt:\n" in str(no.value)
 
 
 def test_two_stage_leaders_on_two_ranks(tmp_path):

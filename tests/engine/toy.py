@@ -1,6 +1,6 @@
 """A trainer small enough for a test: a Hugging Face Qwen3 that exports its own state dict."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -9,8 +9,17 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_eopd.config import RolloutConfig, WeightSyncConfig
 from megatron_eopd.records import Prompt
-from megatron_eopd.rollout.vllm_engine import VllmEngine, launch_vllm
+from megatron_eopd.rollout.fleet import Fleet
+from megatron_eopd.rollout.handle import EngineHandle
+from megatron_eopd.rollout.placement import Seat
+from megatron_eopd.rollout.relay import OwnLink, Relay
+from megatron_eopd.rollout.states import Life
+from megatron_eopd.rollout.vllm_engines import Own, VllmEngines
+from megatron_eopd.rollout.vllm_options import EngineSpec, engine_spec
 from megatron_eopd.weight_sync.manifest import Manifest, TensorSpec
+from megatron_eopd.weight_sync.outlet import Outlet
+from megatron_eopd.weight_sync.route import StageRoute
+from megatron_eopd.weight_sync.verify import SyncCheck
 
 PROBES = [[1, 5, 9, 200, 34, 7], [3, 3, 3, 250, 17, 99, 100, 8]]
 MAX_MODEL_LEN = 128
@@ -22,6 +31,17 @@ def largest_difference(
     """Largest |Δ| in nats over all tokens of all sequences."""
     rows = zip(engine, trainer, strict=True)
     return max(abs(a - b) for ours, theirs in rows for a, b in zip(ours, theirs, strict=True))
+
+
+class AllRelays:
+    """Of one rank that owns several engines."""
+
+    def __init__(self, relays: Sequence[Relay]) -> None:
+        self._relays = relays
+
+    def close(self) -> None:
+        for relay in self._relays:
+            relay.close()
 
 
 class ToyTrainer:
@@ -78,31 +98,89 @@ class ToyTrainer:
         return [self.score(ids) for ids in PROBES]
 
     def start_engine(
-        self, log_path: Path, *, engine_tp: int = 1, max_model_len: int = MAX_MODEL_LEN, **overrides
-    ) -> VllmEngine:
-        rollout = RolloutConfig(
-            kv_cache_gib=1 / 16, max_num_seqs=16, tensor_model_parallel_size=engine_tp
+        self,
+        log_path: Path,
+        *,
+        num_engines: int = 1,
+        engine_tp: int = 1,
+        max_model_len: int = MAX_MODEL_LEN,
+        sync_timeout_s: float = 30,
+        export: Callable[[], Iterator[list[torch.Tensor]]] | None = None,
+        tell: Callable[[str], None] = print,
+        **options,
+    ) -> VllmEngines:
+        """All engines on rank 0; every rank of the world leads a stage. `options`: of rollout."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        usual = {
+            "kv_cache_gib": 1 / 16,
+            "max_num_seqs": 16,
+            "tensor_model_parallel_size": engine_tp,
+        }
+        rollout = RolloutConfig(**(usual | options))
+        relays = []
+        if rank == 0:
+            relays = [
+                Relay(self.spec(log_path.with_suffix(f".{n}.txt"), max_model_len, rollout))
+                for n in range(num_engines)
+            ]
+        handles = [
+            EngineHandle(
+                Seat(n, (0,) * engine_tp, 0), Life(n, rollout.max_restarts), OwnLink(relay)
+            )
+            for n, relay in enumerate(relays)
+        ]
+        outlet = Outlet(
+            self.manifest,
+            [StageRoute(leader, {0: leader}) for leader in range(world)],
+            [None] * world,
+            rank=rank,
+            node=0,
+            own_stage=rank,
+            export_buckets=export or self.export,
+            device=torch.device("cpu"),
+            timeout_s=sync_timeout_s,
         )
-        launch = {
-            "model_path": self.hf_dir,
-            "dtype": self.dtype,
-            "seed": 1,
-            "max_model_len": max_model_len,
-            "hf_overrides": {},
-            "rollout": rollout,
-            "log_path": log_path,
-        }
-        process = launch_vllm(**launch) if dist.get_rank() == 0 else None
-        arguments = {
-            "max_model_len": max_model_len,
-            "rollout": rollout,
-            "weight_sync": WeightSyncConfig(timeout_s=30),
-            "manifest": self.manifest,
-            "stage_leader": 0,
-            "export_buckets": self.export,
-            "cpu_group": dist.group.WORLD,
-        }
-        return VllmEngine(process, **(arguments | overrides))
+        readers = dict.fromkeys(range(num_engines), engine_tp)
+        own = Own(AllRelays(relays) if relays else None, None, outlet, 0, readers)
+        return VllmEngines(
+            Fleet(handles, [], self.manifest, rollout, tell) if rank == 0 else None,
+            own,
+            self.manifest,
+            max_model_len=max_model_len,
+            weight_sync=WeightSyncConfig(timeout_s=sync_timeout_s),
+            sleeps=True,
+            score=lambda sequences: [self.score(ids) for ids in sequences],
+            check=SyncCheck(WeightSyncConfig(), self.dtype),
+            cpu_group=dist.group.WORLD,
+        )
+
+    def spec(self, log_path: Path, max_model_len: int, rollout: RolloutConfig) -> EngineSpec:
+        return engine_spec(
+            model_path=self.hf_dir,
+            dtype=self.dtype,
+            seed=1,
+            max_model_len=max_model_len,
+            hf_overrides={},
+            rollout=rollout,
+            devices=[],
+            log_path=log_path,
+        )
+
+
+def scores(engine: VllmEngines, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
+    """Of every engine that serves, on every rank."""
+
+    def ask(fleet: Fleet) -> list[list[list[float]]]:
+        ids = [list(sequence) for sequence in sequences]
+        found = fleet.ask(fleet.serving, "score", 60, "scoring", sequences=ids)
+        return [found[number] for number in sorted(found)]
+
+    return engine._led(ask)
+
+
+def pids(engine: VllmEngines) -> list[int]:
+    """Of the engines' processes, by their numbers; on rank 0."""
+    return [handle.link._relay._process.pid for handle in engine._fleet.handles]
 
 
 def make_prompts(count: int) -> list[Prompt]:

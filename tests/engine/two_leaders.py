@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_eopd.config import WeightSyncConfig
 from megatron_eopd.errors import EngineError, RemoteError
 from megatron_eopd.records import Rollout
 from megatron_eopd.rollout.engine import Sampling
-from tests.engine.toy import PROBES, ToyTrainer, largest_difference, make_prompts
+from tests.engine.toy import PROBES, ToyTrainer, largest_difference, make_prompts, scores
 
-SYNC = WeightSyncConfig(timeout_s=15)
+TIMEOUT_S = 15
 
 
 def export(trainer: ToyTrainer, order: str, fail_on_rank: int = -1) -> Iterator[list[torch.Tensor]]:
@@ -53,16 +52,16 @@ def main() -> None:
     exports = []
     engine = trainer.start_engine(
         path / "log" / "engine.txt",
-        weight_sync=SYNC,
-        stage_leader=rank,
-        export_buckets=lambda: exports[-1],
+        sync_timeout_s=TIMEOUT_S,
+        export=lambda: exports[-1],
     )
     orders = ["first stage first", "last stage first", "alternating"]
     for version, order in enumerate(orders):
         trainer.train(seed=version)
         exports.append(export(trainer, order))
         engine.update_weights(version)
-        assert largest_difference(engine.score(PROBES), trainer.probes()) < 1e-4, order
+        (found,) = scores(engine, PROBES)
+        assert largest_difference(found, trainer.probes()) < 1e-4, order
 
     told = {}
     rollouts = engine.generate(make_prompts(4), Sampling(2, 1.0, 8, (11,), 7), told.setdefault)
@@ -80,10 +79,11 @@ def main() -> None:
             assert "torch.float64" in str(error), error
         else:
             raise AssertionError(f"a wrong tensor of stage {failing} went unnoticed")
-        assert time.monotonic() - begin < SYNC.timeout_s, "released by the deadline alone"
+        assert time.monotonic() - begin < TIMEOUT_S, "released by the deadline alone"
         exports.append(export(trainer, "alternating"))
         engine.update_weights(11)
-        assert largest_difference(engine.score(PROBES), trainer.probes()) < 1e-4
+        (found,) = scores(engine, PROBES)
+        assert largest_difference(found, trainer.probes()) < 1e-4
 
     try:
         engine.generate(make_prompts(4), Sampling(2, 1.0, 8, (11,), 7), refuse)
