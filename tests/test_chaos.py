@@ -1,6 +1,7 @@
 """The judge of tests/chaos sees what it is there to see, on starts that are made up."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -9,8 +10,11 @@ import pytest
 
 from megatron_eopd.checkpoints.files import sum_files, write_sums
 from tests.chaos.faults import FAULTS, MOMENTS, flip_bit
+from tests.chaos.harness import Outcome, see_it_through
 from tests.chaos.judge import judge_start, look, tracebacks
-from tests.chaos.plan import make_plan, next_round
+from tests.chaos.plan import Planned, make_plan, next_round
+from tests.chaos.runs import Kind
+from tests.chaos.start import Start
 
 
 @pytest.fixture
@@ -76,3 +80,72 @@ def test_a_plan_is_its_seeds_and_holds_every_fault():
         rounds.append(next_round(left, 8))
     assert sorted(map(id, plan)) == sorted(id(p) for each in rounds for p in each)
     assert all(len({p.has_engine for p in each}) == 1 for each in rounds)
+
+
+STEP = "2026-01-01 00:00:00 step 3/6 | loss 1\n"
+DIED = (
+    "2026-01-01 00:00:00 WARNING: engine 0 on rank 0 died: killed by SIGKILL.\n"
+    "It starts again, 1 of 3 times in a row.\n"
+)
+
+
+class TalkingStart(Start):
+    """Has said this since it was armed; then it ended with `code`, unless that is None."""
+
+    def __init__(self, said: str, code: int | None = None):
+        self.said_so_far = said
+        self.torchrun = SimpleNamespace(
+            returncode=code, poll=lambda: code, kill=lambda: None, wait=lambda: None
+        )
+
+    def new_log(self) -> str:
+        return self.said_so_far
+
+    def said(self) -> str:
+        return ""
+
+    def processes(self) -> list:
+        return []
+
+
+def seen(fault: str, start: Start) -> Outcome:
+    """What the harness makes of a fault that was done to the start."""
+    (found,) = (each for each in FAULTS if each.name == fault)
+    planned = Planned(replace(found, limit_s=0.2), "iteration", 0.0, True, 0, 0)
+    outcome = Outcome(fault, "")
+    see_it_through(start, planned, outcome)
+    return outcome
+
+
+@pytest.mark.parametrize(
+    "fault", ["SIGKILL of an engine", "engine held, then SIGKILL", "SIGSTOP of an engine"]
+)
+def test_an_engine_that_dies_is_told_and_the_run_goes_on(fault):
+    """A step line in front of the death does not show it; without one the run hangs."""
+    outcome = seen(fault, TalkingStart(DIED + STEP))
+    assert (outcome.came_back, outcome.problems) == ("went on", [])
+    assert outcome.said == "engine 0 on rank 0 died: killed by SIGKILL."
+    for said in ("", STEP, DIED, STEP + DIED):
+        assert seen(fault, TalkingStart(said)).problems == ["did not go on within 0 s"]
+
+
+def test_an_engine_that_dies_behind_the_last_request_lets_the_run_finish():
+    assert seen("SIGKILL of an engine", TalkingStart(STEP, 0)).came_back == "had finished"
+
+
+def test_a_run_that_ends_with_its_engine_did_not_go_on():
+    (problem,) = seen("SIGKILL of an engine", TalkingStart(DIED, 1)).problems
+    assert problem.startswith("ended with code 1")
+
+
+def test_a_rank_that_was_held_goes_on_without_a_word():
+    assert seen("SIGSTOP, SIGCONT of a rank", TalkingStart(STEP)).problems == []
+    assert seen("SIGSTOP, SIGCONT of a rank", TalkingStart("")).problems
+
+
+def test_one_engine_and_two_are_to_end_alike(tmp_path):
+    """Their undisturbed run is one."""
+    one, two = (Kind(tmp_path, number, 3) for number in (1, 2))
+    (tmp_path / "undisturbed-engine").mkdir()
+    assert one.undisturbed() == two.undisturbed()
+    assert "rollout.num_engines=2" in two.options and "rollout.replay=none" in two.options

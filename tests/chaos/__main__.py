@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_eopd.cli import positive
-from megatron_eopd.rollout.vllm_engine import vllm_available
+from megatron_eopd.rollout.vllm_options import vllm_available
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.harness import Outcome, Round
 from tests.chaos.plan import Planned, make_plan, next_round
@@ -93,10 +93,14 @@ def possible(folder: Path) -> list[Fault]:
 def disturb(plan: list[Planned], folder: Path, iterations: int, progress: Progress) -> int:
     """All faults of the plan, over as many runs as that takes. Returns how many."""
     left, damaged_kinds, runs = list(plan), Counter[str](), 0
+    with_engines = 0
     while left:
         runs += 1
         faults = next_round(left, FAULTS_PER_RUN)
-        kind = Kind(folder, faults[0].has_engine, iterations)
+        with_engines += faults[0].has_engine
+        # One, whose death leaves none, and two in turn.
+        num_engines = 2 - with_engines % 2 if faults[0].has_engine else 0
+        kind = Kind(folder, num_engines, iterations)
         undisturbed = kind.undisturbed()
         with small_disk(folder / f"run{runs}") as run_dir:
             work = Round(run_dir, undisturbed, kind.options, damaged_kinds)

@@ -54,11 +54,11 @@ class Fault:
     needs_own_disk: bool = False
     may_meet_engine: bool = True
     is_survived: bool = False
-    """Whether the start has to go on as if nothing had been."""
+    """Whether the start has to go on by itself."""
     needs_bytes: bool = True
     """Whether an empty file cannot be damaged so."""
     limit_s: float = 60.0
-    """Within which a start that does not survive has ended."""
+    """Within which a start has ended, or where it survives has finished another iteration."""
 
 
 def kill_rank(start: Start, rng: Random) -> str:
@@ -66,15 +66,22 @@ def kill_rank(start: Start, rng: Random) -> str:
 
 
 def kill_engine(start: Start, rng: Random) -> str:
-    return _kill(start.engine())
+    return _kill(rng.choice(start.engines()))
 
 
 def hold_and_kill_engine(start: Start, rng: Random) -> str:
     """It does not answer what it is asked next, and dies in the middle of that."""
-    engine = start.engine()
+    engine = rng.choice(start.engines())
     engine.suspend()
     time.sleep(rng.uniform(1, 3))
     return _kill(engine) + ", held before"
+
+
+def hold_engine_for_good(start: Start, rng: Random) -> str:
+    """It lives, and says nothing any more."""
+    engine = rng.choice(start.engines())
+    engine.suspend()
+    return _name(engine)
 
 
 def kill_torchrun(start: Start, rng: Random) -> str:
@@ -91,8 +98,13 @@ def kill_all(start: Start, rng: Random) -> str:
 
 
 def _kill(process: psutil.Process) -> str:
-    rank = process.environ().get("RANK", "")
+    name = _name(process)
     process.kill()
+    return name
+
+
+def _name(process: psutil.Process) -> str:
+    rank = process.environ().get("RANK", "")
     return f"rank {rank}" if rank else "engine"
 
 
@@ -175,10 +187,13 @@ def remove(path: Path, rng: Random) -> str:
     return "gone"
 
 
+# It starts again beside ranks that go on, which may have to wait for it.
+OF_AN_ENGINE = {"moments": RUNNING, "needs_engine": True, "is_survived": True, "limit_s": 200.0}
 FAULTS = (
     Fault("SIGKILL of a rank", kill_rank, moments=ANY_TIME),
-    Fault("SIGKILL of the engine", kill_engine, moments=RUNNING, needs_engine=True),
-    Fault("engine held, then SIGKILL", hold_and_kill_engine, moments=RUNNING, needs_engine=True),
+    Fault("SIGKILL of an engine", kill_engine, **OF_AN_ENGINE),
+    Fault("engine held, then SIGKILL", hold_and_kill_engine, **OF_AN_ENGINE),
+    Fault("SIGSTOP of an engine", hold_engine_for_good, **OF_AN_ENGINE),
     Fault("SIGKILL of torchrun", kill_torchrun, moments=ANY_TIME),
     Fault("SIGKILL of all", kill_all, moments=ANY_TIME),
     Fault("SIGTERM", terminate, moments=ANY_TIME),

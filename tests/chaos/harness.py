@@ -149,11 +149,10 @@ def inject(start: Start, planned: Planned) -> str:
 
 def see_it_through(start: Start, planned: Planned, outcome: Outcome) -> None:
     """Until the start has ended, or torchrun brought it back, or it goes on."""
-    begin = time.monotonic()
     if planned.fault.is_survived:
-        outcome.came_back = "went on"
+        see_it_go_on(start, planned, outcome)
         return
-    limit_s = planned.fault.limit_s
+    begin, limit_s = time.monotonic(), planned.fault.limit_s
     if not wait(lambda: start.has_ended() or start.is_back(), limit_s):
         # A rank that is held behind its last word is torchrun's to wait for, and no other rank's.
         if not start.has_reported():
@@ -166,6 +165,28 @@ def see_it_through(start: Start, planned: Planned, outcome: Outcome) -> None:
         outcome.came_back = "had finished"
     outcome.seconds = time.monotonic() - begin
     outcome.said = start.said()
+
+
+def see_it_go_on(start: Start, planned: Planned, outcome: Outcome) -> None:
+    """Until it has finished another iteration, or all of them. An engine's death has to be told
+    first: one that nobody asked anything any more is told by nobody, and then the run ends."""
+    begin, limit_s = time.monotonic(), planned.fault.limit_s
+    dies = planned.fault.needs_engine
+
+    def goes_on() -> bool:
+        said = start.told_death()
+        return start.has_new_step(behind=said) if said or not dies else False
+
+    if not wait(lambda: start.has_ended() or goes_on(), limit_s):
+        outcome.problems.append(f"did not go on within {limit_s:.0f} s")
+        start.kill()
+    outcome.came_back, outcome.said = "went on", start.told_death()
+    code = start.torchrun.poll()
+    if code == 0:
+        outcome.came_back = "had finished"
+    elif code is not None and not outcome.problems:
+        outcome.problems.append(f"ended with code {code}: {start.said()}")
+    outcome.seconds = time.monotonic() - begin
 
 
 def wait(condition: Callable[[], bool], seconds: float, pause_s: float = 0.05) -> bool:

@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.chaos.start import Start
@@ -17,7 +17,15 @@ _COMMON = (
     # A held rank is to be missed soon, by those that train and by those that write.
     *("parallel.distributed_timeout_minutes=0.5", "checkpoint.save_timeout_minutes=0.5"),
 )
-_LONGEST_WAITS = ("rollout.start_timeout_s", "rollout.generate_timeout_s", "weight_sync.timeout_s")
+# How long ranks wait for engines.
+_LONGEST_WAITS = {
+    "rollout.start_timeout_s": 100,
+    "rollout.generate_timeout_s": 100,
+    "rollout.engine_timeout_s": 15,
+    "weight_sync.timeout_s": 20,
+}
+_MAX_RESTARTS = 20
+"""More than a run has faults: no death of an engine may end it."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +33,17 @@ class Kind:
     """Runs that differ in nothing but where they lie."""
 
     folder: Path
-    has_engine: bool
+    num_engines: int
+    """0: rollouts are replayed."""
     iterations: int
 
     @property
     def options(self) -> list[str]:
-        recorded = "none" if self.has_engine else self._recorded()
-        # How long ranks wait for the one that has the engine.
-        waits = [f"{name}={60 if self.has_engine else 1}" for name in _LONGEST_WAITS]
+        recorded = "none" if self.num_engines else self._recorded()
+        waits = [f"{name}={s if self.num_engines else 1}" for name, s in _LONGEST_WAITS.items()]
         own = [f"training.train_iters={self.iterations}", f"rollout.replay={recorded}"]
-        return [*_COMMON, *waits, *own]
+        engines = [f"rollout.num_engines={self.num_engines or 1}"]
+        return [*_COMMON, *waits, *own, *engines, f"rollout.max_restarts={_MAX_RESTARTS}"]
 
     def _recorded(self) -> Path:
         folder = self.folder / "recorded"
@@ -44,10 +53,11 @@ class Kind:
         return folder
 
     def undisturbed(self) -> Path:
-        """The run that nothing happens to, made once."""
-        run_dir = self.folder / ("undisturbed-engine" if self.has_engine else "undisturbed")
+        """The run that nothing happens to, made once: one engine draws what two do."""
+        run_dir = self.folder / ("undisturbed-engine" if self.num_engines else "undisturbed")
         if not run_dir.is_dir():
-            start = Start(run_dir, self.options, 0, run_dir.with_suffix(".txt"))
+            options = replace(self, num_engines=min(self.num_engines, 1)).options
+            start = Start(run_dir, options, 0, run_dir.with_suffix(".txt"))
             try:
                 start.torchrun.wait(UNDISTURBED_S)
                 assert start.torchrun.returncode == 0, start.output()

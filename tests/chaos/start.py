@@ -19,6 +19,7 @@ MARK = "CHAOS_START"
 """An environment variable that all processes of a start inherit."""
 RANKS = 2
 STEP_LINE = re.compile(r"^\S+ \S+ step \d+/", re.MULTILINE)
+ENGINE_DIED = re.compile(r"WARNING: (engine \d+ on rank \d+ died: .*)")
 
 
 class Start:
@@ -78,8 +79,10 @@ class Start:
         """Iterations that it has told of."""
         return len(STEP_LINE.findall(self.log()))
 
-    def has_new_step(self) -> bool:
-        return STEP_LINE.search(self.new_log()) is not None
+    def has_new_step(self, behind: str = "") -> bool:
+        """Behind the first place of the log that has these words."""
+        said = self.new_log()
+        return STEP_LINE.search(said.partition(behind)[2] if behind else said) is not None
 
     def is_back(self) -> bool:
         """Brought back by torchrun."""
@@ -121,13 +124,21 @@ class Start:
             raise psutil.NoSuchProcess(self.torchrun.pid)
         return found
 
-    def engine(self) -> psutil.Process:
-        """Raise NoSuchProcess where there is none yet, or no more."""
+    def engines(self) -> list[psutil.Process]:
+        """Raise NoSuchProcess where there are none yet, or no more."""
+        found = []
         for process in self.processes():
             with suppress(psutil.Error):
                 if "megatron_eopd.rollout.vllm_child" in process.cmdline():
-                    return process
-        raise psutil.NoSuchProcess(self.torchrun.pid)
+                    found.append(process)
+        if not found:
+            raise psutil.NoSuchProcess(self.torchrun.pid)
+        return found
+
+    def told_death(self) -> str:
+        """What the ranks said of an engine's, since the start was armed; empty if nothing."""
+        found = ENGINE_DIED.search(self.new_log())
+        return found[1] if found else ""
 
     def left_after(self, seconds: float) -> list[psutil.Process]:
         """Processes that outlive torchrun for so long."""
