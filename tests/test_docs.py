@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from megatron_eopd.config import Config, describe_options
+from megatron_eopd.config import Config, describe_options, load_config
 from megatron_eopd.rollout import choice
+from megatron_eopd.rollout.placement import assumed_nodes, places_of
 from megatron_eopd.teacher.placement import rank_table
 from megatron_eopd.train import main
 
@@ -172,6 +173,16 @@ def test_the_configuration_of_the_readme_has_a_place_for_eight_ranks():
     (block,) = blocks_of(ROOT / "README.md", "toml")
     table = rank_table(Config.model_validate(tomllib.loads(block)), 8)
     assert [line.split()[0] for line in table.splitlines()[1:]] == [str(n) for n in range(8)]
+
+
+def test_the_rank_table_of_the_parallelism_page_is_the_one_of_its_configuration():
+    """The quick start with two pipeline stages and two engines of two workers each."""
+    sizes = ["parallel.pipeline_model_parallel_size=2", "rollout.tensor_model_parallel_size=2"]
+    quickstart = ROOT / "examples/quickstart/eopd.toml"
+    config = load_config(quickstart, [*sizes, "rollout.num_engines=none"])
+    engines = places_of(config, assumed_nodes(4)).describe()
+    table = rank_table(config, 4, engines=engines)
+    assert f"```\n{table}\n```\n" in (ROOT / "docs/parallelism.md").read_text()
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p, "bash")], ids=lambda p: p.stem)

@@ -3,10 +3,13 @@
 import math
 import re
 from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_eopd.comparison.parts import LEFT_OUT
 from megatron_eopd.config import describe_options
 from megatron_eopd.metrics.means import Means, divide, percentile
 from megatron_eopd.metrics.trackers import TRACKERS
@@ -19,6 +22,10 @@ from megatron_eopd.report import (
     evaluation_line,
     samples_markdown,
 )
+from megatron_eopd.rollout.drawing import EngineUse
+from megatron_eopd.rollout.vllm_engines import PARTS, engine_metrics
+
+PAGE = Path(__file__).parents[1] / "docs/metrics.md"
 
 
 def test_means_weigh_tokens_not_batches():
@@ -181,3 +188,33 @@ def test_every_tracker_has_its_word():
     words = describe_options()
     (values,) = (option.values for option in words if option.name == "logging.trackers")
     assert set(values) == TRACKERS.keys()
+
+
+def test_engines_are_measured_over_the_calls_of_an_iteration():
+    """Two calls of 2 s and 6 s, in which engine 0 had requests for 4 s of the 8 and engine 1, which
+    has died since, for none. docs/metrics.md has every name, and comparisons of runs none."""
+    handles = [SimpleNamespace(number=n, life=SimpleNamespace(restarts=n)) for n in range(2)]
+    fleet = SimpleNamespace(handles=handles, serving=handles[:1])
+    calls = [
+        SimpleNamespace(seconds=s, queue_wait_s=w, use={0: EngineUse(40, 2.0, r), 1: EngineUse()})
+        for s, w, r in ((2.0, 0.5, 4.0), (6.0, 1.5, 20.0))
+    ]
+    found = engine_metrics(fleet, calls)
+    assert found == {
+        "engine/alive": 1,
+        "engine/queue_wait_s": 1.0,
+        "engine/0/tokens_per_s": 10.0,
+        "engine/0/requests_in_flight": 3.0,
+        "engine/0/idle_share": 0.5,
+        "engine/0/restarts": 0,
+        "engine/1/tokens_per_s": 0.0,
+        "engine/1/requests_in_flight": 0.0,
+        "engine/1/idle_share": 1.0,
+        "engine/1/restarts": 1,
+    }
+    assert engine_metrics(fleet, []).keys() == {"engine/alive", *(n for n in found if "rest" in n)}
+    parts = {f"weight_sync/{part}_s" for part in (*PARTS, "load", "probe")}
+    named = set(re.findall(r"`((?:engine|weight_sync)/[\w/]+)`", PAGE.read_text()))
+    assert {re.sub(r"/\d/", "/N/", name) for name in found} | parts <= named
+    assert all(LEFT_OUT.match(name) for name in (*found, *parts, "weight_sync/seconds"))
+    assert not LEFT_OUT.match("weight_sync/probe_difference")
