@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 
 from megatron_eopd.config import Config
-from megatron_eopd.errors import EngineError, Interrupted
+from megatron_eopd.errors import EngineError, Interrupted, LostRankError
 from megatron_eopd.interruption import Interruption
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.export import Exporter
@@ -127,7 +127,7 @@ def serve_engines(
         farewell = None
         while farewell is None:
             farewell = serve(own.wire, relay, own.outlet)
-    except WireError as error:
+    except (WireError, LostRankError) as error:
         raise EngineError(f"[engines] the student is gone or late: {error}") from None
     finally:
         if own is not None:

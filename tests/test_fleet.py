@@ -13,8 +13,8 @@ import torch
 from torch.distributed import HashStore
 
 from megatron_eopd.config import WeightSyncConfig
-from megatron_eopd.errors import EngineError, Interrupted
-from megatron_eopd.parallel.wire import JointWire, WireError
+from megatron_eopd.errors import EngineError, Interrupted, LostRankError
+from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.records import RolloutProgress
 from megatron_eopd.rollout import fleet as fleet_module
 from megatron_eopd.rollout.drawing import Drawing
@@ -542,5 +542,5 @@ def test_orders_and_reports_cross_the_wire():
         serving = pool.submit(serve, theirs, relay)
         link.tell(Orders(end=Farewell("OSError: full")))
         assert serving.result(5) == Farewell("OSError: full")
-        with pytest.raises(WireError, match="Timed out"):
+        with pytest.raises(LostRankError, match="Timed out"):
             pool.submit(serve, theirs, relay).result(5)

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_eopd.errors import EngineError, Interrupted
+from megatron_eopd.errors import EngineError
 from megatron_eopd.records import RolloutProgress
-from megatron_eopd.rollout.fleet import Fleet
+from megatron_eopd.rollout.fleet import Fleet, MustLeave
 from megatron_eopd.rollout.handle import EngineHandle
 from megatron_eopd.rollout.messages import Heartbeat, Sample, SampleRequest
 from megatron_eopd.rollout.request_queue import RequestQueue
@@ -38,7 +38,7 @@ class Drawing:
         fleet: Fleet,
         groups: Sequence[Sequence[SampleRequest]],
         take: Callable[[Sample], None],
-        must_leave: Callable[[], str | None],
+        must_leave: MustLeave,
         watch: Callable[[RolloutProgress], None],
     ) -> None:
         """`take` hears of every sample, once. `must_leave`: why the wait cannot go on."""
@@ -171,8 +171,7 @@ class Drawing:
             )
 
     def _leave_in_time(self) -> None:
-        if (reason := self._must_leave()) is not None:
-            raise Interrupted(f"stopped by {reason} while vLLM was generating")
+        self._fleet.leave_if_told(self._must_leave, "generating")
         limit_s = self._fleet.options.generate_timeout_s
         if self.seconds > limit_s:
             waiting = {h.name: self._queue.in_flight(h.number) for h in self._fleet.handles}

@@ -11,8 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_eopd.config import RolloutConfig
-from megatron_eopd.errors import EngineError
-from megatron_eopd.parallel.wire import WireError
+from megatron_eopd.errors import EngineError, Interrupted, LostRankError
 from megatron_eopd.rollout.handle import EngineHandle
 from megatron_eopd.rollout.messages import Farewell, Orders, Reply
 from megatron_eopd.rollout.relay import START, Link
@@ -21,6 +20,12 @@ from megatron_eopd.weight_sync.manifest import Manifest
 
 TELL_INTERVAL_S = 5.0
 MEET_TIMEOUT_S = 60.0
+MustLeave = Callable[[], str | None]
+"""Says why a wait cannot go on; None while it can."""
+
+
+def never() -> None:
+    return None
 
 
 class Fleet:
@@ -94,11 +99,12 @@ class Fleet:
             self.exchange()
         return {n: reply.value for n, reply in replies.items() if n not in failed}
 
-    def wait_for_start(self) -> None:
+    def wait_for_start(self, must_leave: MustLeave = never) -> None:
         """Until every engine is there, or until one is while the others start again.
 
         Raises:
             EngineError: one cannot be started at all, or too few are left.
+            Interrupted: `must_leave` said so.
         """
         told = time.monotonic()
         self.exchange()
@@ -110,7 +116,17 @@ class Fleet:
                 for handle in filter(lambda h: not h.life.runs, self.handles):
                     line = handle.last_line or "nothing in its log yet"
                     self.tell(f"{handle.name} starts, {told - handle.started:.0f} s: {line}")
+            self.leave_if_told(must_leave, "starting")
             self.exchange()
+
+    def leave_if_told(self, must_leave: MustLeave, doing: str) -> None:
+        """
+        Raises:
+            Interrupted: the wait cannot go on; all engines are gone then.
+        """
+        if (reason := must_leave()) is not None:
+            self.kill("the run was stopped")
+            raise Interrupted(f"stopped by {reason} while vLLM was {doing}")
 
     def sleep(self) -> None:
         """Have those that serve let go of weights and cache."""
@@ -123,7 +139,7 @@ class Fleet:
         for handle in self.handles:
             if handle.life.state != State.DEAD:
                 handle.die(reason)
-        with suppress(WireError):  # of a rank that is gone; its engine goes with it
+        with suppress(LostRankError):  # of a rank that is gone; its engine goes with it
             for handle in self.handles:
                 handle.tell()
             for handle in self.handles:
@@ -131,12 +147,14 @@ class Fleet:
 
     def rest(self) -> None:
         """Let the student's ranks that own engines go back to what all ranks do."""
-        for handle in self.handles:
-            handle.link.tell(Orders(rest=True))
+        with suppress(LostRankError):  # what was to be told of it is on its way
+            for handle in self.handles:
+                handle.link.tell(Orders(rest=True))
 
     def end(self, farewell: Farewell) -> None:
         for link in [*(h.link for h in self.handles), *self._others]:
-            link.tell(Orders(end=farewell))
+            with suppress(LostRankError):
+                link.tell(Orders(end=farewell))
 
     def _welcome(self, handle: EngineHandle) -> None:
         """One whose process has loaded hears which tensors will come, and is ready for them."""

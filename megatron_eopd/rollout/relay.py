@@ -6,12 +6,14 @@ report, so nobody has to listen to two at once.
 """
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 
-from megatron_eopd.parallel.wire import JointWire
+from megatron_eopd.parallel.collectives import lost_rank
+from megatron_eopd.parallel.wire import JointWire, WireError
 from megatron_eopd.rollout.engine_process import EngineProcess
 from megatron_eopd.rollout.messages import Farewell, Orders, Reply, Report, Request
 from megatron_eopd.rollout.vllm_options import EngineSpec
@@ -95,10 +97,12 @@ class WireLink:
         self._wire, self._place = wire, place
 
     def tell(self, orders: Orders) -> None:
-        send(self._wire, self._place, orders)
+        with _naming("leading the engines"):
+            send(self._wire, self._place, orders)
 
     def hear(self) -> Report:
-        return receive(self._wire, self._place)
+        with _naming("leading the engines"):
+            return receive(self._wire, self._place)
 
 
 def serve(wire: JointWire, relay: Relay | None, outlet: Outlet | None = None) -> Farewell | None:
@@ -106,10 +110,11 @@ def serve(wire: JointWire, relay: Relay | None, outlet: Outlet | None = None) ->
     the run. `relay`: None on a rank whose device is one of an engine that another rank owns.
 
     Raises:
-        WireError: rank 0 is gone, or late.
+        LostRankError: rank 0 is gone, or late.
     """
     while True:
-        orders: Orders = receive(wire, 0)
+        with _naming("serving an engine"):
+            orders: Orders = receive(wire, 0)
         if orders.end is not None or orders.rest:
             return orders.end
         if orders.open_outlet is not None:
@@ -118,7 +123,16 @@ def serve(wire: JointWire, relay: Relay | None, outlet: Outlet | None = None) ->
             report = _run(outlet)
         else:
             report = relay.exchange(orders)
-        send(wire, 0, report)
+        with _naming("serving an engine"):
+            send(wire, 0, report)
+
+
+@contextmanager
+def _naming(stage: str) -> Iterator[None]:
+    try:
+        yield
+    except WireError as error:
+        raise lost_rank(error, stage) from error
 
 
 def _run(outlet: Outlet) -> Report:

@@ -124,7 +124,9 @@ class VllmEngines:
             self._drawings.append(drawing)
         while not self._led(lambda _: drawing.go_on()):
             # All that held the weights have died; what is here of the responses stays.
-            self._sync(self._version)
+            report = self._sync(self._version)
+            if report.is_unsound:
+                raise EngineError(report.probe.message)
         return from_rank_zero(lambda: [rollouts[n] for n in range(len(jobs))], self._group)
 
     def update_weights(self, version: int, probes: Sequence[Sequence[int]] = ()) -> SyncReport:
@@ -182,7 +184,7 @@ class VllmEngines:
             loading = WeightLoading(self._fleet, self._manifest, self._weight_sync.timeout_s)
         if self._sleeps and torch.cuda.is_available():
             torch.cuda.empty_cache()  # engines that wake need what training has let go of
-        taking = self._led(lambda _: loading.begin())
+        taking = self._led(lambda _: loading.begin(self._must_leave))
         num_readers = sum(count for n, count in self._own.readers.items() if n in taking)
         opened = (self._own.node, self._own.outlet.open(num_readers))
         addresses = gather_everywhere(opened, self._group)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_eopd.errors import EngineError
-from megatron_eopd.rollout.fleet import Fleet
+from megatron_eopd.rollout.fleet import Fleet, MustLeave, never
 from megatron_eopd.rollout.handle import EngineHandle
 from megatron_eopd.rollout.messages import Orders
 from megatron_eopd.rollout.states import State
@@ -29,10 +29,10 @@ class WeightLoading:
         self._by_node: dict[int, list[Addresses]] = {}
         self._loads: dict[int, int] = {}
 
-    def begin(self) -> list[int]:
+    def begin(self, must_leave: MustLeave = never) -> list[int]:
         """The engines that take part: all that run. If none does, one is waited for."""
         fleet = self._fleet
-        fleet.wait_for_start()
+        fleet.wait_for_start(must_leave)
         for handle in fleet.serving:
             handle.life.falls_behind()
         self._handles = [h for h in fleet.handles if h.life.state == State.STALE]
