@@ -23,9 +23,11 @@ from megatron_eopd.leaving import (
 )
 from megatron_eopd.parallel.init import (
     ParallelContext,
+    check_gpus,
     choose_deterministic_kernels,
     job_store,
     leave_no_process_behind,
+    own_gpu,
     own_rank,
     world_context,
 )
@@ -111,7 +113,9 @@ def _meet_and_work(
     store = job_store(config.parallel.distributed_timeout_minutes)
     store.set(f"host/{rank}", socket.gethostname())
     store.set(f"node/{rank}", str(own_node()))
+    store.set(f"gpu/{rank}", own_gpu())
     nodes = [int(store.get(f"node/{other}")) for other in range(world_size)]
+    check_gpus([store.get(f"gpu/{other}").decode() for other in range(world_size)])
     places = places_of(config, nodes) if inputs.engine.is_vllm else None
     limit = _limit(config, job)
     with _world(role, config, rank, store, job) as (context, log, signals):

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_eopd.config import Config, RolloutConfig, load_config
 from megatron_eopd.errors import ConfigError
+from megatron_eopd.parallel.init import check_gpus, own_gpu
 from megatron_eopd.rollout.placement import (
     Seat,
     assumed_nodes,
@@ -170,3 +171,20 @@ def test_hosts_are_torchruns_or_have_eight_ranks(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("GROUP_RANK", "3")
     assert assumed_nodes(5) == hosts(2, 2, 1) and own_node() == 3
+
+
+def test_ranks_that_see_the_same_gpu_are_named():
+    """Two hosts may have GPUs of the same number, never of the same name."""
+    check_gpus(["", ""])
+    check_gpus(["GPU-a", "GPU-b", "GPU-c"])
+    with pytest.raises(ConfigError, match=r"ranks 1 and 3 have the same GPU, GPU-b: .* overlap"):
+        check_gpus(["GPU-a", "GPU-b", "GPU-c", "GPU-b"])
+
+
+def test_more_ranks_than_gpus_says_what_to_start(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(ConfigError, match=r"shows 2 \(CUDA_VISIBLE_DEVICES=4,5\).*per_node=2"):
+        own_gpu()

@@ -6,7 +6,7 @@ Everything else receives a ParallelContext, or a single group out of it, as an a
 import os
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_eopd.config import ParallelConfig
+from megatron_eopd.errors import ConfigError
 from megatron_eopd.parallel.cpu import emulate_cuda
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.meeting import fresh_part, require_torchrun
@@ -228,6 +229,40 @@ def choose_device() -> torch.device:
         return device
     emulate_cuda()
     return torch.device("cpu")
+
+
+def own_gpu() -> str:
+    """The name of this rank's GPU, the same in every process that sees it; empty without one.
+
+    Raises:
+        ConfigError: its host shows fewer GPUs than it has ranks.
+    """
+    if not torch.cuda.is_available():
+        return ""
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+        raise ConfigError(
+            f"local rank {index} needs a GPU of its own, and this host shows {count} "
+            f"(CUDA_VISIBLE_DEVICES={visible}). Start torchrun with --nproc_per_node={count} or "
+            f"less, or show it more GPUs."
+        )
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def check_gpus(gpus: Sequence[str]) -> None:
+    """`gpus`: of every rank of the job, as `own_gpu` names them.
+
+    Raises:
+        ConfigError: two ranks, or what sits on them, would share one.
+    """
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpu in gpus[:rank]:
+            raise ConfigError(
+                f"ranks {gpus.index(gpu)} and {rank} have the same GPU, {gpu}: the devices that "
+                f"they see overlap. Have torchrun see all GPUs of a host, and set "
+                f"CUDA_VISIBLE_DEVICES for it alone and not for its ranks."
+            )
 
 
 def free_port() -> int:
