@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 
 from megatron_eopd.config import Config
-from megatron_eopd.errors import EngineError, Interrupted, LostRankError
+from megatron_eopd.errors import EngineError, Interrupted, LostRankError, WireError
 from megatron_eopd.interruption import Interruption
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.parallel.init import ParallelContext
-from megatron_eopd.parallel.wire import JointWire, WireError
+from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.preflight import Inputs
 from megatron_eopd.rollout.engine import RolloutEngine
 from megatron_eopd.rollout.fleet import Fleet

@@ -37,6 +37,16 @@ class EngineError(ExpectedError, RuntimeError):
     """The engine died, answered nonsense or did not answer in time. The run cannot go on."""
 
 
+class TransferError(RuntimeError):
+    """Weights on their way to an engine: the other side is gone, late, or has given up. Whoever
+    waits for the sync makes an EngineError of it."""
+
+
+class WireError(RuntimeError):
+    """The other end of a wire between ranks is gone or late. Whoever knows what it meant says so
+    with an error of its own."""
+
+
 class TeacherError(ExpectedError, RuntimeError):
     """A separate teacher is gone, late, or has failed; the message says which and why."""
 

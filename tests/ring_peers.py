@@ -13,7 +13,8 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from megatron_eopd.weight_sync.ring import Address, Ring, RingReader, TransferError
+from megatron_eopd.errors import TransferError
+from megatron_eopd.weight_sync.ring import Address, Ring, RingReader
 from megatron_eopd.weight_sync.share import HostShare
 
 _CONTEXT = multiprocessing.get_context("forkserver")

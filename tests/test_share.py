@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 
-from megatron_eopd.weight_sync.ring import Ring, RingReader, TransferError
+from megatron_eopd.errors import TransferError
+from megatron_eopd.weight_sync.ring import Ring, RingReader
 from megatron_eopd.weight_sync.share import HostShare, open_share
 from tests.ring_peers import read, start, try_to_open, write_and_wait
 

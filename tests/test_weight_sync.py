@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore, PrefixStore
 
 from megatron_eopd.config import WeightSyncConfig
-from megatron_eopd.errors import EngineError
-from megatron_eopd.parallel.wire import JointWire, WireError
+from megatron_eopd.errors import EngineError, TransferError, WireError
+from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.weight_sync import buckets as buckets_module
 from megatron_eopd.weight_sync.buckets import (
@@ -29,7 +29,7 @@ from megatron_eopd.weight_sync.buckets import (
 )
 from megatron_eopd.weight_sync.manifest import Bucket, Manifest, TensorSpec
 from megatron_eopd.weight_sync.outlet import Outlet
-from megatron_eopd.weight_sync.ring import RingReader, TransferError
+from megatron_eopd.weight_sync.ring import RingReader
 from megatron_eopd.weight_sync.route import StageRoute
 from megatron_eopd.weight_sync.verify import (
     EXPECTED_ROUNDING,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo
 from torch.distributed.distributed_c10d import BroadcastOptions
 
+from megatron_eopd.errors import WireError
 from megatron_eopd.parallel.collectives import reason_of
 
 Message = tuple[int, torch.Tensor]
@@ -44,10 +45,6 @@ class GroupWire:
         ]
         for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
-
-
-class WireError(RuntimeError):
-    """The other end is gone or late."""
 
 
 class JointWire:

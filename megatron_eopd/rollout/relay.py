@@ -12,8 +12,9 @@ from typing import Protocol
 
 import torch
 
+from megatron_eopd.errors import WireError
 from megatron_eopd.parallel.collectives import lost_rank
-from megatron_eopd.parallel.wire import JointWire, WireError
+from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.rollout.engine_process import EngineProcess
 from megatron_eopd.rollout.messages import Farewell, Orders, Reply, Report, Request
 from megatron_eopd.rollout.vllm_options import EngineSpec

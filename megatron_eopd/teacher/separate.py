@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits
-from megatron_eopd.errors import Interrupted, LostRankError, TeacherError
+from megatron_eopd.errors import Interrupted, LostRankError, TeacherError, WireError
 from megatron_eopd.parallel.collectives import naming_stage
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout
-from megatron_eopd.parallel.wire import JointWire, WireError
+from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.parallel.worlds import Role, separate_layout
 from megatron_eopd.records import Payload
 from megatron_eopd.teacher.assignment import Item, owners_of, plan_by_length

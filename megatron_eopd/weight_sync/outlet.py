@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_eopd.errors import TransferError, WireError
 from megatron_eopd.parallel.collectives import collecting
-from megatron_eopd.parallel.wire import JointWire, WireError
+from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.weight_sync.buckets import buffer_bytes, pack
 from megatron_eopd.weight_sync.manifest import Bucket, Manifest
-from megatron_eopd.weight_sync.ring import Address, Ring, TransferError
+from megatron_eopd.weight_sync.ring import Address, Ring
 from megatron_eopd.weight_sync.route import StageRoute
 from megatron_eopd.weight_sync.share import Share, make_share
 

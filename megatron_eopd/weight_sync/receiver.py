@@ -30,9 +30,10 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.platforms import current_platform
 
+from megatron_eopd.errors import TransferError
 from megatron_eopd.weight_sync.buckets import unpack
 from megatron_eopd.weight_sync.manifest import Bucket, Manifest
-from megatron_eopd.weight_sync.ring import RingReader, TransferError
+from megatron_eopd.weight_sync.ring import RingReader
 
 BACKEND = "eopd"
 

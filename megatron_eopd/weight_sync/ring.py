@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_eopd.errors import TransferError
 from megatron_eopd.weight_sync.share import Share, open_share, path_of
 
 Address = dict[str, Any]
@@ -26,10 +27,6 @@ Address = dict[str, Any]
 _TOLD = struct.Struct("<qq")  # number of the bucket, bytes in its slot
 _READ = struct.Struct("<q")
 _ATTACHED, _ABORTED = -1, -1
-
-
-class TransferError(RuntimeError):
-    """The other side is gone, late, or has given up."""
 
 
 class _Reader:

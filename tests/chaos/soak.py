@@ -74,9 +74,9 @@ def gauges(job: subprocess.Popen) -> str:
     )
 
 
-def disturb(job: subprocess.Popen, run_dir: Path, arguments: argparse.Namespace) -> list[str]:
-    """Kills, in turns, until the run is over; the rows of the table."""
-    rows, kills, seen = [], 0, 0
+def watch(run_dir: Path, arguments: argparse.Namespace, *, kills_some: bool) -> dict[int, str]:
+    """A whole run; its gauges by iterations. Engines are killed in turns, or none is."""
+    job, rows, kills, seen = start(run_dir, arguments), {}, 0, 0
     with tqdm(total=arguments.iterations, unit="iter") as bar:
         while job.poll() is None:
             done = iterations_done(run_dir)
@@ -84,8 +84,8 @@ def disturb(job: subprocess.Popen, run_dir: Path, arguments: argparse.Namespace)
             if done >= seen + arguments.every and done < arguments.iterations:
                 seen = done - done % arguments.every
                 with suppress(psutil.Error):
-                    rows.append(f"| {done} | {kills} | {gauges(job)} |")
-                engines = engines_of(job)
+                    rows[seen] = gauges(job)
+                engines = engines_of(job) if kills_some else []
                 if engines:
                     os.killpg(engines[kills % len(engines)].pid, signal.SIGKILL)
                     kills += 1
@@ -117,14 +117,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         straight, killed = Path(folder) / "straight", Path(folder) / "killed"
-        undisturbed = start(straight, arguments)
-        _, said = undisturbed.communicate()
-        assert undisturbed.returncode == 0, said
-        rows = disturb(start(killed, arguments), killed, arguments)
-        restarts = read_metrics(killed / "metrics.jsonl")[-1]
-        total = sum(v for k, v in restarts.items() if re.fullmatch(r"engine/\d+/restarts", k))
-        print("| iterations | deaths before | rank 0: memory, descriptors, threads | rank 1 |")
-        print("|---|---|---|---|", *rows, sep="\n")
+        before = watch(straight, arguments, kills_some=False)
+        after = watch(killed, arguments, kills_some=True)
+        last = read_metrics(killed / "metrics.jsonl")[-1]
+        total = sum(v for k, v in last.items() if re.fullmatch(r"engine/\d+/restarts", k))
+        print("| iterations | undisturbed: rank 0 | rank 1 | with deaths: rank 0 | rank 1 |")
+        print("|---|---|---|---|---|")
+        for seen in sorted(before.keys() & after.keys()):
+            print(f"| {seen} | {before[seen]} | {after[seen]} |")
         print(f"\nRestarts: {total:.0f}. The same to the bit: {same(killed, straight)}.")
 
 

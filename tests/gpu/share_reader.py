@@ -10,7 +10,8 @@ import time
 
 import torch
 
-from megatron_eopd.weight_sync.ring import RingReader, TransferError
+from megatron_eopd.errors import TransferError
+from megatron_eopd.weight_sync.ring import RingReader
 
 
 def main() -> None:
