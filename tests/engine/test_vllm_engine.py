@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -37,7 +38,7 @@ from tests.engine.toy import (
     pids,
     scores,
 )
-from tests.test_engine_process import wait_until_gone
+from tests.living import wait_until_gone
 from tests.tiny_models import make_model
 
 pytestmark = [
@@ -69,7 +70,7 @@ def pair(request, world, tmp_path_factory):
     engine.update_weights(0)
     yield trainer, engine
     engine.close()
-    wait_until_gone(pids(engine)[0])
+    wait_until_gone(lambda: [pid for pid in pids(engine) if psutil.pid_exists(pid)], 5)
 
 
 def sampling(**overrides) -> Sampling:
@@ -313,13 +314,15 @@ def test_an_engine_that_dies_loses_nothing(tmp_path_factory):
     assert pids(engine)[0] != victim and "while taking the weights" in told[-1]
     assert_in_step(trainer, engine)
 
-    os.killpg(pids(engine)[0], signal.SIGKILL)
-    engine._fleet.exchange()  # it starts again
+    second = pids(engine)[0]
+    os.killpg(second, signal.SIGKILL)
+    while pids(engine)[0] == second:
+        engine._fleet.exchange()  # it starts again
     os.killpg(pids(engine)[0], signal.SIGKILL)
     assert engine.update_weights(1, PROBES).probe.verdict == "sound"
     assert engine._fleet.handles[0].life.restarts_in_a_row == 3
     engine.close()
-    wait_until_gone(pids(engine)[0])
+    wait_until_gone(lambda: [pid for pid in pids(engine) if psutil.pid_exists(pid)], 5)
 
 
 def interrupted(trainer: ToyTrainer, victim: int):
