@@ -13,6 +13,7 @@ from megatron_eopd.interruption import Interruption
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.hf_config import read_hf_config
+from megatron_eopd.parallel.collectives import lost_rank
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.preflight import Inputs
@@ -127,7 +128,7 @@ def serve_engines(
         farewell = None
         while farewell is None:
             farewell = serve(own.wire, relay, own.outlet)
-    except (WireError, LostRankError) as error:
+    except LostRankError as error:
         raise EngineError(f"[engines] the student is gone or late: {error}") from None
     finally:
         if own is not None:
@@ -193,7 +194,10 @@ def _join(
     if rank not in ranks or len(ranks) == 1:
         return None
     place = list(ranks).index(rank)
-    return JointWire(store, place, len(ranks), minutes, device or torch.device("cpu"))
+    try:
+        return JointWire(store, place, len(ranks), minutes, device or torch.device("cpu"))
+    except WireError as error:
+        raise lost_rank(error, "meeting those that own engines") from error
 
 
 def _make_fleet(own: Own, config: Config, places: Places, manifest: Manifest, log: RunLog) -> Fleet:

@@ -75,8 +75,8 @@ def test_what_a_bfloat16_run_starts_with_is_its_rounding(health):
 
 def test_a_probe_that_warns_is_passed_on(health):
     check, told = health
-    check.look(HEALTHY, SyncReport(1, 0.0, 0, Probe(0.2, "warn", "look at the probe")))
-    assert told == ["WARNING (told once): look at the probe"]
+    check.look(HEALTHY, SyncReport(1, 0.0, 0, probe=Probe(0.2, "warn", "look at it")))
+    assert told == ["WARNING (told once): look at it"]
 
 
 def test_a_batch_of_references_alone_is_no_baseline(health):

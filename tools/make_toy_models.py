@@ -237,7 +237,7 @@ def evaluate(
 def graded(task: countdown.Countdown, answer: str, responses: list[str]) -> Outcome:
     grades = [task.grade(answer, text) for text in responses]
     none = (0,) * len(grades)  # lengths are no figure here
-    verdicts, canonical, second = zip(*grades, strict=True)
+    verdicts, canonical, second, _ = zip(*grades, strict=True)
     return Outcome(verdicts, canonical, second, none, none, task.num_right(answer))
 
 

@@ -19,6 +19,9 @@ from megatron_eopd.config.training import (
 )
 from megatron_eopd.errors import ConfigError
 
+SYNC_STEPS = 4
+"""Of a weight sync, of those that rank 0 waits for: attach, load, commit, score."""
+
 
 class Config(Section):
     run_dir: Path
@@ -74,9 +77,11 @@ class Config(Section):
 
     @property
     def longest_wait_s(self) -> float:
-        """The longest that the ranks may have to wait for one engine call, in seconds."""
+        """The longest that the ranks may have to wait for one engine call, in seconds: for all
+        starts of an engine, a call, and the steps of a sync that each may take its time-out."""
         rollout = self.rollout
-        return rollout.start_timeout_s + rollout.generate_timeout_s + self.weight_sync.timeout_s
+        starts = (1 + rollout.max_restarts) * rollout.start_timeout_s
+        return starts + rollout.generate_timeout_s + SYNC_STEPS * self.weight_sync.timeout_s
 
     @property
     def longest_pause_s(self) -> float:

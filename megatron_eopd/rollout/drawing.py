@@ -59,7 +59,7 @@ class Drawing:
     @property
     def queue_wait_s(self) -> float:
         """How long a request waited for an engine, on average."""
-        return self._waited_s / self._queue.total
+        return self._waited_s / max(self._queue.total, 1)
 
     def go_on(self) -> bool:
         """Until all samples are there: True. False: no engine holds the weights any more.
