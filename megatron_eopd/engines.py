@@ -1,6 +1,6 @@
 """The engines of a run, opened where the configuration puts them. In: Config. Out: an engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -113,8 +113,10 @@ def serve_engines(
     store: dist.Store,
     context: ParallelContext,
     rank: int,
+    joined: Callable[[], None],
 ) -> None:
-    """What ranks of engines alone do, until the student lets them go. `rank`: of the job.
+    """What ranks of engines alone do, until the student lets them go. `rank`: of the job. `joined`:
+    called once the student will do so, whatever happens.
 
     Raises:
         EngineError: the student is gone, late, or has failed.
@@ -125,6 +127,7 @@ def serve_engines(
     try:
         manifest = Manifest.from_json(_told(store, config))
         own = _own_part(relay, config, places, store, rank, manifest, None, context)
+        joined()
         farewell = None
         while farewell is None:
             farewell = serve(own.wire, relay, own.outlet)

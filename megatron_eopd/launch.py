@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore
@@ -121,13 +122,13 @@ def _meet_and_work(
     with _world(role, config, rank, store, job) as (context, log, signals):
         if role.name != STUDENT:
             log.stage = f"service as [{role.name}]"
-            # The student lets these ranks go, when it has saved.
-            signals.keeps_work = signals.is_saving = True
         if role.name == ENGINES:
-            serve_engines(config, inputs, places, store, context, rank)
+            joined = partial(_leave_to_student, signals)
+            serve_engines(config, inputs, places, store, context, rank, joined)
             log.line("the student has finished, and these engines with it")
             return
         if role.name != STUDENT:
+            _leave_to_student(signals)
             teacher = config.all_teachers[role.name]
             students = student_layout(config, world_size)
             serve(
@@ -152,6 +153,11 @@ def _meet_and_work(
             parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in log.startup.items())
             log.line(f"start-up: {seconds_since_start():.1f} s ({parts})")
             work(session)
+
+
+def _leave_to_student(signals: StopSignals) -> None:
+    """It lets these ranks go, when it has saved."""
+    signals.keeps_work = signals.is_saving = True
 
 
 @contextmanager

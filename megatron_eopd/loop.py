@@ -75,7 +75,8 @@ def iterate(session: Session, writer: MetricsWriter | None) -> None:
                 plans = plan_steps(session, work.rollouts)
                 with session.engine.asleep():
                     optimize(session, plans, work, times)
-            finish_iteration(session, work, plans, times, health, writer)
+            with saved_when_interrupted(session, work):
+                finish_iteration(session, work, plans, times, health, writer)
             bar.update()
 
 
@@ -89,7 +90,7 @@ def finish_iteration(
 ) -> None:
     """Give the engine the new weights, and tell what the iteration was."""
     version, rollouts, reports = work.iteration + 1, work.rollouts, work.reports
-    with times("sync"):
+    with times("sync"), session.stop.waiting("sync"):
         sync = session.push_weights(version, rollouts)
     scalars = report.iteration_scalars(rollouts, reports, sync, times)
     scalars |= report.packing_scalars(plans, session.context.layout)

@@ -82,6 +82,8 @@ class FakeEngine:
         self._orders = orders
         self.rests += orders.rest
 
+    def flush(self) -> None: ...
+
     def hear(self) -> Report:
         time.sleep(0.0005)
         orders = self._orders

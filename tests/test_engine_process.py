@@ -159,6 +159,16 @@ def test_a_process_that_cannot_start_says_why_in_its_log(tmp_path, monkeypatch):
     assert death.startswith("exit code 1.") and "No module named tests.engine.no_such" in death
 
 
+def test_an_engine_that_has_lost_a_worker_ends_instead_of_answering(process):
+    """It would refuse all that it is asked, as if that were what is wrong."""
+    process.post(Request(3, "lose_a_worker"))
+    deadline = time.monotonic() + 60
+    while process.death() is None:
+        assert time.monotonic() < deadline
+        assert process.replies(0.1) == []
+    assert "exit code 1" in process.death() and "no worker answers" in process.death()
+
+
 @pytest.mark.parametrize(
     "then,how", [("fail", "exit code 0."), ("die", "killed by SIGKILL.")], ids=["fails", "dies"]
 )

@@ -431,11 +431,44 @@ def test_when_no_engine_holds_the_weights_none_serves_and_the_worst_is_told():
 def test_engines_that_sleep_serve_after_the_next_sync():
     fleet, told = fleet_of(FakeEngine(), FakeEngine(errors={"sleep": "RuntimeError: awake"}))
     assert sync(fleet)
-    fleet.sleep()
+    fleet.sleep(on_same_devices=False)
     assert not fleet.serving and "failed while going to sleep, and others did not" in told[0]
+    assert states_of(fleet) == ["stale", "restarting"], "nobody waits for it"
     assert not Call(fleet, groups_of(2)).drawing.go_on()
     wait_until_ready(fleet)
     assert sync(fleet, 2) and states_of(fleet) == ["healthy"] * 2
+
+
+def test_on_the_students_devices_no_engine_is_awake_while_it_trains():
+    """Not one that has died in the rollouts, nor one that dies of going to sleep."""
+    fleet, _ = fleet_of(FakeEngine(dies_of=["sleep"]), FakeEngine(), FakeEngine())
+    assert sync(fleet)
+    fleet.handles[2].die("killed")
+    fleet.sleep(on_same_devices=True)
+    assert states_of(fleet) == ["stale"] * 3
+    for handle in fleet.handles:
+        verbs = [request.verb for request in handle.link.heard]
+        assert verbs[-1] == "sleep", "the last that its present life heard"
+
+
+def test_a_sync_within_a_call_does_not_count_as_its_time():
+    """The engine starts again for longer than responses may take."""
+    fleet, _ = fleet_of(FakeEngine(die_at=2), generate_timeout_s=0.4)
+    assert sync(fleet)
+    call = Call(fleet, groups_of(5))
+    assert not call.drawing.go_on()
+    time.sleep(0.6)
+    wait_until_ready(fleet)
+    assert sync(fleet)
+    assert call.drawing.go_on()
+
+
+def test_the_students_own_ranks_need_no_farewell():
+    """They are in no exchange then, and a word that nobody takes would be waited for."""
+    fleet, _ = fleet_of(FakeEngine(), FakeEngine())
+    fleet.rest()
+    fleet.end(Farewell(None))
+    assert [handle.link._orders.end for handle in fleet.handles] == [None, None]
 
 
 def test_the_end_reaches_every_rank_that_waits():
@@ -445,7 +478,10 @@ def test_the_end_reaches_every_rank_that_waits():
         def tell(self, orders: Orders) -> None:
             heard.append(orders)
 
-    fleet, _ = fleet_of(FakeEngine(), FakeEngine())
+        def flush(self) -> None: ...
+
+    separate = {"placement": "separate", "world_size": 3, "min_engines": 1}
+    fleet, _ = fleet_of(FakeEngine(), FakeEngine(), **separate)
     fleet._others = [Waiting()]
     fleet.rest()
     assert [handle.link.rests for handle in fleet.handles] == [1, 1] and heard == []

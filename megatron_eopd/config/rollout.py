@@ -117,7 +117,8 @@ class RolloutConfig(Section):
 class WeightSyncConfig(Section):
     bucket_mib: float = Field(64.0, gt=0)
     """Tensors are gathered and handed over in buckets of about this many MiB; one is packed while
-    another is read, so each pipeline stage holds two of them."""
+    another is read, so each pipeline stage holds two of them. A larger tensor is a bucket of its
+    own, and the two are then of its size."""
     timeout_s: float = Field(300.0, gt=0)
     """Longest wait, in seconds, for an engine to read one bucket, and for it to be done with all
     of them once the last was handed over. An engine that is later than that is killed."""

@@ -46,7 +46,7 @@ class Drawing:
         self._must_leave, self._watch = must_leave, watch
         self._begin = self._last = time.monotonic()
         self._queue = RequestQueue(groups, int(BACKLOG * fleet.options.max_num_seqs))
-        self._waited_s = 0.0
+        self._waited_s = self._paused_s = 0.0
         self._answered = 0
         self._watched = self._begin
         self._last_add: dict[int, int] = {}  # by engine that has had requests of this call
@@ -69,7 +69,9 @@ class Drawing:
             Interrupted: `must_leave` said so.
         """
         fleet = self._fleet
+        paused_at = self._last
         self._count_use()  # of a pause, in which no engine has requests
+        self._paused_s += self._last - paused_at
         try:
             while not self._queue.is_done:
                 if not fleet.serving:
@@ -173,7 +175,7 @@ class Drawing:
     def _leave_in_time(self) -> None:
         self._fleet.leave_if_told(self._must_leave, "generating")
         limit_s = self._fleet.options.generate_timeout_s
-        if self.seconds > limit_s:
+        if self.seconds - self._paused_s > limit_s:  # starts and syncs have their own
             waiting = {h.name: self._queue.in_flight(h.number) for h in self._fleet.handles}
             raise EngineError(
                 f"{self._answered} of {self._queue.total} responses came within "

@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from multiprocessing import Pipe
 from pathlib import Path
 
+from megatron_eopd.errors import EngineError
 from megatron_eopd.rollout.messages import Reply, Request
 
 CHILD_MODULE = "megatron_eopd.rollout.vllm_child"
 LOG_TAIL_LINES = 20
 LINE_WIDTH = 100
-EXIT_S, HUNG_UP_S = 10.0, 5.0
-"""Waits for a process that was asked to exit, and for one that has closed its pipe."""
+EXIT_S, HUNG_UP_S, KILLED_S = 10.0, 5.0, 60.0
+"""Waits for a process that was asked to exit, that has closed its pipe, that was killed."""
 # Set by torchrun for the trainer's ranks; an engine that sees them joins the wrong job.
 TORCHRUN_VARIABLES = (
     "RANK",
@@ -133,10 +134,17 @@ class EngineProcess:
             self._killed = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            try:
+                self._process.wait(timeout=KILLED_S)
+            except subprocess.TimeoutExpired:
+                raise EngineError(
+                    f"the engine's process {self._process.pid} did not end within {KILLED_S:g} s "
+                    f"of SIGKILL: its GPU or a file system hangs. See to the host, and start the "
+                    f"same command again."
+                ) from None
             self._outgoing.put(None)
             for thread in self._threads:  # both see the end of the pipe
-                thread.join()
+                thread.join(HUNG_UP_S)
             self._connection.close()
 
     def log_tail(self) -> str:

@@ -128,33 +128,48 @@ class Fleet:
             self.kill("the run was stopped")
             raise Interrupted(f"stopped by {reason} while vLLM was {doing}")
 
-    def sleep(self) -> None:
-        """Have those that serve let go of weights and cache."""
-        self.ask(self.serving, "sleep", MEET_TIMEOUT_S, "going to sleep")
+    def sleep(self, *, on_same_devices: bool) -> None:
+        """Have those that run let go of weights and cache. Where the student needs their devices,
+        those that start again are waited for: they would take memory while it trains."""
+        while True:
+            while on_same_devices and self._any_restarts():
+                self.exchange()
+            self.ask(self.handles, "sleep", MEET_TIMEOUT_S, "going to sleep")
+            if not (on_same_devices and self._any_restarts()):
+                break
         for handle in self.serving:
             handle.life.falls_behind()
+
+    def _any_restarts(self) -> bool:
+        return any(h.life.state == State.RESTARTING for h in self.handles)
 
     def kill(self, reason: str) -> None:
         """All processes, at once."""
         for handle in self.handles:
             if handle.life.state != State.DEAD:
                 handle.die(reason)
-        with suppress(LostRankError):  # of a rank that is gone; its engine goes with it
+        for step in (EngineHandle.tell, EngineHandle.hear):
             for handle in self.handles:
-                handle.tell()
-            for handle in self.handles:
-                handle.hear()
+                with suppress(LostRankError):  # its engine goes with the rank
+                    step(handle)
 
     def rest(self) -> None:
         """Let the student's ranks that own engines go back to what all ranks do."""
-        with suppress(LostRankError):  # what was to be told of it is on its way
-            for handle in self.handles:
+        for handle in self.handles:
+            with suppress(LostRankError):  # what was to be told of it is on its way
                 handle.link.tell(Orders(rest=True))
 
     def end(self, farewell: Farewell) -> None:
-        for link in [*(h.link for h in self.handles), *self._others]:
+        """Let the ranks go on which engines alone sit; the student's know by themselves."""
+        if self.options.placement != "separate":
+            return
+        links = [*(h.link for h in self.handles), *self._others]
+        for link in links:
             with suppress(LostRankError):
                 link.tell(Orders(end=farewell))
+        for link in links:
+            with suppress(LostRankError):
+                link.flush()
 
     def _welcome(self, handle: EngineHandle) -> None:
         """One whose process has loaded hears which tensors will come, and is ready for them."""
@@ -168,11 +183,15 @@ class Fleet:
             handle.life.ready()
         elif met is not None:
             handle.die(f"it failed to hear of the weights: {met.error}")
-        elif time.monotonic() - handle.started > self.options.start_timeout_s:
+        elif time.monotonic() - handle.started > self._start_limit_s(handle):
             handle.die(
                 f"it was not ready within rollout.start_timeout_s="
                 f"{self.options.start_timeout_s:g}: {handle.last_line}"
             )
+
+    def _start_limit_s(self, handle: EngineHandle) -> float:
+        limit_s = self.options.start_timeout_s
+        return limit_s if handle.awaits(START) else min(limit_s, MEET_TIMEOUT_S)
 
     def _bury(self, handle: EngineHandle, consequence: str) -> None:
         life, handle.is_buried = handle.life, True

@@ -47,7 +47,10 @@ class Relay:
         replies = tuple(process.replies(wait_s))
         self._is_starting &= not replies
         last_line = process.last_line() if self._is_starting else ""
-        return Report(replies, _failed_start(replies, process) or process.death(), last_line)
+        death = _failed_start(replies, process) or process.death()
+        if death is not None:
+            replies += tuple(process.replies(0))  # what came just before
+        return Report(replies, death, last_line)
 
     def close(self) -> None:
         if self._process is not None:
@@ -75,6 +78,10 @@ class Link(Protocol):
 
     def hear(self) -> Report: ...
 
+    def flush(self) -> None:
+        """Returns when what was told has been heard."""
+        ...
+
 
 class OwnLink:
     """To the relay of rank 0 itself."""
@@ -88,6 +95,8 @@ class OwnLink:
 
     def hear(self) -> Report:
         return self._relay.exchange(self._orders)
+
+    def flush(self) -> None: ...
 
 
 class WireLink:
@@ -104,6 +113,10 @@ class WireLink:
     def hear(self) -> Report:
         with _naming("leading the engines"):
             return receive(self._wire, self._place)
+
+    def flush(self) -> None:
+        with _naming("leading the engines"):
+            self._wire.flush()
 
 
 def serve(wire: JointWire, relay: Relay | None, outlet: Outlet | None = None) -> Farewell | None:

@@ -76,8 +76,7 @@ class Server:
         self._require_sound("refusing to commit")
         self._wake("kv_cache")
         self._is_asleep = False
-        # The cached keys and values are those of the weights before.
-        self._llm.reset_prefix_cache()
+        self._forget_prefixes()
         self._llm.update_weight_version(str(version))
         committed = self._llm.get_weight_version()
         assert committed == str(version), f"vLLM reports version {committed}, sent {version}"
@@ -101,7 +100,7 @@ class Server:
         that the same call draws the same samples."""
         self._require_sound("refusing to generate")
         if is_first:
-            self._llm.reset_prefix_cache()
+            self._forget_prefixes()
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         parameters = [sampling_parameters(request) for request in requests]
         ids = self._llm.enqueue(prompts, parameters, use_tqdm=False)
@@ -136,6 +135,19 @@ class Server:
             [at[token].logprob for token, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
             for ids, out in zip(sequences, outputs, strict=True)
         ]
+
+    def _forget_prefixes(self) -> None:
+        """The cached keys and values may be those of the weights before. vLLM keeps them, with a
+        warning alone, where it believes that a request still uses one."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not empty its prefix cache")
+
+    @property
+    def has_lost_a_worker(self) -> bool:
+        """With several workers vLLM notes the death of one, and answers everything with errors."""
+        llm = getattr(self, "_llm", None)
+        executor = getattr(getattr(llm, "llm_engine", None), "model_executor", None)
+        return bool(getattr(executor, "is_failed", False))
 
     def _require_sound(self, doing: str) -> None:
         faults = [fault for fault in self._rpc("weights_fault", None) if fault is not None]
@@ -201,6 +213,8 @@ def _answer(connection: Connection, server: Server, request: Request) -> None:
         reply = Reply(request.number, getattr(server, request.verb)(**request.arguments))
     except Exception as error:
         reply = _failure(request.number, error)
+        if server.has_lost_a_worker:
+            os._exit(1)  # a death, to whoever asked, and no error of what was asked
     connection.send(reply)
 
 

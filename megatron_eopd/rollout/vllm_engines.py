@@ -103,7 +103,11 @@ class VllmEngines:
         self._version: int | None = None
         self._probes: Sequence[Sequence[int]] = ()
         self._drawings: list[Drawing] = []  # on rank 0, since metrics were asked
-        self._led(Fleet.wait_for_start)
+        try:
+            self._led(Fleet.wait_for_start)
+        except Exception as error:
+            self.close(error)  # ranks of engines alone wait for a word
+            raise
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, finished: Finished | None = None
@@ -138,7 +142,8 @@ class VllmEngines:
     @contextmanager
     def asleep(self) -> Iterator[None]:
         if self._sleeps:
-            self._led(Fleet.sleep)
+            on_same_devices = torch.cuda.is_available()
+            self._led(lambda fleet: fleet.sleep(on_same_devices=on_same_devices))
         yield
 
     def metrics(self) -> dict[str, float]:

@@ -150,7 +150,7 @@ class RingReader:
         Raises:
             TransferError: the writer is gone, or is another user's.
         """
-        self._told, self._read = -1, -1
+        self._told, self._read, self._share = -1, -1, None
         try:
             self._share = open_share(address["share"])
             self._told = os.open(path_of(address["pid"], address["told"]), os.O_RDONLY)
@@ -165,7 +165,7 @@ class RingReader:
         return self._told
 
     def take(self) -> torch.Tensor:
-        """A copy of the next bucket, uint8 on the device that it lies on; its slot is free then.
+        """A copy of the next bucket, uint8 on the reader's device; its slot is free then.
 
         A copy, because vLLM's layerwise reload keeps views until a layer is complete, which may be
         a bucket later.
@@ -179,7 +179,11 @@ class RingReader:
         number, num_bytes = _TOLD.unpack(data)
         if number == _ABORTED:
             raise TransferError("the trainer gave up")
-        copy = self._share.slot(number)[:num_bytes].clone()
+        slot = self._share.slot(number)[:num_bytes]
+        # Onto the reader's own GPU and by its own stream, for which `settle` waits: the slot may
+        # lie on another one.
+        own = torch.device("cuda", torch.cuda.current_device()) if slot.is_cuda else slot.device
+        copy = slot.to(own, copy=True)
         self._share.settle()
         self._say(number)
         return copy
@@ -189,6 +193,8 @@ class RingReader:
             if end >= 0:
                 os.close(end)
         self._told, self._read = -1, -1
+        if self._share is not None:
+            self._share.close()
 
     def _say(self, number: int) -> None:
         try:

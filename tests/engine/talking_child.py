@@ -14,6 +14,12 @@ class Talker:
 
     def __init__(self) -> None:
         self._next, self._to, self._then = 0, 0, "rest"
+        self.has_lost_a_worker = False
+
+    def lose_a_worker(self) -> None:
+        """From now on all that it is asked fails."""
+        self.has_lost_a_worker = True
+        raise AssertionError("no worker answers")
 
     def add(self, to: int, then: str = "rest") -> None:
         """Count, a number with every step; behind the last one `rest`, `fail` or `die`."""
