@@ -17,6 +17,7 @@ from megatron_eopd import launch, loop
 from megatron_eopd.cli import run_command
 from megatron_eopd.config import load_config
 from megatron_eopd.rollout.drawing import Drawing
+from megatron_eopd.rollout.fleet import MustLeave
 from megatron_eopd.rollout.weights import WeightLoading
 
 
@@ -56,11 +57,11 @@ def go_on_and_kill(drawing: Drawing) -> bool:
     return go_on(drawing)
 
 
-def begin_and_kill(loading: WeightLoading) -> list[int]:
+def begin_and_kill(loading: WeightLoading, must_leave: MustLeave) -> list[int]:
     """One that is starting again dies once more before anybody needs it."""
     if calls == 4:
         kill_engine(1)
-    return begin(loading)
+    return begin(loading, must_leave)
 
 
 def post_and_kill(loading: WeightLoading, students) -> None:
