@@ -11,7 +11,12 @@ from transformers import AutoModelForCausalLM
 from megatron_eopd.errors import RemoteError
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import Sampling
-from megatron_eopd.rollout.megatron_engine import MegatronEngine, logprobs_to_draw_from, most_likely
+from megatron_eopd.rollout.megatron_engine import (
+    MegatronEngine,
+    logprobs_to_draw_from,
+    most_likely,
+    score_tokens,
+)
 from tests.dense_sampling import nucleus
 from tests.distributed.test_models import load, load_into
 from tests.ranks import context_for, leave_groups, run_ranks
@@ -43,7 +48,8 @@ def check_sampling(hf_dir, layouts, out_dir):
             ended = rollout.response_ids[-1] in STOP_IDS
             assert rollout.finish_reason == ("stop" if ended else "length")
             assert not set(rollout.response_ids[:-1]) & set(STOP_IDS)
-        scores = engine.score([r.prompt.prompt_ids + r.response_ids for r in rollouts])
+        sequences = [r.prompt.prompt_ids + r.response_ids for r in rollouts]
+        scores = score_tokens([model], sequences, hf_config.vocab_size, context)
         for rollout, score in zip(rollouts, scores, strict=True):
             of_response = score[len(rollout.prompt.prompt_ids) - 1 :]
             assert list(rollout.response_logprobs) == pytest.approx(of_response, abs=1e-4)
