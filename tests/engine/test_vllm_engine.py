@@ -266,18 +266,17 @@ def test_wrong_tensor_fails_at_once(pair, monkeypatch):
     assert_in_step(trainer, engine)
 
 
-def test_manifest_that_forgets_a_parameter_is_found(pair, tmp_path):
+def test_manifest_that_forgets_a_parameter_is_found(tmp_path):
     """The names arrive complete, and one parameter of the engine would keep its old values."""
-    trainer, _ = pair
+    trainer = ToyTrainer(make_model("qwen3", tmp_path / "model", vocab_size=256))
     (stage,) = trainer.manifest.stages
-    smaller = ToyTrainer(trainer.hf_dir)
-    smaller.manifest = Manifest((stage[:-1],))
-    forgetful = smaller.start_engine(
-        tmp_path / "engine.txt", export=lambda: list(smaller.export())[:-1]
+    trainer.manifest = Manifest((stage[:-1],))
+    engine = trainer.start_engine(
+        tmp_path / "engine.txt", export=lambda: list(trainer.export())[:-1]
     )
     with pytest.raises(EngineError, match="the manifest has nothing for the engine's"):
-        forgetful.update_weights(80)
-    forgetful.close()
+        engine.update_weights(80)
+    engine.close()
 
 
 def test_an_engine_that_dies_loses_nothing(tmp_path_factory):
@@ -377,31 +376,6 @@ def test_an_engine_asleep_refuses(pair):
         trainer.train(seed=90)
     engine.update_weights(90)
     assert_in_step(trainer, engine)
-
-
-def test_one_engine_of_two_that_does_not_hold_the_weights_is_killed(tmp_path_factory, monkeypatch):
-    """Its probe says so; the other one goes on."""
-    told: list[str] = []
-    _, engine = start(tmp_path_factory, {"num_engines": 2, "tell": told.append})
-    engine.update_weights(0, PROBES)
-    victim = engine._fleet.handles[1]
-    taken = victim.take
-
-    def falsify(report):
-        replies = tuple(
-            dataclasses.replace(r, value=[[x - 1 for x in row] for row in r.value])
-            if isinstance(r.value, list)
-            else r
-            for r in report.replies
-        )
-        taken(dataclasses.replace(report, replies=replies))
-
-    monkeypatch.setattr(victim, "take", falsify)
-    report = engine.update_weights(1, PROBES)
-    assert report.probe.verdict == "sound" and victim.life.failed_probes == 1
-    assert [h.number for h in engine._fleet.serving] == [0]
-    assert "engine 1 on rank 0 died: after the sync of weight version 1" in told[-1]
-    engine.close()
 
 
 def test_missing_vllm_says_how_to_install_it(tmp_path_factory, monkeypatch):
