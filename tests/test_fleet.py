@@ -14,13 +14,13 @@ from torch.distributed import HashStore
 
 from megatron_eopd.config import WeightSyncConfig
 from megatron_eopd.errors import EngineError, Interrupted, LostRankError
+from megatron_eopd.parallel.farewell import Farewell
 from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.records import RolloutProgress
 from megatron_eopd.rollout import fleet as fleet_module
 from megatron_eopd.rollout.drawing import Drawing
 from megatron_eopd.rollout.fleet import Fleet
 from megatron_eopd.rollout.messages import (
-    Farewell,
     Orders,
     Reply,
     Report,
@@ -580,3 +580,11 @@ def test_orders_and_reports_cross_the_wire():
         assert serving.result(5) == Farewell("OSError: full")
         with pytest.raises(LostRankError, match="Timed out"):
             pool.submit(serve, theirs, relay).result(5)
+
+
+def test_an_error_without_words_is_a_reason_all_the_same():
+    """Of several lines the first is told."""
+    assert Farewell.after(None) == Farewell(None)
+    assert Farewell.after(KeyError()) == Farewell("KeyError: ")
+    assert Farewell.after(OSError("full\nof files")) == Farewell("OSError: full")
+    assert Farewell.after(Interrupted("SIGTERM")).is_stop

@@ -47,7 +47,6 @@ class Drawing:
         self._begin = self._last = time.monotonic()
         self._queue = RequestQueue(groups, int(BACKLOG * fleet.options.max_num_seqs))
         self._waited_s = self._paused_s = 0.0
-        self._answered = 0
         self._watched = self._begin
         self._last_add: dict[int, int] = {}  # by engine that has had requests of this call
         self.use = {h.number: EngineUse() for h in fleet.handles}
@@ -108,7 +107,6 @@ class Drawing:
             if isinstance(part, Sample):
                 if self._queue.take_answer(handle.number, part.number):
                     self.use[handle.number].tokens += len(part.response_ids)
-                    self._answered += 1
                     self._take(part)
             elif self._has_lost_some(handle, number, part):
                 handle.failure = "it has ended, and owes samples"
@@ -163,7 +161,7 @@ class Drawing:
             serving = len(self._fleet.serving)
             self._watch(
                 RolloutProgress(
-                    self._answered,
+                    self._queue.answered,
                     self._queue.total,
                     tokens,
                     self.seconds,
@@ -178,7 +176,7 @@ class Drawing:
         if self.seconds - self._paused_s > limit_s:  # starts and syncs have their own
             waiting = {h.name: self._queue.in_flight(h.number) for h in self._fleet.handles}
             raise EngineError(
-                f"{self._answered} of {self._queue.total} responses came within "
+                f"{self._queue.answered} of {self._queue.total} responses came within "
                 f"rollout.generate_timeout_s={limit_s:g}; the engines were killed. Still with "
                 f"them: {waiting}. Raise the time-out, or lower rollout.batch_size or "
                 f"rollout.max_response_length."

@@ -12,8 +12,9 @@ from typing import Any
 
 from megatron_eopd.config import RolloutConfig
 from megatron_eopd.errors import EngineError, Interrupted, LostRankError
+from megatron_eopd.parallel.farewell import Farewell
 from megatron_eopd.rollout.handle import EngineHandle
-from megatron_eopd.rollout.messages import Farewell, Orders, Reply
+from megatron_eopd.rollout.messages import Orders, Reply
 from megatron_eopd.rollout.relay import START, Link
 from megatron_eopd.rollout.states import State
 from megatron_eopd.weight_sync.manifest import Manifest
@@ -52,6 +53,11 @@ class Fleet:
     def serving(self) -> list[EngineHandle]:
         return [h for h in self.handles if h.life.serves]
 
+    @property
+    def restarting(self) -> list[EngineHandle]:
+        """Those that load, the first start included."""
+        return [h for h in self.handles if h.life.state == State.RESTARTING]
+
     def exchange(self, when_one_dies: Callable[[EngineHandle], str] = lambda handle: "") -> None:
         """Tell every engine what it is asked, hear what it says, welcome those that have started,
         and start those that died again. `when_one_dies` says what becomes of its work.
@@ -63,9 +69,8 @@ class Fleet:
             handle.tell()
         for handle in self.handles:
             handle.hear()
-        for handle in self.handles:
-            if handle.life.state == State.RESTARTING:
-                self._welcome(handle)
+        for handle in self.restarting:
+            self._welcome(handle)
         for handle in self.handles:
             if handle.life.state == State.DEAD and not handle.is_buried:
                 self._bury(handle, when_one_dies(handle))
@@ -109,11 +114,11 @@ class Fleet:
         told = time.monotonic()
         self.exchange()
         while not any(h.life.runs for h in self.handles) or any(
-            h.life.state == State.RESTARTING and not h.life.restarts for h in self.handles
+            not h.life.restarts for h in self.restarting
         ):
             if time.monotonic() - told > TELL_INTERVAL_S:
                 told = time.monotonic()
-                for handle in filter(lambda h: not h.life.runs, self.handles):
+                for handle in self.restarting:
                     line = handle.last_line or "nothing in its log yet"
                     self.tell(f"{handle.name} starts, {told - handle.started:.0f} s: {line}")
             self.leave_if_told(must_leave, "starting")
@@ -132,16 +137,13 @@ class Fleet:
         """Have those that run let go of weights and cache. Where the student needs their devices,
         those that start again are waited for: they would take memory while it trains."""
         while True:
-            while on_same_devices and self._any_restarts():
+            while on_same_devices and self.restarting:
                 self.exchange()
             self.ask(self.handles, "sleep", MEET_TIMEOUT_S, "going to sleep")
-            if not (on_same_devices and self._any_restarts()):
+            if not (on_same_devices and self.restarting):
                 break
         for handle in self.serving:
             handle.life.falls_behind()
-
-    def _any_restarts(self) -> bool:
-        return any(h.life.state == State.RESTARTING for h in self.handles)
 
     def kill(self, reason: str) -> None:
         """All processes, at once."""

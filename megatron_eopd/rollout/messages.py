@@ -8,6 +8,8 @@ be found again by the trainer.
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_eopd.parallel.farewell import Farewell
+
 
 @dataclass(frozen=True)
 class Request:
@@ -47,16 +49,8 @@ class Orders:
     """Hand on what the stages' leaders send; the report comes when all of it is read."""
     rest: bool = False
     """The last exchange of this call: go back to what all ranks do."""
-    end: "Farewell | None" = None
+    end: Farewell | None = None
     """The last exchange of the run."""
-
-
-@dataclass(frozen=True)
-class Farewell:
-    error: str | None
-    """Why the run ends early; None after its last iteration."""
-    is_stop: bool = False
-    """Whether it was asked to, and will go on another time."""
 
 
 @dataclass(frozen=True)

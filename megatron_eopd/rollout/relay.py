@@ -14,9 +14,10 @@ import torch
 
 from megatron_eopd.errors import WireError
 from megatron_eopd.parallel.collectives import lost_rank
+from megatron_eopd.parallel.farewell import Farewell
 from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.rollout.engine_process import EngineProcess
-from megatron_eopd.rollout.messages import Farewell, Orders, Reply, Report, Request
+from megatron_eopd.rollout.messages import Orders, Reply, Report, Request
 from megatron_eopd.rollout.vllm_options import EngineSpec
 from megatron_eopd.weight_sync.outlet import Outlet
 
@@ -32,14 +33,13 @@ class Relay:
     def __init__(self, spec: EngineSpec) -> None:
         """Starts the engine's process; main thread, see EngineProcess."""
         self._spec = spec
-        self._process: EngineProcess | None = None
-        self._start()
+        self._process = self._launch()
 
     def exchange(self, orders: Orders, wait_s: float = POLL_S) -> Report:
-        if orders.kill and self._process is not None:
+        if orders.kill or orders.start:
             self._process.kill()
         if orders.start:
-            self._start()
+            self._process = self._launch()
             return Report()
         process = self._process
         for request in orders.requests:
@@ -53,14 +53,12 @@ class Relay:
         return Report(replies, death, last_line)
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.close()
+        self._process.close()
 
-    def _start(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-        self._process, self._is_starting = self._spec.launch(), True
-        self._process.post(Request(START, "start", {"llm_arguments": dict(self._spec.arguments)}))
+    def _launch(self) -> EngineProcess:
+        process, self._is_starting = self._spec.launch(), True
+        process.post(Request(START, "start", {"llm_arguments": dict(self._spec.arguments)}))
+        return process
 
 
 def _failed_start(replies: Sequence[Reply], process: EngineProcess) -> str | None:

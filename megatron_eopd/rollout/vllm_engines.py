@@ -24,19 +24,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.config import WeightSyncConfig
-from megatron_eopd.errors import EngineError, Interrupted
+from megatron_eopd.errors import EngineError
 from megatron_eopd.parallel.collectives import (
     collecting,
     from_rank_zero,
     gather_everywhere,
     raise_together,
 )
+from megatron_eopd.parallel.farewell import Farewell
 from megatron_eopd.parallel.wire import JointWire
 from megatron_eopd.records import Prompt, Rollout, RolloutProgress
 from megatron_eopd.rollout.drawing import Drawing
 from megatron_eopd.rollout.engine import Finished, Sampling, SyncReport, numbered_samples
 from megatron_eopd.rollout.fleet import Fleet
-from megatron_eopd.rollout.messages import Farewell, Sample, SampleRequest
+from megatron_eopd.rollout.messages import Sample, SampleRequest
 from megatron_eopd.rollout.relay import Relay, serve
 from megatron_eopd.rollout.weights import WeightLoading
 from megatron_eopd.weight_sync.manifest import Manifest
@@ -154,8 +155,7 @@ class VllmEngines:
 
     def close(self, error: BaseException | None = None) -> None:
         if self._fleet is not None:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if error else None
-            self._fleet.end(Farewell(reason, is_stop=isinstance(error, Interrupted)))
+            self._fleet.end(Farewell.after(error))
         if self._own.relay is not None:
             self._own.relay.close()
         self._own.outlet.close()

@@ -19,6 +19,7 @@ from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits
 from megatron_eopd.errors import Interrupted, LostRankError, TeacherError, WireError
 from megatron_eopd.parallel.collectives import naming_stage
+from megatron_eopd.parallel.farewell import Farewell
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.wire import JointWire
@@ -43,16 +44,6 @@ from megatron_eopd.teacher.model import (
 FAREWELL_S = 3.0
 
 Rounds = Sequence[Mapping[int, Item]]
-
-
-@dataclass(frozen=True)
-class Farewell:
-    """The student's last request."""
-
-    error: str | None
-    """Why it ends early; None after its last iteration."""
-    is_stop: bool = False
-    """Whether the run was asked to end early, and will go on another time."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +163,7 @@ class SeparateTeacher:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         """Let the teacher's ranks go, and say why if it is early."""
         if self._route.student.rank == 0:
-            farewell = Farewell(_reason(error), is_stop=isinstance(error, Interrupted))
-            self._requests.post(self._number, farewell)
+            self._requests.post(self._number, Farewell.after(error))
 
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
@@ -185,13 +175,6 @@ class SeparateTeacher:
             raise TeacherError(
                 f"[{self._role.name}] on {self._role.describe()}: waited for {what} in vain: {why}"
             ) from None
-
-
-def _reason(error: BaseException | None) -> str | None:
-    """In a line; None without an error."""
-    if error is None:
-        return None
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def serve(
