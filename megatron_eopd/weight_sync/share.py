@@ -15,7 +15,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,76 +25,110 @@ Handle = dict[str, Any]
 """Strings and numbers, as JSON has them."""
 
 
-class Share(Protocol):
-    slot_bytes: int
-    num_slots: int
+class Slots:
+    """What writer and readers have in common."""
+
+    def __init__(self, memory: torch.Tensor, slot_bytes: int, num_slots: int) -> None:
+        """`memory`: uint8, of all slots."""
+        self._memory = memory
+        self.slot_bytes, self.num_slots = slot_bytes, num_slots
 
     def slot(self, number: int) -> torch.Tensor:
         """uint8, `slot_bytes` long: slot `number` modulo their count."""
-        ...
-
-    def handle(self) -> Handle:
-        """For `open_share` in another process, as long as this one lives and does not `close`."""
-        ...
+        start = number % self.num_slots * self.slot_bytes
+        return self._memory[start : start + self.slot_bytes]
 
     def settle(self) -> None:
-        """Returns when what was written to or read from slots has happened."""
-        ...
+        """Returns when what was written to or read from slots has happened: of the device that
+        works now, which need not be the one that has the memory."""
+        if self._memory.is_cuda:
+            torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
-        """Let go of the memory; readers that have it open keep it."""
-        ...
+        """Let go of the memory; who else has it open keeps it."""
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
 
-class HostShare:
+class HostShare(Slots):
     def __init__(self, slot_bytes: int, num_slots: int) -> None:
-        self.slot_bytes, self.num_slots = slot_bytes, num_slots
         self._file = os.memfd_create("eopd-weights", os.MFD_CLOEXEC)
         os.fchmod(self._file, 0o600)
         os.ftruncate(self._file, slot_bytes * num_slots)
-        self._memory = torch.frombuffer(
-            mmap.mmap(self._file, slot_bytes * num_slots), dtype=torch.uint8
-        )
-
-    def slot(self, number: int) -> torch.Tensor:
-        return _slot_of(self._memory, number, self)
+        mapped = mmap.mmap(self._file, slot_bytes * num_slots)
+        super().__init__(torch.frombuffer(mapped, dtype=torch.uint8), slot_bytes, num_slots)
 
     def handle(self) -> Handle:
         sizes = {"slot_bytes": self.slot_bytes, "num_slots": self.num_slots}
         return {"kind": "host", "pid": os.getpid(), "file": self._file, **sizes}
 
-    def settle(self) -> None: ...
-
     def close(self) -> None:
+        super().close()
         if self._file >= 0:
             os.close(self._file)
         self._file = -1
 
 
-class OpenedHostShare:
-    """The reader's."""
-
-    def __init__(self, handle: Handle) -> None:
-        self.slot_bytes, self.num_slots = handle["slot_bytes"], handle["num_slots"]
-        file = os.open(path_of(handle["pid"], handle["file"]), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = self.slot_bytes * self.num_slots
-            memory = mmap.mmap(file, size, prot=mmap.PROT_READ)
-        finally:
-            os.close(file)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            self._memory = torch.frombuffer(memory, dtype=torch.uint8)
-
-    def slot(self, number: int) -> torch.Tensor:
-        return _slot_of(self._memory, number, self)
+class CudaShare(Slots):
+    def __init__(self, slot_bytes: int, num_slots: int) -> None:
+        memory = torch.empty(slot_bytes * num_slots, dtype=torch.uint8, device="cuda")
+        super().__init__(memory, slot_bytes, num_slots)
 
     def handle(self) -> Handle:
-        raise NotImplementedError("who opened a share does not hand it on")
+        # Each call counts a reader, whom PyTorch waits for before the memory is used again.
+        names = ("device", "memory", "bytes", "offset", "counter", "counter_offset", "event")
+        shared = self._memory.untyped_storage()._share_cuda_()
+        values = [part.hex() if isinstance(part, bytes) else part for part in shared]
+        handle = dict(zip((*names, "waits_for_event"), values, strict=True))
+        sizes = {"slot_bytes": self.slot_bytes, "num_slots": self.num_slots}
+        return {"kind": "cuda", "uuid": _uuid(self._memory.device.index), **sizes, **handle}
 
-    def settle(self) -> None: ...
 
-    def close(self) -> None: ...
+Share = HostShare | CudaShare
+"""The writer's. Its `handle` is for `open_share` in another process, as long as this one lives and
+does not `close`."""
+
+
+def make_share(device: torch.device, slot_bytes: int, num_slots: int) -> Share:
+    kind = CudaShare if device.type == "cuda" else HostShare
+    return kind(slot_bytes, num_slots)
+
+
+def open_share(handle: Handle) -> Slots:
+    """The reader's.
+
+    Raises:
+        OSError: the writer is gone, or is another user's.
+    """
+    memory = {"host": _open_on_host, "cuda": _open_on_gpu}[handle["kind"]](handle)
+    return Slots(memory, handle["slot_bytes"], handle["num_slots"])
+
+
+def _open_on_host(handle: Handle) -> torch.Tensor:
+    file = os.open(path_of(handle["pid"], handle["file"]), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = handle["slot_bytes"] * handle["num_slots"]
+        mapped = mmap.mmap(file, size, prot=mmap.PROT_READ)
+    finally:
+        os.close(file)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def _open_on_gpu(handle: Handle) -> torch.Tensor:
+    index = _device_with(handle["uuid"])
+    storage = torch.UntypedStorage._new_shared_cuda(
+        index,
+        bytes.fromhex(handle["memory"]),
+        handle["bytes"],
+        handle["offset"],
+        bytes.fromhex(handle["counter"]),
+        handle["counter_offset"],
+        bytes.fromhex(handle["event"]),
+        handle["waits_for_event"],
+    )
+    empty = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", index))
+    return empty.set_(storage, 0, (handle["bytes"],))
 
 
 def check_allocator(environment: Mapping[str, str], has_cuda: bool) -> None:
@@ -111,80 +145,9 @@ def check_allocator(environment: Mapping[str, str], has_cuda: bool) -> None:
             )
 
 
-class CudaShare:
-    def __init__(self, slot_bytes: int, num_slots: int) -> None:
-        self.slot_bytes, self.num_slots = slot_bytes, num_slots
-        self._memory = torch.empty(slot_bytes * num_slots, dtype=torch.uint8, device="cuda")
-
-    def slot(self, number: int) -> torch.Tensor:
-        return _slot_of(self._memory, number, self)
-
-    def handle(self) -> Handle:
-        # Each call counts a reader, whom PyTorch waits for before the memory is used again.
-        names = ("device", "memory", "bytes", "offset", "counter", "counter_offset", "event")
-        shared = self._memory.untyped_storage()._share_cuda_()
-        values = [part.hex() if isinstance(part, bytes) else part for part in shared]
-        handle = dict(zip((*names, "waits_for_event"), values, strict=True))
-        sizes = {"slot_bytes": self.slot_bytes, "num_slots": self.num_slots}
-        return {"kind": "cuda", "uuid": _uuid(self._memory.device.index), **sizes, **handle}
-
-    def settle(self) -> None:
-        torch.cuda.current_stream().synchronize()
-
-    def close(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-
-class OpenedCudaShare:
-    """The reader's."""
-
-    def __init__(self, handle: Handle) -> None:
-        self.slot_bytes, self.num_slots = handle["slot_bytes"], handle["num_slots"]
-        index = _device_with(handle["uuid"])
-        storage = torch.UntypedStorage._new_shared_cuda(
-            index,
-            bytes.fromhex(handle["memory"]),
-            handle["bytes"],
-            handle["offset"],
-            bytes.fromhex(handle["counter"]),
-            handle["counter_offset"],
-            bytes.fromhex(handle["event"]),
-            handle["waits_for_event"],
-        )
-        empty = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", index))
-        self._memory = empty.set_(storage, 0, (handle["bytes"],))
-
-    def slot(self, number: int) -> torch.Tensor:
-        return _slot_of(self._memory, number, self)
-
-    def handle(self) -> Handle:
-        raise NotImplementedError("who opened a share does not hand it on")
-
-    def settle(self) -> None:
-        # Of the device that reads, which need not be the one that has the memory.
-        torch.cuda.current_stream().synchronize()
-
-    def close(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-
-def make_share(device: torch.device, slot_bytes: int, num_slots: int) -> Share:
-    kind = CudaShare if device.type == "cuda" else HostShare
-    return kind(slot_bytes, num_slots)
-
-
-def open_share(handle: Handle) -> Share:
-    return {"host": OpenedHostShare, "cuda": OpenedCudaShare}[handle["kind"]](handle)
-
-
 def path_of(pid: int, file: int) -> str:
     """Where another process of the same user finds an open file of this one."""
     return f"/proc/{pid}/fd/{file}"
-
-
-def _slot_of(memory: torch.Tensor, number: int, share: Share) -> torch.Tensor:
-    start = number % share.num_slots * share.slot_bytes
-    return memory[start : start + share.slot_bytes]
 
 
 def _uuid(index: int) -> str:
