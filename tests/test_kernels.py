@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.bench_head import bench_head
 from megatron_eopd.losses import vocab_parallel_kl_terms
-from megatron_eopd.losses.kernels import cpu, eager, kernels_for
+from megatron_eopd.losses.kernels import cpu, eager, kernels_for, operators
 from tests.distributed.test_losses import (
     KINDS,
     TEMPERATURES,
@@ -180,3 +180,25 @@ def test_chunked_head_needs_a_quarter_of_the_memory():
     head = bench_head()
     assert head["peak ratio"] > 4, head
     assert head["largest relative difference of loss and gradients"] < 1e-5, head
+
+
+@pytest.mark.parametrize("name", ["shard_sums", "shard_gradient", "shard_gradient_"])
+def test_operators_keep_to_their_schema_and_foresee_their_shapes(name):
+    """As PyTorch checks it: nothing is written but what the schema says, and tensors without memory
+    come out as the real ones do."""
+    student, teacher = torch.randn(5, 40).bfloat16(), torch.randn(5, 40)
+    mask = torch.tensor([True, True, False, True, True])
+    rest = (3,) if name == "shard_sums" else (torch.rand(5, 7),)
+    arguments = (student, teacher, mask, 37, 1.0, 0.7, *rest)
+    operator = getattr(torch.ops.megatron_eopd, name).default
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+def test_gradient_over_logits_with_gaps_between_columns_gets_memory_of_its_own():
+    student, teacher = torch.randn(4, 12)[:, ::2], torch.randn(4, 6)
+    arguments = (teacher, None, 6, (1.0, 1.0), torch.rand(4, 7))
+    before = student.clone()
+    grad = operators.shard_gradient(student, *arguments, inplace=True)
+    assert torch.equal(student, before)
+    assert torch.equal(grad, operators.shard_gradient(before, *arguments, inplace=False))

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from megatron_eopd.losses.divergences import KLTerms
 from megatron_eopd.losses.estimators import SMALLEST_TAIL
-from megatron_eopd.losses.kernels import LOWEST, kernels_for
+from megatron_eopd.losses.kernels import LOWEST
 from megatron_eopd.losses.kernels.eager import row_chunks
+from megatron_eopd.losses.kernels.operators import shard_gradient, shard_sums
 from megatron_eopd.losses.picked_tokens import STUDENT, TEACHER, PickedTokens, logits_at
 from megatron_eopd.losses.shards import all_gather, merge_shards
 from megatron_eopd.losses.vocab_parallel import (
@@ -94,12 +95,11 @@ def _log_mass_outside(
     columns_NK, owned_NK = vocabulary.columns_of(ids_NK)
     # A column behind the real ones takes what this rank does not own.
     columns_NK = columns_NK.where(owned_NK & valid_NK, vocabulary.num_columns)
-    kernels = kernels_for(logits_NV, logits_NV)
     sums_N8 = logits_NV.new_empty((len(logits_NV), 8), dtype=torch.float32)
     for rows in row_chunks(logits_NV):
         others_CV = torch.nn.functional.pad(logits_NV[rows, : vocabulary.num_columns], (0, 1))
         others_CV.scatter_(-1, columns_NK[rows], -torch.inf)
-        sums_N8[rows] = kernels.shard_sums(
+        sums_N8[rows] = shard_sums(
             others_CV, others_CV, None, vocabulary.num_columns, temperatures, 0
         ).sums_N8
     sums_N8 = merge_shards(all_gather(sums_N8, vocabulary.tp_group), temperatures)
@@ -203,10 +203,8 @@ class _StudentSweep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student_NV, ids_NP, vocabulary, inplace):
-        kernels, temperatures = kernels_for(student_NV, student_NV), vocabulary.temperatures
-        shard = kernels.shard_sums(
-            student_NV, student_NV, None, vocabulary.num_columns, temperatures, 0
-        )
+        temperatures = vocabulary.temperatures
+        shard = shard_sums(student_NV, student_NV, None, vocabulary.num_columns, temperatures, 0)
         columns_NP, owned_NP = vocabulary.columns_of(ids_NP)
         logits_NP = logits_at(student_NV, columns_NP).where(owned_NP, LOWEST)
         gathered_RNW = all_gather(
@@ -218,7 +216,7 @@ class _StudentSweep(torch.autograd.Function):
         # One rank owns a token, and LOWEST is what the others say.
         logprobs_NP = log_z.logprobs(STUDENT, logits_RNP.amax(0), temperatures[STUDENT])
         ctx.save_for_backward(student_NV, ids_NP, *log_z)
-        ctx.vocabulary, ctx.inplace, ctx.kernels = vocabulary, inplace, kernels
+        ctx.vocabulary, ctx.inplace = vocabulary, inplace
         entropy_N = KLTerms(*terms).student_entropy
         ctx.mark_non_differentiable(entropy_N)
         return logprobs_NP, entropy_N, count_non_finite(sums_RN8, sums_N8, None)[:, STUDENT]
@@ -234,7 +232,7 @@ class _StudentSweep(torch.autograd.Function):
         columns_NP, values_NP = picked_gradient(
             student_NV, student_NV, ctx.vocabulary, weights_N7, ids_NP, g_NP
         )
-        grad_NV = ctx.kernels.shard_gradient(
+        grad_NV = shard_gradient(
             student_NV,
             student_NV,
             None,
@@ -243,8 +241,6 @@ class _StudentSweep(torch.autograd.Function):
             weights_N7,
             ctx.inplace,
         )
-        if ctx.inplace:  # written by kernels, unseen by autograd: another reader must fail loudly
-            torch.autograd.graph.increment_version(student_NV)
         grad_NV.scatter_(-1, columns_NP, values_NP.to(grad_NV.dtype))
         # A view, because autograd copies what is also saved before it becomes a leaf's .grad.
         return grad_NV.view_as(student_NV), None, None, None

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.losses.divergences import KLTerms
-from megatron_eopd.losses.kernels import LOWEST, kernels_for
+from megatron_eopd.losses.kernels import LOWEST
+from megatron_eopd.losses.kernels.operators import shard_gradient, shard_sums
 from megatron_eopd.losses.picked_tokens import (
     TEACHER,
     Pick,
@@ -222,9 +223,9 @@ class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, vocabulary, mask_N, inplace, pick):
         student_NV, teacher_NV = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
-        kernels, temperatures = kernels_for(student_NV, teacher_NV), vocabulary.temperatures
+        temperatures = vocabulary.temperatures
         top_k_in_sweep = pick.top_k if TEACHER in pick.rankings else 0
-        shard = kernels.shard_sums(
+        shard = shard_sums(
             student_NV, teacher_NV, mask_N, vocabulary.num_columns, temperatures, top_k_in_sweep
         )
         candidates_NW = pack_candidates(student_NV, teacher_NV, vocabulary, shard, pick)
@@ -239,7 +240,7 @@ class _Sweep(torch.autograd.Function):
             terms = [term.where(mask_N, 0.0) for term in terms]
             picked = [x.where(mask_N.unsqueeze(-1), torch.zeros_like(x)) for x in picked]
         ctx.save_for_backward(student_logits, teacher_logits, mask_N, ids_NK, log_ratio_N, *log_z)
-        ctx.vocabulary, ctx.inplace, ctx.kernels = vocabulary, inplace, kernels
+        ctx.vocabulary, ctx.inplace = vocabulary, inplace
         ctx.mark_non_differentiable(*terms[2:], ids_NK, *picked[1:], *log_z)
         return (*terms, ids_NK, *picked, *log_z, count_non_finite(sums_RN8, sums_N8, mask_N))
 
@@ -255,7 +256,7 @@ class _Sweep(torch.autograd.Function):
         columns_NK, values_NK = picked_gradient(
             student_NV, teacher_NV, ctx.vocabulary, weights_N7, ids_NK, g_picked_NK
         )
-        grad_NV = ctx.kernels.shard_gradient(
+        grad_NV = shard_gradient(
             student_NV,
             teacher_NV,
             mask_N,
@@ -266,8 +267,6 @@ class _Sweep(torch.autograd.Function):
         )
         if mask_N is not None:
             values_NK = values_NK.where(mask_N.unsqueeze(-1), 0.0)
-        if ctx.inplace:  # written by kernels, unseen by autograd: another reader must fail loudly
-            torch.autograd.graph.increment_version(student_logits)
         grad_NV.scatter_(-1, columns_NK, values_NK.to(grad_NV.dtype))
         return grad_NV.view_as(student_logits), None, None, None, None, None
 

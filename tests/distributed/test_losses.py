@@ -6,7 +6,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_eopd.losses import dense_kl_terms, vocab_parallel_kl_terms
+from megatron_eopd.losses import dense_kl_terms, kernels, vocab_parallel_kl_terms
 from megatron_eopd.losses.kernels import eager
 from megatron_eopd.losses.vocab_parallel import NonFiniteLogitsError, vocab_parallel_terms
 from megatron_eopd.parallel.layout import pad_vocab_size
@@ -119,9 +119,7 @@ def test_some_ranks_may_hold_padding_only(tmp_path):
 
 def check_eager():
     """The form without a compiler, put in the place of the compiled one."""
-    import megatron_eopd.losses.vocab_parallel as module
-
-    module.kernels_for = lambda *_: eager
+    kernels.kernels_for = lambda *_: eager
     check_terms(5, 37)
     check_terms(3, 2999)
 
@@ -344,11 +342,9 @@ def test_bad_shapes_and_types_are_refused():
 
 
 def check_non_finite():
+    fastest = kernels.kernels_for
     for use_eager in (False, True):
-        import megatron_eopd.losses.vocab_parallel as module
-        from megatron_eopd.losses.kernels import kernels_for
-
-        module.kernels_for = (lambda *_: eager) if use_eager else kernels_for
+        kernels.kernels_for = (lambda *_: eager) if use_eager else fastest
         for value in (torch.nan, torch.inf):
             student, teacher = torch.randn(4, 300), torch.randn(4, 300)
             if dist.get_rank() == 1:

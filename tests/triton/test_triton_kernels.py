@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_eopd.losses import dense_kl_terms, vocab_parallel
+from megatron_eopd.losses import dense_kl_terms, kernels, vocab_parallel
 from megatron_eopd.losses.kernels import LOWEST, ShardSums, eager
 
 triton = pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
@@ -290,7 +290,7 @@ def test_rows_and_columns_may_be_strided():
 
 def check_end_to_end(device: str, monkeypatch):
     """Values and gradients of the whole loss function, against autograd of its definition."""
-    monkeypatch.setattr(vocab_parallel, "kernels_for", lambda *_: triton_gpu)
+    monkeypatch.setattr(kernels, "kernels_for", lambda *_: triton_gpu)
     N, V, top_k = 5, 611, 4
     student, teacher = (x[:, :V] for x in case_logits("peaked", torch.float32, device, (N, V)))
     mask = torch.tensor([True, True, False, True, True], device=device)
