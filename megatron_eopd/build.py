@@ -17,10 +17,9 @@ from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.engines import make_engine, start_own_engine
 from megatron_eopd.evaluation.problems import ProblemSet
 from megatron_eopd.interruption import Interruption
-from megatron_eopd.models.build import build_model
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
-from megatron_eopd.models.load import load_weights
+from megatron_eopd.models.load import load_model
 from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.worlds import Role
@@ -135,7 +134,7 @@ def open_session(
             directory = first_sound(candidates, context, log)
         with times("student"):
             source = config.student.hf_path if trains or directory is None else directory
-            chunks = _build_student(source, config, context)
+            chunks = load_model(source, config.model, context)
             student = make_trainable(chunks, config, context) if trains else None
         with times("checkpoint"):
             position = _go_on(config, inputs, directory, student, context, log)
@@ -205,12 +204,3 @@ def _go_on(
     position = load(directory, student, vocab_size, context)
     log.line(f"resumed from {directory}")
     return position
-
-
-def _build_student(path: Path, config: Config, context: ParallelContext) -> list[CausalLM]:
-    chunks = build_model(path, config.model, context)
-    errors: list[Exception] = []
-    with collecting(errors):  # each rank reads other tensors, so one may fail alone
-        load_weights(chunks, path, context)
-    raise_together(errors, context.cpu_group)  # before the collectives of the next model's loading
-    return chunks

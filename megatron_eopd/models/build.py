@@ -27,7 +27,8 @@ def build_model(hf_path: Path, model: ModelConfig, context: ParallelContext) -> 
     frequencies = rope.inverse_frequencies(hf_config).to(context.device)
     chunks = []
     for chunk in range(context.layout.vpp):
-        language_model = _construct(hf_config, config, model, context, chunk).to(context.device)
+        with context.device:
+            language_model = _construct(hf_config, config, model, context, chunk)
         language_model.rotary_pos_emb.inv_freq = frequencies
         chunks.append(language_model)
     return chunks

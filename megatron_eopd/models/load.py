@@ -4,12 +4,14 @@ Both hold config.json and the tokenizer, so one path says everything about a mod
 of Megatron-LM's that holds those two, and its newest checkpoint the weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
+from megatron_eopd.config import ModelConfig
 from megatron_eopd.model_paths import is_mcore, resolve_checkpoint
+from megatron_eopd.models.build import build_model
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_files import HFCheckpoint, weight_files
@@ -18,6 +20,19 @@ from megatron_eopd.models.mcore_files import MCoreCheckpoint, pieces_of
 from megatron_eopd.models.tensor_shapes import tensor_shapes
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
+
+MakeModel = Callable[[Path, ModelConfig, ParallelContext], list[CausalLM]]
+"""From a model's directory to its chunks on this rank, as `load_model` does."""
+
+
+def load_model(path: Path, model: ModelConfig, context: ParallelContext) -> list[CausalLM]:
+    """Built and filled. Collective over the ranks of the model; one's error is raised on all."""
+    chunks = build_model(path, model, context)
+    errors: list[Exception] = []
+    with collecting(errors):  # each rank reads other tensors, so one may fail alone
+        load_weights(chunks, path, context)
+    raise_together(errors, context.cpu_group)  # before the collectives of the next model's loading
+    return chunks
 
 
 def check_files(path: Path) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits
+from megatron_eopd.models.load import MakeModel, load_model
 from megatron_eopd.parallel.init import ParallelContext, second_layout
 from megatron_eopd.parallel.wire import GroupWire
 from megatron_eopd.parallel.worlds import colocated_layout
@@ -31,10 +32,11 @@ class ColocatedTeacher:
         swaps: Swaps,
         vocab_size: int,
         context: ParallelContext,
+        make_model: MakeModel = load_model,
     ) -> None:
         """Collective over all ranks. `section`: the options' section, for messages."""
         own = colocated_context(teacher, section, config, context)
-        self._model = TeacherModel(teacher, config, swaps, vocab_size, own)
+        self._model = TeacherModel(teacher, config, swaps, vocab_size, own, make_model)
         self._shape = payload_shape(teacher, vocab_size, config)
         self._limits = Limits.of(config.training)
         self._device = context.device

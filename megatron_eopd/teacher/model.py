@@ -18,10 +18,8 @@ from megatron_eopd.data.packing import make_microbatches
 from megatron_eopd.host_memory import host_memory_like
 from megatron_eopd.losses.chunked_head import chunk_size
 from megatron_eopd.losses.teacher_top_k import top_k_of_teacher
-from megatron_eopd.models.build import build_model
 from megatron_eopd.models.hf_config import read_hf_config
-from megatron_eopd.models.load import load_weights
-from megatron_eopd.parallel.collectives import collecting, raise_together
+from megatron_eopd.models.load import MakeModel, load_model
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import pad_vocab_size
 from megatron_eopd.parallel.pipeline import map_hidden
@@ -50,6 +48,7 @@ class TeacherModel:
         swaps: Swaps,
         vocab_size: int,
         context: ParallelContext,
+        make_model: MakeModel = load_model,
     ) -> None:
         """`vocab_size`: tokens that are compared; columns at or past it are padding."""
         own = {"dtype": config.dtype_of(teacher), "recompute_granularity": None}
@@ -59,11 +58,7 @@ class TeacherModel:
         self.dtype = model_dtype(teacher, config)
         self.cut = vocab_cut(teacher, vocab_size, config, context.layout.tp)
         self._teacher, self._config, self._context = teacher, config, context
-        self._chunks = build_model(teacher.hf_path, model_config, context)
-        errors: list[Exception] = []
-        with collecting(errors):  # each rank reads other tensors, so one may fail alone
-            load_weights(self._chunks, teacher.hf_path, context)
-        raise_together(errors, context.cpu_group)
+        self._chunks = make_model(teacher.hf_path, model_config, context)
         for chunk in self._chunks:
             chunk.requires_grad_(False).eval()
         self._head_VH = self._load_head(swaps) if context.layout.is_last_stage else None
