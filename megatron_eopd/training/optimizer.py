@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megatron_eopd.config import Config, TrainingConfig
 from megatron_eopd.models.causal_lm import CausalLM
+from megatron_eopd.models.patches import keep_gradient_norm_on_the_device
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.schedules import Progress, lr_at
 
@@ -60,6 +61,7 @@ class Trainable:
 
 
 def make_trainable(chunks: list[CausalLM], config: Config, context: ParallelContext) -> Trainable:
+    keep_gradient_norm_on_the_device()
     training = config.training
     wrapped = [
         DistributedDataParallel(
