@@ -9,13 +9,17 @@ all speak of the same token, and no stage shifts anything by one.
 # Shapes: S tokens of a microbatch on this rank, N valid response tokens of them, M those of one
 # teacher, H teacher hidden size, V this rank's columns of the vocabulary, K a teacher's top tokens.
 # Of packed sequences: B sequences, L longest of them, Q longest part of a sequence on this rank, R
-# context-parallel ranks.
+# context-parallel ranks, F frequencies (half a head dim).
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
+
+try:
+    from megatron.core.packed_seq_params import PackedSeqParams
+except ImportError:  # the loss and its kernels run without Megatron-Core, and pack nothing
+    PackedSeqParams = object
 
 LOWEST = -1e30
 """Stands for −inf in logits and log-probabilities: exp of it is 0, and sums and products with it
@@ -143,22 +147,43 @@ class TeacherPart(NamedTuple):
     """What one teacher says of its tokens of a microbatch."""
 
     teacher: str
-    tokens_M: torch.Tensor
-    """Which of the N tokens they are, rising."""
+    runs: tuple[range, ...]
+    """Which of the N tokens its M are, rising. On the host: whoever picks some of them must not
+    wait for the device."""
     payload: Payload
+
+
+class Unpacking(NamedTuple):
+    """The indices by which attention on padded sequences takes the row apart and joins it again."""
+
+    query_rows_BQ: torch.Tensor
+    """Row of each of this rank's tokens, by sequence; any row where a sequence has none."""
+    query_positions_BQ: torch.Tensor
+    key_rows_BL: torch.Tensor
+    """The same for all tokens, as rows of the ranks' rows behind one another, [R · S]."""
+    slots_S: torch.Tensor
+    """Where each of this rank's tokens is in a flattened [B · Q]."""
+
+
+class Rotation(NamedTuple):
+    """Of rotary embeddings, for each token of a row, in the model's dtype."""
+
+    cos_S1F: torch.Tensor
+    sin_S1F: torch.Tensor
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description, and the indices by which our own attention unpacks the row."""
+    """Megatron's description, and what our own attention needs beside it."""
 
-    query_rows_BQ: torch.Tensor | None = None
-    """Row of each of this rank's tokens, by sequence; any row where a sequence has none."""
-    query_positions_BQ: torch.Tensor | None = None
-    key_rows_BL: torch.Tensor | None = None
-    """The same for all tokens, as rows of the ranks' rows behind one another, [R · S]."""
-    slots_S: torch.Tensor | None = None
-    """Where each of this rank's tokens is in a flattened [B · Q]."""
+    lengths: tuple[int, ...] = ()
+    """Of the whole sequences, before context parallelism cuts them."""
+    positions_S: torch.Tensor | None = None
+    """Of each of this rank's tokens in its sequence."""
+    rotation: Rotation | None = None
+    """Made by the model, from the positions and its own frequencies."""
+    unpacking: Unpacking | None = None
+    """Made by the model where its attention works on padded sequences."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +222,27 @@ class StepFault:
 
 
 @dataclass(frozen=True)
+class Bins:
+    """Fixed bins, in which values of all ranks and steps are counted alike; see
+    metrics.histogram."""
+
+    scale: Literal["linear", "log"]
+    """`linear`: equal widths from low to high. `log`: one bin from 0 to low, then equal ratios."""
+    low: float
+    high: float
+    """What lies outside is counted in the first or the last bin."""
+    count: int
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many of the values lie in each bin."""
+
+    bins: Bins
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did, the same on every rank. Made by training.step."""
 
@@ -205,8 +251,8 @@ class StepReport:
     lr: float
     sums: dict[str, tuple[float, float]]
     """Metric name → (sum, count) over the valid tokens of all data-parallel ranks."""
-    values: dict[str, list[float]]
-    """Metric name → its value at each of those tokens, for percentiles and histograms."""
+    histograms: dict[str, Histogram]
+    """Metric name → its values at those tokens; none of a step whose values are not sound."""
     fault: StepFault | None = None
 
 

@@ -72,7 +72,8 @@ def test_signals_lie_at_the_places_of_their_tokens_whoever_gave_them():
     (batch,) = make_microbatches([scored], layout_of(), CPU)
     assert {part.teacher for part in batch.teacher} == {"math", "code"}
     for part in batch.teacher:
-        assert torch.equal(part.payload.hidden_NH[:, 0], batch.target_ids_N[part.tokens_M])
+        tokens = [token for run in part.runs for token in run]
+        assert torch.equal(part.payload.hidden_NH[:, 0], batch.target_ids_N[tokens])
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,7 +15,12 @@ import torch
 
 from megatron_eopd.config import Config, TrainingConfig
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.models.packed_sequences import chunks_of, describe_sequences, positions_of
+from megatron_eopd.models.packed_sequences import (
+    chunks_of,
+    describe_sequences,
+    on_device,
+    positions_of,
+)
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import (
     MicroBatch,
@@ -231,31 +236,35 @@ def _make_microbatch(
         last = max(len(rollout.response_ids) - 1, 1)
         positions += [token / last for token in tokens]
     token_ids += [0] * (sum(lengths) // cp - len(token_ids))
+    ids_S, rows_N, targets_N, sampled_N = on_device(
+        device, torch.int64, token_ids, rows, targets, sampled
+    )
+    logprobs_N, positions_N = on_device(device, torch.float32, logprobs, positions)
     return MicroBatch(
-        token_ids_1S=torch.tensor([token_ids], device=device),
+        token_ids_1S=ids_S.unsqueeze(0),
         sequences=describe_sequences(lengths, cp, cp_rank, device),
-        prediction_rows_N=torch.tensor(rows, dtype=torch.long, device=device),
-        target_ids_N=torch.tensor(targets, dtype=torch.long, device=device),
-        rollout_logprobs_N=torch.tensor(logprobs, dtype=torch.float32, device=device),
-        sampled_N=torch.tensor(sampled, dtype=torch.bool, device=device),
-        positions_N=torch.tensor(positions, dtype=torch.float32, device=device),
+        prediction_rows_N=rows_N,
+        target_ids_N=targets_N,
+        rollout_logprobs_N=logprobs_N,
+        sampled_N=sampled_N.bool(),
+        positions_N=positions_N,
         teacher=join_signals([s.signal for s in scored]),
     )
 
 
 def join_signals(signals: Sequence[TeacherSignal | None]) -> tuple[TeacherPart, ...]:
     """One part for each teacher, from the signals of consecutive rollouts; none without signals."""
-    by_teacher: dict[str, list[tuple[torch.Tensor, TeacherSignal]]] = {}
+    by_teacher: dict[str, list[tuple[range, TeacherSignal]]] = {}
     first = 0
     for signal in signals:
         if signal is None:
             return ()
-        tokens_M = torch.arange(first, first + signal.num_tokens, device=signal.payload[0].device)
-        by_teacher.setdefault(signal.teacher, []).append((tokens_M, signal))
-        first += signal.num_tokens
+        run = range(first, first + signal.num_tokens)
+        by_teacher.setdefault(signal.teacher, []).append((run, signal))
+        first = run.stop
     parts = []
     for teacher, members in by_teacher.items():
         payloads = [signal.payload for _, signal in members]
         payload = type(payloads[0])(*(torch.cat(x) for x in zip(*payloads, strict=True)))
-        parts.append(TeacherPart(teacher, torch.cat([tokens for tokens, _ in members]), payload))
+        parts.append(TeacherPart(teacher, tuple(run for run, _ in members), payload))
     return tuple(parts)

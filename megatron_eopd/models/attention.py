@@ -1,7 +1,9 @@
-"""Causal core attention on PyTorch's scaled_dot_product_attention, for the local specification.
+"""Rotary embeddings and causal core attention, for the local specification.
 
 Stands where Megatron's DotProductAttention would: it never builds the [S, S] score matrix of a
 packed row, keeps its sequences apart, and takes grouped key/value heads without repeating them.
+It turns queries and keys itself, by sines and cosines that were made once for all layers: Megatron
+asks the device for the sequences' lengths in each of them, twice.
 Under context parallelism every rank gathers all keys and values, which is exact and simple;
 TransformerEngine's ring exchange, which holds less at a time, comes with its own specification.
 """
@@ -18,7 +20,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.varlen import varlen_attn
 
-from megatron_eopd.records import PackedSequences
+from megatron_eopd.models.rope import rotate
+from megatron_eopd.records import PackedSequences, Unpacking
+
+
+def unpacks(on_gpu: bool, dtype: torch.dtype, cp: int) -> bool:
+    """Whether attention works on padded sequences instead of on the row itself: flash attention has
+    no float32, and here no context parallelism."""
+    return not on_gpu or dtype == torch.float32 or cp > 1
 
 
 class SDPACoreAttention(torch.nn.Module):
@@ -50,30 +59,32 @@ class SDPACoreAttention(torch.nn.Module):
         """Returns [S, A·D]. Under context parallelism: forward one all-gather each of keys and
         values, backward one reduce-scatter each."""
         packed = packed_seq_params
+        query_SAD, key_SGD = (rotate(x, packed.rotation) for x in (query_SAD, key_SGD))
+        if packed.unpacking is None:
+            return self._flash(query_SAD, key_SGD, value_SGD, packed)
+        visible_B1QL = None
         if self.cp_group.size() > 1:
             key_SGD, value_SGD = (
                 gather_from_sequence_parallel_region(x, group=self.cp_group)
                 for x in (key_SGD, value_SGD)
             )
-            positions_L = torch.arange(packed.key_rows_BL.shape[1], device=query_SAD.device)
+            rows = packed.unpacking
+            positions_L = torch.arange(rows.key_rows_BL.shape[1], device=query_SAD.device)
             # A row where a sequence has no token counts as its first: no softmax over nothing.
-            visible_B1QL = (positions_L <= packed.query_positions_BQ.unsqueeze(-1)).unsqueeze(1)
-            return self._padded(query_SAD, key_SGD, value_SGD, packed, visible_B1QL)
-        if query_SAD.is_cuda and query_SAD.dtype != torch.float32:
-            return self._flash(query_SAD, key_SGD, value_SGD, packed)
-        return self._padded(query_SAD, key_SGD, value_SGD, packed, None)
+            visible_B1QL = (positions_L <= rows.query_positions_BQ.unsqueeze(-1)).unsqueeze(1)
+        return self._padded(query_SAD, key_SGD, value_SGD, packed.unpacking, visible_B1QL)
 
     def _padded(
         self,
         query_SAD: torch.Tensor,
         key_SGD: torch.Tensor,
         value_SGD: torch.Tensor,
-        packed: PackedSequences,
+        rows: Unpacking,
         visible_B1QL: torch.Tensor | None,
     ) -> torch.Tensor:
         """Sequences below one another, padded on the right, where the causal mask hides padding."""
-        query = _unpack(query_SAD, packed.query_rows_BQ)
-        key, value = (_unpack(x, packed.key_rows_BL) for x in (key_SGD, value_SGD))
+        query = _unpack(query_SAD, rows.query_rows_BQ)
+        key, value = (_unpack(x, rows.key_rows_BL) for x in (key_SGD, value_SGD))
         out_BAQD = F.scaled_dot_product_attention(
             query,
             key,
@@ -83,7 +94,7 @@ class SDPACoreAttention(torch.nn.Module):
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return out_BAQD.transpose(1, 2).flatten(0, 1).index_select(0, packed.slots_S).flatten(1)
+        return out_BAQD.transpose(1, 2).flatten(0, 1).index_select(0, rows.slots_S).flatten(1)
 
     def _flash(
         self,

@@ -13,7 +13,7 @@ from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_weights import weights_of
 from megatron_eopd.models.layers import layer_specs
-from megatron_eopd.models.megatron_config import transformer_config
+from megatron_eopd.models.megatron_config import transformer_config, uses_transformer_engine
 from megatron_eopd.models.patches import let_routers_run_without_transformer_engine
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import pad_vocab_size
@@ -29,7 +29,10 @@ def build_model(hf_path: Path, model: ModelConfig, context: ParallelContext) -> 
     for chunk in range(context.layout.vpp):
         with context.device:
             language_model = _construct(hf_config, config, model, context, chunk)
-        language_model.rotary_pos_emb.inv_freq = frequencies
+        if uses_transformer_engine(model):
+            language_model.rotary_pos_emb.inv_freq = frequencies
+        else:
+            language_model.frequencies_F = frequencies
         chunks.append(language_model)
     return chunks
 
@@ -68,7 +71,8 @@ def _construct(
         post_process=layout.is_last_stage and chunk == layout.vpp - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        position_embedding_type="rope",
+        # Without TransformerEngine's kernel our own attention turns queries and keys.
+        position_embedding_type="rope" if uses_transformer_engine(model) else "none",
         rotary_base=hf_config.rope_parameters["rope_theta"],
         pg_collection=context.groups,
         vp_stage=vp_stage,

@@ -5,19 +5,47 @@ before it calls `lm_head`, so prompt and padding rows never meet the vocabulary.
 """
 # Shapes: S tokens of this rank, H hidden size, N picked rows, V this rank's vocabulary columns.
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
+from megatron_eopd.models.attention import unpacks
+from megatron_eopd.models.packed_sequences import unpacking_of
+from megatron_eopd.models.rope import rotation_of
+from megatron_eopd.records import PackedSequences
+
 
 class CausalLM(GPTModel):
     """GPTModel whose last stage returns hidden states [S, 1, H] after the final norm.
 
-    Only `_postprocess` is replaced: both Megatron-Core lines that are supported call it with
-    keywords, as the last act of forward.
+    Of its own forward pass only `_postprocess` is replaced: both Megatron-Core lines that are
+    supported call it with keywords, as the last act of forward.
     """
+
+    frequencies_F: torch.Tensor | None = None
+    """Of the rotary embeddings, where our own attention applies them. With TransformerEngine they
+    are Megatron's, and its kernel's."""
+
+    def forward(
+        self, *inputs: torch.Tensor, packed_seq_params: PackedSequences, **options: Any
+    ) -> torch.Tensor:
+        """[S, 1, H] on the last stage; under sequence parallelism this rank's part of it."""
+        packed = packed_seq_params
+        if self.frequencies_F is not None:
+            packed = self._prepare(packed)
+        return super().forward(*inputs, packed_seq_params=packed, **options)
+
+    def _prepare(self, packed: PackedSequences) -> PackedSequences:
+        """What attention needs in every layer, made once for all of them."""
+        dtype, cp_group = self.config.params_dtype, self.pg_collection.cp
+        rotation = rotation_of(packed.positions_S, self.frequencies_F, dtype)
+        unpacking = None
+        if unpacks(packed.positions_S.is_cuda, dtype, cp_group.size()):
+            unpacking = unpacking_of(packed, cp_group.size(), cp_group.rank())
+        return replace(packed, rotation=rotation, unpacking=unpacking)
 
     def _postprocess(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         return hidden_states

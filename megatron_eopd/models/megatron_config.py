@@ -49,6 +49,12 @@ def transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        # Of two stages the last one's number says all. Given both, Megatron's numbering of
+        # interleaved chunks divides by the stages between them.
+        num_layers_in_first_pipeline_stage=(
+            None if layout.pp == 2 and layout.last_stage_layers else layout.first_stage_layers
+        ),
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         context_parallel_size=layout.cp,
         # A dense teacher may have the layout of a student with experts.
         expert_model_parallel_size=layout.ep if has_experts else 1,
@@ -75,13 +81,24 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         gradient_accumulation_fusion=_has_apex_kernel(),
+        # TransformerEngine's kernel, which finds the sequences of a row on the device, with context
+        # parallelism, too. Megatron's other way asks for their lengths in every layer.
+        apply_rope_fusion=uses_transformer_engine(model),
         # Of Megatron's own attention, which neither specification uses here: the local one has SDPA
         # or flash attention, the other TransformerEngine's kernel.
         masked_softmax_fusion=False,
-        # Would keep less of a SwiGLU for the backward pass, and add a residual in the same kernel;
-        # not tried on a GPU yet.
-        bias_activation_fusion=False,
+        # A SwiGLU as one function, which keeps its input alone, not silu of the gate and both
+        # factors beside it. The same formula: on a GPU it is compiled, and rounds once where
+        # PyTorch rounds twice; on a CPU it runs as written, forward to the same bits.
+        bias_activation_fusion=True,
+        # Without biases and dropout one addition is left, and nothing to fuse it with.
         bias_dropout_fusion=False,
+        # Rows move to their experts by TransformerEngine's kernel, where Megatron's other way asks
+        # the device how many there are. No arithmetic but the sum of a token's experts.
+        moe_permute_fusion=has_experts and uses_transformer_engine(model),
+        # What a stage has sent is not read again here: its backward pass needs the graph alone. The
+        # interleaved schedule goes on before it is sent, and gloo would send what lies there then.
+        deallocate_pipeline_outputs=layout.vpp == 1,
         # Of Apex's LayerNorm; these models have RMSNorm.
         persist_layer_norm=False,
         **options,

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import torch
 
-from megatron_eopd.records import PackedSequences
+from megatron_eopd.records import PackedSequences, Unpacking
 
 
 def chunks_of(length: int, cp: int, cp_rank: int) -> list[tuple[int, range]]:
@@ -32,30 +32,57 @@ def positions_of(length: int, cp: int, cp_rank: int) -> list[int]:
 def describe_sequences(
     lengths: Sequence[int], cp: int, cp_rank: int, device: torch.device
 ) -> PackedSequences:
+    positions = [position for length in lengths for position in positions_of(length, cp, cp_rank)]
+    ends, positions_S = on_device(device, torch.int64, [0, *accumulate(lengths)], positions)
+    ends = ends.int()  # what flash attention and TransformerEngine read
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        lengths=tuple(lengths),
+        positions_S=positions_S,
+    )
+
+
+def unpacking_of(packed: PackedSequences, cp: int, cp_rank: int) -> Unpacking:
+    lengths = packed.lengths
     longest, num_local = max(lengths), sum(lengths) // cp
     starts = [0, *accumulate(lengths)]
     # Each rank has the same number of a sequence's tokens, one block of its row.
     rows, positions, keys, slots = [], [], [], []
     for sequence, length in enumerate(lengths):
         first, missing = starts[sequence] // cp, (longest - length) // cp
-        rows.append([*range(first, first + length // cp), *[0] * missing])
-        positions.append([*positions_of(length, cp, cp_rank), *[0] * missing])
+        rows += [*range(first, first + length // cp), *[0] * missing]
+        positions += [*positions_of(length, cp, cp_rank), *[0] * missing]
         slots += range(sequence * (longest // cp), sequence * (longest // cp) + length // cp)
         row_at = [0] * longest
         for rank in range(cp):
             for row, chunk in chunks_of(length, cp, rank):
                 begin = rank * num_local + first + row
                 row_at[chunk.start : chunk.stop] = range(begin, begin + len(chunk))
-        keys.append(row_at)
-    ends = torch.tensor(starts, dtype=torch.int32, device=device)
-    return PackedSequences(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        query_rows_BQ=torch.tensor(rows, device=device),
-        query_positions_BQ=torch.tensor(positions, device=device),
-        key_rows_BL=torch.tensor(keys, device=device),
-        slots_S=torch.tensor(slots, device=device),
+        keys += row_at
+    device = packed.positions_S.device
+    query_rows, query_positions, key_rows, slots_S = on_device(
+        device, torch.int64, rows, positions, keys, slots
     )
+    return Unpacking(
+        query_rows.view(len(lengths), -1),
+        query_positions.view(len(lengths), -1),
+        key_rows.view(len(lengths), -1),
+        slots_S,
+    )
+
+
+def on_device(
+    device: torch.device, dtype: torch.dtype, *columns: Sequence[float]
+) -> tuple[torch.Tensor, ...]:
+    """The columns as tensors, by one copy for all of them, which a GPU's host does not wait for."""
+    flat = torch.tensor(
+        [value for column in columns for value in column],
+        dtype=dtype,
+        pin_memory=device.type == "cuda",
+    )
+    flat = flat.to(device, non_blocking=True)
+    return flat.split([len(column) for column in columns])

@@ -1,9 +1,9 @@
-"""Rotary embeddings: what a config.json asks for, and the frequencies that Megatron is given.
+"""Rotary embeddings: what a config.json asks for, its frequencies, and how they turn a head.
 
 Megatron's own rope scaling knows Llama 3's with three of its four constants fixed. Its embedding
 multiplies positions by `inv_freq`, whatever that holds, so the values of transformers go there.
 """
-# Shapes: D head dim.
+# Shapes: S tokens of a row, A heads, D head dim, F frequencies, D / 2.
 
 import json
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_eopd.models.config_keys import ROPE_KEYS, Raw, problem
 from megatron_eopd.models.hf_weights import head_shape
+from megatron_eopd.records import Rotation
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")
 """Types whose frequencies do not depend on the length of the sequence."""
@@ -88,8 +89,24 @@ def check_frequencies(hf_config: PretrainedConfig) -> None:
         )
 
 
+def rotation_of(
+    positions_S: torch.Tensor, frequencies_F: torch.Tensor, dtype: torch.dtype
+) -> Rotation:
+    """Angles are float32 whatever the model's dtype: bfloat16 counts positions to 256."""
+    angles_S1F = (positions_S.float().unsqueeze(1) * frequencies_F).unsqueeze(1)
+    return Rotation(angles_S1F.cos().to(dtype), angles_S1F.sin().to(dtype))
+
+
+def rotate(x_SAD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Turns the pairs (x[i], x[i + D/2]), as Megatron does where heads are not interleaved: the
+    same bits."""
+    first, second = x_SAD.chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
 def inverse_frequencies(hf_config: PretrainedConfig) -> torch.Tensor:
-    """float32 [D/2]."""
+    """float32 [F]."""
     return _rope(hf_config)[0]
 
 

@@ -67,26 +67,26 @@ class ColocatedTeacher:
         Collective over all ranks, and computed when asked for.
         """
         for items in rounds:
-            if not items:
-                yield {}
-                continue
-            teacher = self._route.teacher
-            if self._route.is_local:
-                yield self._model.score(items, plan_as_student(items, teacher.dp))
-                continue
-            plan = plan_by_length(items, self._limits, teacher)
-            held = self._model.score(items, plan)
-            yield exchange_scores(
-                items, owners_of(plan), held, self._shape, self._route, self._wire, self._device
-            )
+            # No name for anything here: a generator that waits would hold on to it.
+            yield self._score_round(items) if items else {}
+
+    def _score_round(self, items: Mapping[int, Item]) -> dict[int, Payload]:
+        teacher = self._route.teacher
+        if self._route.is_local:
+            return self._model.score(items, plan_as_student(items, teacher.dp))
+        plan = plan_by_length(items, self._limits, teacher)
+        held = self._model.score(items, plan)
+        return exchange_scores(
+            items, owners_of(plan), held, self._shape, self._route, self._wire, self._device
+        )
 
 
 def colocated_context(
     teacher: TeacherConfig, section: str, config: Config, context: ParallelContext
 ) -> ParallelContext:
-    """The student's groups where the layouts are the same, else new ones."""
+    """The student's groups where the ranks are cut the same, else new ones."""
     layout = colocated_layout(teacher, section, context.layout)
-    if layout == replace(context.layout, vpp=1):
+    if layout.grid == context.layout.grid:
         return replace(context, layout=layout)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     return second_layout(layout, timeout, context)

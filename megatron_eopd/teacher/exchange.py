@@ -110,10 +110,18 @@ def _join_rows(
 
 
 def _pick(x: torch.Tensor, tokens: Sequence[int], columns: slice) -> torch.Tensor:
-    """A view where all tokens are wanted, so that only what is sent is copied."""
+    """A view where all tokens are wanted, so that only what is sent is copied. Under context
+    parallelism they are two runs, and slices wait for no copy of indices to the device."""
     if len(tokens) < len(x):
-        x = x[torch.tensor(tokens, dtype=torch.long, device=x.device)]
+        x = torch.cat([x[run.start : run.stop] for run in runs_of(tokens)] or [x[:0]])
     return x[:, columns] if x.dim() > 1 else x
+
+
+def runs_of(rising: Sequence[int]) -> list[range]:
+    """The same numbers, as ranges."""
+    starts = [n for n in range(len(rising)) if n == 0 or rising[n] != rising[n - 1] + 1]
+    ends = [*starts[1:], len(rising)]
+    return [range(rising[a], rising[b - 1] + 1) for a, b in zip(starts, ends, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -230,6 +238,7 @@ def exchange_scores(
         [message for message in sends if message[0] != me],
         [(p.sender, buffer) for p in parcels if p.sender != me for buffer in p.buffers],
     )
+    del sends, stays  # copies, where columns are cut
     if not route.student.is_last_stage:
         return {}
     return unpack_scores(items, parcels, shape, route, device)

@@ -8,8 +8,8 @@ In: a microbatch's TeacherParts, which may come from several teachers. Out: one 
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
+from megatron_eopd.losses.head_products import logits_of
 from megatron_eopd.records import HiddenStates, Logits, TeacherPart, TeacherTopK
 
 Heads = Mapping[str, torch.Tensor]
@@ -17,11 +17,17 @@ Heads = Mapping[str, torch.Tensor]
 states."""
 
 
-def teacher_logits(parts: Sequence[TeacherPart], rows: slice, heads: Heads) -> torch.Tensor:
-    """[C, V], of the tokens `rows`; without gradient. `parts` must not be empty."""
+def teacher_logits(
+    parts: Sequence[TeacherPart],
+    rows: slice,
+    heads: Heads,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """[C, V], of the tokens `rows`, in each teacher's dtype or in `dtype`; without gradient.
+    `parts` must not be empty."""
     with torch.no_grad():
         here = _of_rows(parts, rows)
-        return _scatter(here, [_logits_of(part, heads) for part in here])
+        return _scatter(here, [_logits_of(part, heads, dtype) for part in here])
 
 
 def teacher_top_k(
@@ -37,29 +43,36 @@ def teacher_top_k(
     return TeacherTopK(*(_scatter(here, column) for column in columns))
 
 
-def _logits_of(part: TeacherPart, heads: Heads) -> torch.Tensor:
+def _logits_of(part: TeacherPart, heads: Heads, dtype: torch.dtype | None) -> torch.Tensor:
     if isinstance(part.payload, Logits):
         return part.payload.logits_NV
     assert isinstance(part.payload, HiddenStates), part.payload
-    return F.linear(part.payload.hidden_NH, heads[part.teacher])
+    return logits_of(part.payload.hidden_NH, heads[part.teacher], dtype)
 
 
 def _of_rows(parts: Sequence[TeacherPart], rows: slice) -> list[TeacherPart]:
-    """The parts of these tokens only, counted from the first of them."""
-    if len(parts) == 1:  # it has all tokens
-        (part,) = parts
-        payload = type(part.payload)(*(x[rows] for x in part.payload))
-        return [TeacherPart(part.teacher, part.tokens_M[: len(payload[0])], payload)]
-    here = []
-    for part in parts:
-        start, stop = rows.start or 0, rows.stop
-        inside = part.tokens_M >= start
-        if stop is not None:
-            inside &= part.tokens_M < stop
-        if inside.any():
-            payload = type(part.payload)(*(x[inside] for x in part.payload))
-            here.append(TeacherPart(part.teacher, part.tokens_M[inside] - start, payload))
-    return here or _of_rows(parts[:1], slice(0, 0))
+    """The parts of these tokens only, counted from the first of them; at least one."""
+    wanted = range(rows.start or 0, _num_tokens(parts) if rows.stop is None else rows.stop)
+    here = [_clip(part, wanted) for part in parts]
+    return [part for part in here if part.runs] or here[:1]
+
+
+def _num_tokens(parts: Sequence[TeacherPart]) -> int:
+    return max((run.stop for part in parts for run in part.runs), default=0)
+
+
+def _clip(part: TeacherPart, wanted: range) -> TeacherPart:
+    """Runs rise, so what is wanted of a part lies in one piece."""
+    before = sum(len(_common(run, range(wanted.start))) for run in part.runs)
+    common = [_common(run, wanted) for run in part.runs]
+    size = sum(map(len, common))
+    runs = tuple(range(r.start - wanted.start, r.stop - wanted.start) for r in common if r)
+    payload = type(part.payload)(*(x[before : before + size] for x in part.payload))
+    return TeacherPart(part.teacher, runs, payload)
+
+
+def _common(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
 def _scatter(parts: Sequence[TeacherPart], values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -71,5 +84,6 @@ def _scatter(parts: Sequence[TeacherPart], values: Sequence[torch.Tensor]) -> to
     dtype = max((value.dtype for value in values), key=lambda dtype: dtype.itemsize)
     out = values[0].new_empty(size, *values[0].shape[1:], dtype=dtype)
     for part, value in zip(parts, values, strict=True):
-        out[part.tokens_M] = value.to(dtype)
+        for run, rows in zip(part.runs, value.split(list(map(len, part.runs))), strict=True):
+            out[run.start : run.stop] = rows
     return out

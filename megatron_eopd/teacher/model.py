@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from megatron_eopd.config import Config, StudentConfig, TeacherConfig
 from megatron_eopd.data.packing import make_microbatches
 from megatron_eopd.host_memory import host_memory_like
-from megatron_eopd.losses.chunked_head import chunk_size
+from megatron_eopd.losses.chunked_head import chunk_size, logits_dtype
+from megatron_eopd.losses.head_products import logits_of
 from megatron_eopd.losses.teacher_top_k import top_k_of_teacher
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import MakeModel, load_model
@@ -121,7 +122,7 @@ class TeacherModel:
 
     def _top_k(self, batch: MicroBatch, hidden_NH: torch.Tensor, rows: slice) -> TeacherTopK:
         return top_k_of_teacher(
-            F.linear(hidden_NH[rows], self._head_VH),
+            logits_of(hidden_NH[rows], self._head_VH, logits_dtype(self._config.objective)),
             batch.target_ids_N[rows],
             top_k=self._config.objective.top_k,
             tp_group=self._context.groups.tp,

@@ -240,6 +240,7 @@ def _serve(
                 wire.flush()  # of the round before: no third one is ever held
                 if context.layout.is_last_stage:
                     wire.swap(list(send_scores(items, owners_of(plan), held, route)), [])
+                del held  # what is on its way the wire holds, and the next round is scored
             number += 1
         wire.flush()
     except (WireError, LostRankError) as error:
