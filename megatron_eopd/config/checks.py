@@ -7,6 +7,7 @@ Sections check themselves; what needs a model, a file or a world size is in pref
 from typing import TYPE_CHECKING
 
 from megatron_eopd.config.data import BUILT_IN_TASKS
+from megatron_eopd.config.models import LAYERS_OF_STAGES
 from megatron_eopd.objectives import FORWARD_KL, GATES, REVERSE_KL, fits_top_k
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ def check_across_sections(config: "Config") -> None:
         _check_whole_step(config)
     if config.teacher.payload == "topk":
         _check_top_k(config)
+    if config.objective.logits_dtype == "float32" and config.teacher.payload == "logits":
+        raise ValueError(
+            "objective.logits_dtype=float32, and teacher.payload=logits hands over logits in the "
+            "teacher's dtype, rounded. Set teacher.payload=hidden or topk."
+        )
 
 
 def _check_batches(config: "Config") -> None:
@@ -120,6 +126,14 @@ def _check_layouts(config: "Config") -> None:
                 f"{where}.sequence_parallel=true needs {where}.tensor_model_parallel_size > 1; "
                 f"it is 1. Set {where}.sequence_parallel=false."
             )
+        for option in LAYERS_OF_STAGES:
+            count = getattr(sizes, option)
+            if count is not None and sizes.pipeline_model_parallel_size == 1:
+                raise ValueError(
+                    f"{where}.{option}={count} is of one pipeline stage among several, and "
+                    f"{where}.pipeline_model_parallel_size is 1. Set it above 1, or leave the "
+                    f"number of layers out."
+                )
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     if chunks > 1 and config.parallel.pipeline_model_parallel_size == 1:
         raise ValueError(

@@ -73,6 +73,11 @@ class ObjectiveConfig(Section):
     microbatch never exist at once. Saves memory, not time."""
     head_chunk_size: int | None = Field(None, gt=0)
     """Tokens per chunk of the `chunked` head. Default: 4096 on GPU, 256 on CPU."""
+    logits_dtype: Literal["model", "float32"] = "model"
+    """Of both models' logits. `model`: rounded to the model's dtype, in bfloat16 to 8 bits, which
+    moves entropies near the gate's threshold (docs/objectives.md, "Precision"). `float32`: the
+    products of bfloat16 weights and hidden states are summed and kept in float32, at twice the
+    bytes for logits; with `head=chunked` those of one chunk."""
     exclude_unshared_tokens: bool = False
     """Where one tokenizer has tokens that the other lacks, behind those that both have, as Qwen3's
     has four more than Qwen2.5's: leave them out of both softmaxes and of the student's samples.

@@ -13,7 +13,12 @@ from functools import partial
 import torch
 
 from megatron_eopd.config import Config
-from megatron_eopd.losses.chunked_head import chunk_size, chunked_head_loss, overwrites_logits
+from megatron_eopd.losses.chunked_head import (
+    chunk_size,
+    chunked_head_loss,
+    logits_dtype,
+    overwrites_logits,
+)
 from megatron_eopd.losses.estimators import TokenSignals
 from megatron_eopd.losses.objective import (
     Coefficients,
@@ -25,13 +30,14 @@ from megatron_eopd.losses.objective import (
 from megatron_eopd.losses.teacher_top_k import TopKTerms, top_k_terms
 from megatron_eopd.losses.vocab_parallel import TokenTerms, vocab_parallel_terms
 from megatron_eopd.losses.vocab_sum import Integrand, sum_over_vocab
+from megatron_eopd.metrics.histogram import LOGPROB_DIFFERENCE, entropy_bins
 from megatron_eopd.metrics.means import Means
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.objectives import GATES
-from megatron_eopd.parallel.collectives import gather_everywhere
 from megatron_eopd.parallel.init import ParallelContext
+from megatron_eopd.parallel.quantile import spread_quantile
 from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
-from megatron_eopd.records import MicroBatch
+from megatron_eopd.records import Bins, MicroBatch
 from megatron_eopd.schedules import Progress
 from megatron_eopd.teacher.heads import Heads, teacher_logits, teacher_top_k
 
@@ -68,9 +74,11 @@ class TokenLoss:
         self._teacher_heads = teacher_heads
         self._config = config
         self._vocab_size = vocab_size
+        self._entropy_bins = entropy_bins(vocab_size)
         self._groups = context.groups
         self._is_last_stage = context.layout.is_last_stage
         self._chunk_size = chunk_size(config.objective, context.device.type == "cuda")
+        self._logits_dtype = logits_dtype(config.objective)
 
     def settings(
         self,
@@ -95,14 +103,17 @@ class TokenLoss:
         hidden_NH = self._model.pick_rows(hidden_S1H, batch.prediction_rows_N)
         objective = self._config.objective
         loss_of_rows = partial(self._loss_of_rows, batch, means, settings)
-        if objective.head == "materialized":
+        is_whole = objective.head == "materialized"
+        if is_whole and self._logits_dtype is None:
             return loss_of_rows(self._model.lm_head(hidden_NH), slice(None))
         return chunked_head_loss(
             hidden_NH,
             self._model.lm_head_weight(),
             loss_of_rows,
-            chunk_size=self._chunk_size,
+            # Megatron's layer has no float32 logits: they are a single chunk's.
+            chunk_size=max(len(hidden_NH), 1) if is_whole else self._chunk_size,
             tp_group=self._groups.tp,
+            logits_dtype=self._logits_dtype,
         )
 
     def _loss_of_rows(
@@ -121,15 +132,13 @@ class TokenLoss:
         losses = token_objective(signals, objective, settings.coefficients, weight_C)
         with torch.no_grad():
             means.tally(NON_FINITE, terms.non_finite_R2)
-            _add_loss_metrics(means, losses, terms, target_ids_C)
+            _add_loss_metrics(means, losses, terms, target_ids_C, self._entropy_bins)
             if self._config.rollout.uses_references:
                 _add_by_source(means, losses, terms, batch.sampled_N[rows])
             if GATES[objective.formula.gate].reads_entropy:
                 # float64: 0.8 in float32 is 0.800000012.
-                threshold = torch.full_like(
-                    losses.gate_N, settings.coefficients.entropy_threshold, dtype=torch.float64
-                )
-                means.add("gate/threshold", threshold)
+                zeros_C = torch.zeros_like(losses.gate_N, dtype=torch.float64)
+                means.add("gate/threshold", zeros_C + settings.coefficients.entropy_threshold)
             if settings.by_position:
                 threshold = settings.coefficients.entropy_threshold
                 _add_by_position(means, terms, batch.positions_N[rows], threshold)
@@ -162,7 +171,9 @@ class TokenLoss:
         # Without a token there is no teacher, and any logits will do.
         teacher_logits_CV = logits_CV.detach()
         if batch.teacher:
-            teacher_logits_CV = teacher_logits(batch.teacher, rows, self._teacher_heads)
+            teacher_logits_CV = teacher_logits(
+                batch.teacher, rows, self._teacher_heads, self._logits_dtype
+            )
         terms = self._terms(
             logits_CV,
             teacher_logits_CV,
@@ -204,24 +215,25 @@ class TokenLoss:
         )
 
     @torch.no_grad()
-    def _entropy_quantile(self, microbatches: Sequence[MicroBatch], fraction: float) -> float:
+    def _entropy_quantile(
+        self, microbatches: Sequence[MicroBatch], fraction: float
+    ) -> torch.Tensor:
         """Of the teacher's entropy, over the tokens of all microbatches and of all data- and
         context-parallel ranks."""
         own = [x for batch in microbatches for x in self._entropies(batch)]
-        parts = gather_everywhere(own, self._groups.dp_cp)
-        values = torch.tensor([x for part in parts for x in part])
-        return torch.quantile(values, fraction, interpolation="higher").item()
+        none = microbatches[0].rollout_logprobs_N[:0]
+        return spread_quantile(torch.cat([none, *own]), fraction, self._groups.dp_cp)
 
-    def _entropies(self, batch: MicroBatch) -> Iterator[float]:
+    def _entropies(self, batch: MicroBatch) -> Iterator[torch.Tensor]:
+        """Chunk by chunk."""
         if self._config.teacher.payload == "topk":
             k, device = self._config.objective.top_k, batch.target_ids_N.device
-            top_k = teacher_top_k(batch.teacher, slice(None), k, device)
-            yield from top_k.entropy_N.tolist()
+            yield teacher_top_k(batch.teacher, slice(None), k, device).entropy_N
             return
         for first in range(0, batch.num_valid_tokens, self._chunk_size):
             rows = slice(first, first + self._chunk_size)
-            logits_CV = teacher_logits(batch.teacher, rows, self._teacher_heads)
-            yield from self._terms(logits_CV, logits_CV).kl.teacher_entropy.tolist()
+            logits_CV = teacher_logits(batch.teacher, rows, self._teacher_heads, self._logits_dtype)
+            yield self._terms(logits_CV, logits_CV).kl.teacher_entropy
 
 
 def _refused(integrand: Integrand) -> torch.Tensor:
@@ -233,6 +245,7 @@ def _add_loss_metrics(
     losses: TokenLosses,
     terms: TokenTerms | TopKTerms,
     target_ids_N: torch.Tensor,
+    entropies: Bins,
 ) -> None:
     kl, picked = terms.kl, terms.picked
     gated_N = losses.gate_N >= 0.5
@@ -245,8 +258,8 @@ def _add_loss_metrics(
     means.add("entropy/teacher_mean", kl.teacher_entropy)
     means.add("entropy/student_mean", kl.student_entropy)
     means.add("entropy/student_gated", kl.student_entropy, gated_N)
-    means.keep("entropy/teacher", kl.teacher_entropy)
-    means.keep("entropy/student", kl.student_entropy)
+    means.keep("entropy/teacher", kl.teacher_entropy, entropies)
+    means.keep("entropy/student", kl.student_entropy, entropies)
     mass_N = (picked.top_teacher_logprobs.exp() * picked.top_valid).sum(-1)
     inside_N = ((picked.top_ids == target_ids_N.unsqueeze(-1)) & picked.top_valid).any(-1)
     means.add("topk/teacher_mass", mass_N)
@@ -270,7 +283,7 @@ def _add_by_position(
     means: Means,
     terms: TokenTerms | TopKTerms,
     positions_N: torch.Tensor,
-    threshold: float,
+    threshold: float | torch.Tensor,
 ) -> None:
     """Entropies in each part of the response, and how often they reach the threshold."""
     entropies = {"teacher": terms.kl.teacher_entropy, "student": terms.kl.student_entropy}
@@ -290,4 +303,5 @@ def _add_mismatch(means: Means, difference_N: torch.Tensor, sampled_N: torch.Ten
     # Where the mask is closed 0, not an overflow times 0.
     means.add("mismatch/mult_prob_error", (difference_N * sampled_N).exp(), sampled_N)
     # nan marks what does not count: picking rows by a mask would wait for the device.
-    means.keep("mismatch/logprob_abs", difference_N.where(sampled_N, torch.nan))
+    counted_N = difference_N.where(sampled_N, torch.nan)
+    means.keep("mismatch/logprob_abs", counted_N, LOGPROB_DIFFERENCE)

@@ -32,6 +32,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "exchange": ("whole step", "1", "2"),
     "recompute": ("none", "selective", "full"),
     "head": ("materialized", "chunked"),
+    "logits": ("model", "float32"),
     "inplace": ("no", "yes"),
     "support": ("teacher", "student", "union"),
     "packing": ("samples", "tokens"),
@@ -56,6 +57,7 @@ OPTIONS = {
     "gate": ("gate",),
     "payload": ("teacher.payload",),
     "exchange": ("microbatches_per_exchange",),
+    "logits": ("logits_dtype",),
     "support": ("top_k_support",),
     "inplace": ("inplace_backward",),
 }
@@ -70,6 +72,7 @@ def case_of(setting: Setting) -> Case:
         "name": setting["objective"],
         "gate": None if setting["gate"] == "preset" else setting["gate"],
         "head": setting["head"],
+        "logits_dtype": setting["logits"],
         "head_chunk_size": 16,
         "inplace_backward": setting["inplace"] == "yes",
         "top_k": 4,
@@ -100,7 +103,7 @@ def case_of(setting: Setting) -> Case:
 def alone(setting: Setting) -> Setting:
     """What it is compared with: one process, and the plain way for all that must change nothing.
     The top k is another estimate of the same divergences, so that payload stays."""
-    kept = {axis: setting[axis] for axis in ("objective", "gate", "support", "dtype")}
+    kept = {axis: setting[axis] for axis in ("objective", "gate", "support", "dtype", "logits")}
     payload = "topk" if setting["payload"] == "topk" else "hidden"
     return PLAIN | kept | {"payload": payload}
 
