@@ -28,7 +28,7 @@ from megatron_eopd.records import Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, SyncReport
 from megatron_eopd.rollout.placement import Places
 from megatron_eopd.rollout.recording import Recording
-from megatron_eopd.run_log import RunLog, StageTimes
+from megatron_eopd.run_log import RunLog, StageTimes, gauge_of
 from megatron_eopd.schedules import Progress
 from megatron_eopd.teacher.placement import open_teachers
 from megatron_eopd.teacher.pool import TeacherPool
@@ -118,7 +118,7 @@ def open_session(
     """On the student's ranks. `store`: the job's, where separate ranks are met; `places`: of vLLM's
     engines, where it is used. Without training there is no optimizer, and of a checkpoint the
     weights are read."""
-    times, tokenizers = StageTimes(log, "start-up"), inputs.tokenizers
+    times, tokenizers = StageTimes(log, "start-up", gauge_of(context.device)), inputs.tokenizers
     with ExitStack() as stack:
         # First of all: vLLM loads in its own process while the models are built here.
         errors: list[Exception] = []

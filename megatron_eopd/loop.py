@@ -6,7 +6,7 @@ step reports ─▶ new weights in the engine.
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from itertools import islice
+from itertools import count, islice
 
 from megatron_eopd import report
 from megatron_eopd.build import Session
@@ -31,7 +31,7 @@ from megatron_eopd.rollout.references import (
     reference_rollouts,
 )
 from megatron_eopd.run_files import finish, open_files, publish
-from megatron_eopd.run_log import StageTimes
+from megatron_eopd.run_log import StageTimes, gauge_of
 from megatron_eopd.step_faults import settle
 from megatron_eopd.training.step import train_step
 from megatron_eopd.unfinished import Unfinished
@@ -92,11 +92,13 @@ def finish_iteration(
     version, rollouts, reports = work.iteration + 1, work.rollouts, work.reports
     with times("sync"), session.stop.waiting("sync"):
         sync = session.push_weights(version, rollouts)
-    scalars = report.iteration_scalars(rollouts, reports, sync, times)
-    scalars |= report.packing_scalars(plans, session.context.layout)
-    scalars |= session.engine.metrics()
-    publish(session, version, scalars, rollouts, reports, writer)
-    health.look(scalars, sync)
+    memory = report.memory_scalars(times.peaks, session.context)
+    if writer is not None:  # the other ranks would count repetitions for nobody
+        scalars = report.iteration_scalars(rollouts, reports, sync, times, memory)
+        scalars |= report.packing_scalars(plans, session.context.layout)
+        scalars |= session.engine.metrics()
+        publish(session, version, scalars, rollouts, reports, writer)
+        health.look(scalars, sync)
     if sync.is_unsound:  # the trainer's own weights are good
         save(session, Unfinished(version))
         finish_save(session)
@@ -123,7 +125,7 @@ def stage_times(session: Session, iteration: int) -> StageTimes:
     layout = session.context.layout
     session.log.stage = f"iteration {iteration}"
     where = f"iteration {iteration} on rank {layout.rank} ({layout.place()})"
-    return StageTimes(session.log, where)
+    return StageTimes(session.log, where, gauge_of(session.context.device))
 
 
 def draw_rollouts(session: Session, iteration: int) -> list[Rollout]:
@@ -215,6 +217,10 @@ def pausing(
     session: Session, rounds: Iterator[list[MicroBatch]], step: int
 ) -> Iterator[list[MicroBatch]]:
     """The same rounds. A step that is broken off between them leaves no trace."""
-    for number, microbatches in enumerate(rounds):
-        session.stop.pause(f"step {step} round {number}", until=f"step {step}")
+    numbers = count()
+    for microbatches in rounds:
+        session.stop.pause(f"step {step} round {next(numbers)}", until=f"step {step}")
         yield microbatches
+        # While the next ones are scored, the payloads of these must be gone; enumerate would hold
+        # on to them, too.
+        del microbatches

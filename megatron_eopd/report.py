@@ -1,4 +1,7 @@
-"""An iteration as named scalars, a step line, and the run's report. Pure functions of records."""
+"""An iteration as named scalars, a step line, and the run's report. In: records.
+
+Pure functions, but for the peaks of memory, of which all ranks tell.
+"""
 
 import math
 import re
@@ -9,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_eopd.config import Config
 from megatron_eopd.data.packing import PackedRollouts, load_imbalance, padding_fraction
 from megatron_eopd.data.tokenizer import Tokenizer
-from megatron_eopd.metrics.means import divide, percentile
+from megatron_eopd.metrics.histogram import merge, percentile
+from megatron_eopd.metrics.means import divide
+from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout
-from megatron_eopd.records import Rollout, StepReport
+from megatron_eopd.records import Histogram, Rollout, StepReport
 from megatron_eopd.rollout.engine import SyncReport
 from megatron_eopd.run_log import StageTimes
 
@@ -25,15 +31,12 @@ def iteration_scalars(
     reports: Sequence[StepReport],
     sync: SyncReport,
     times: StageTimes,
+    memory: Mapping[str, float],
 ) -> dict[str, float]:
-    """Everything that metrics.jsonl and the trackers show of one training iteration."""
-    teacher_entropy = histograms(reports)["entropy/teacher"]
-    mismatch = reports[0].values["mismatch/logprob_abs"]
-    scalars = divide(report.sums for report in reports)
+    """Everything that metrics.jsonl and the trackers show of one training iteration; `memory`: as
+    memory_scalars has it."""
+    scalars = divide(report.sums for report in reports) | percentiles(reports)
     scalars |= {
-        "entropy/teacher_p50": percentile(teacher_entropy, 0.5),
-        "entropy/teacher_p90": percentile(teacher_entropy, 0.9),
-        "mismatch/logprob_abs_p99": percentile(mismatch, 0.99),
         "optim/grad_norm": _finite_mean([r.grad_norm for r in reports]),
         "optim/skipped_steps": sum(r.fault is not None for r in reports),
         "optim/lr": reports[-1].lr,
@@ -43,7 +46,7 @@ def iteration_scalars(
         **{f"weight_sync/{part}_s": seconds for part, seconds in sync.parts.items()},
         "weight_sync/probe_difference": sync.probe.difference if sync.probe else math.nan,
     }
-    scalars |= _rollout_scalars(rollouts) | memory_scalars()
+    scalars |= _rollout_scalars(rollouts) | memory
     scalars |= {f"time/{stage}": seconds for stage, seconds in times.seconds.items()}
     scalars["time/total"] = times.total
     scalars["throughput/tokens_per_s"] = num_tokens(rollouts) / times.total
@@ -71,10 +74,26 @@ def packing_scalars(plans: Sequence[PackedRollouts], layout: Layout) -> dict[str
     }
 
 
-def histograms(reports: Sequence[StepReport]) -> dict[str, list[float]]:
-    """Per-token entropies of all steps of an iteration."""
-    names = ("entropy/teacher", "entropy/student")
-    return {name: [x for report in reports for x in report.values[name]] for name in names}
+def histograms(reports: Sequence[StepReport]) -> dict[str, Histogram]:
+    """Of the entropies at all tokens of an iteration, its sound steps together."""
+    found = {}
+    for name in ("entropy/teacher", "entropy/student"):
+        steps = [r.histograms[name] for r in reports if name in r.histograms]
+        if steps:
+            found[name] = merge(steps)
+    return found
+
+
+def percentiles(reports: Sequence[StepReport]) -> dict[str, float]:
+    """Those that metrics.jsonl has; where no step was sound, none."""
+    scalars = {}
+    if (entropies := histograms(reports).get("entropy/teacher")) is not None:
+        scalars["entropy/teacher_p50"] = percentile(entropies, 0.5)
+        scalars["entropy/teacher_p90"] = percentile(entropies, 0.9)
+    # Of the first step alone, in which the student has the engine's weights.
+    if (mismatch := reports[0].histograms.get("mismatch/logprob_abs")) is not None:
+        scalars["mismatch/logprob_abs_p99"] = percentile(mismatch, 0.99)
+    return scalars
 
 
 def _rollout_scalars(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -101,10 +120,17 @@ def _repetition(ids: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def memory_scalars() -> dict[str, float]:
-    if torch.cuda.is_available():
-        return {"memory/cuda_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-    return {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+def memory_scalars(peaks: Mapping[str, int], context: ParallelContext) -> dict[str, float]:
+    """Of the rank that has most, each: one all-reduce of a few numbers. `peaks`: of StageTimes."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    stages = sorted(stage for stage in peaks if stage)
+    own = [host, max(peaks.values(), default=0), *(peaks[stage] for stage in stages)]
+    most = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=context.cpu_group)
+    names = ["memory/host_peak_gib", "memory/cuda_peak_gib"]
+    names += [f"memory/cuda_peak_gib/{stage}" for stage in stages]
+    scalars = dict(zip(names, (most / 2**30).tolist(), strict=True))
+    return scalars if context.device.type == "cuda" else {names[0]: scalars[names[0]]}
 
 
 def step_line(
@@ -120,7 +146,7 @@ def step_line(
         return [f"{label} {value:{form}}"] if value == value else []
 
     stages = " ".join(seconds(stage) for stage in ("rollout", "score", "train", "sync"))
-    memory = next(v for name, v in scalars.items() if name.startswith("memory/"))
+    memory = scalars.get("memory/cuda_peak_gib", scalars.get("memory/host_peak_gib", math.nan))
     references = scalars["rollout/reference_fraction"]
     skipped = scalars["optim/skipped_steps"]
     parts = [

@@ -70,12 +70,10 @@ def publish(
     scalars: dict[str, float],
     rollouts: list[Rollout],
     reports: list[StepReport],
-    writer: MetricsWriter | None,
+    writer: MetricsWriter,
 ) -> None:
-    """Metrics, some responses as text, and the step line."""
+    """Metrics, some responses as text, and the step line; by rank 0."""
     config, log = session.config, session.log
-    if writer is None:
-        return
     scalars["throughput/tokens_total"] = writer.tokens_total + report.num_tokens(rollouts)
     writer.write(iteration, scalars, report.histograms(reports))
     if iteration % config.logging.text_interval == 0:

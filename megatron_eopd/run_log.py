@@ -4,13 +4,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import torch
 from tqdm import tqdm
 
+from megatron_eopd.last_words import LastWords, read_last_words
 from megatron_eopd.parallel.collectives import naming_stage
 from megatron_eopd.records import RolloutProgress
 
@@ -43,10 +46,11 @@ class RunLog:
     """Lines of this rank. Every rank has a file; only rank 0 also speaks on the terminal."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        self.stage = "start-up"
-        """What this rank is doing, for when it is stopped from outside."""
+        self._stage = "start-up"
+        self._last_words: LastWords | None = None
         self.startup: dict[str, float] = {}
         """Seconds of the parts of the start."""
+        self._rank = rank
         self._speaks = rank == 0
         self._pace: tuple[int, float] | None = None  # an iteration, and when it was finished
         self._rollout_bar: tqdm | None = None
@@ -54,6 +58,27 @@ class RunLog:
         path = run_dir / "log" / f"rank{rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1)
+        self._last_words_path = path.with_name(f"rank{rank}.last_words.txt")
+
+    @property
+    def stage(self) -> str:
+        """What this rank is doing, for when it is stopped from outside."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: str) -> None:
+        self._stage = stage
+        if self._last_words is not None:
+            self._last_words.note(stage)
+
+    def keep_last_words(self) -> None:
+        """Tell those of the start before, and keep the stage for the one that follows."""
+        ending = read_last_words(self._last_words_path)
+        if ending is not None:
+            tell = self.error if ending.is_fault else self.line
+            tell(f"rank {self._rank}, in the start before this one, {ending.text}")
+        with suppress(OSError):
+            self._last_words = LastWords(self._last_words_path, self._stage)
 
     def line(self, text: str) -> None:
         self._write(text)
@@ -109,34 +134,71 @@ class RunLog:
         return (now - begin) / (finished - first) * (total - finished)
 
     def close(self) -> None:
+        if self._last_words is not None:
+            self._last_words.remove()
         with suppress(OSError):
             self._file.close()
 
 
-class StageTimes:
-    """Seconds per stage of one iteration: `with times("score"): …`. A stage inside another counts
-    for itself alone."""
+class DeviceGauge(NamedTuple):
+    """How a stage's work on the device is seen from the host."""
 
-    def __init__(self, log: RunLog, where: str) -> None:
+    synchronize: Callable[[], None]
+    """Returns when all that was queued is done."""
+    take_peak: Callable[[], int]
+    """The most bytes that were allocated at once since it was asked last."""
+
+
+def gauge_of(device: torch.device) -> DeviceGauge:
+    if device.type != "cuda":
+        # An operation is done when it returns, and nobody counts what it allocates.
+        return DeviceGauge(lambda: None, lambda: 0)
+    return DeviceGauge(partial(torch.cuda.synchronize, device), partial(_take_cuda_peak, device))
+
+
+def _take_cuda_peak(device: torch.device) -> int:
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+class StageTimes:
+    """Seconds and peak memory per stage of one iteration: `with times("score"): …`. A stage inside
+    another counts for itself alone, and what it has queued on the device is paid in it."""
+
+    def __init__(self, log: RunLog, where: str, gauge: DeviceGauge) -> None:
         """`where`: the iteration and this rank's place, for the message when a rank is lost."""
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        """Bytes on the device; under the empty name what was outside of all stages."""
         self._log = log
         self._where = where
+        self._gauge = gauge
+        self._stage = ""
+        gauge.take_peak()  # what was before is no part of this
         self._begin = time.monotonic()
         self._inner = 0.0  # seconds of the stages inside the current one
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        begin, outer_inner = time.monotonic(), self._inner
+        outer = self._stage
+        begin, outer_inner = self._cross_border_to(stage), self._inner
         self._inner = 0.0
         outer_stage, self._log.stage = self._log.stage, f"stage {stage} of {self._where}"
         with naming_stage(self._log.stage):
             yield
+            elapsed = self._cross_border_to(outer) - begin
         # Not after an exception: then the stage says where it was raised.
         self._log.stage = outer_stage
-        elapsed = time.monotonic() - begin
         self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inner
         self._inner = outer_inner + elapsed
+
+    def _cross_border_to(self, stage: str) -> float:
+        """The time at which the device has done what the stage until now has asked of it."""
+        self._gauge.synchronize()
+        peak = max(self.peaks.get(self._stage, 0), self._gauge.take_peak())
+        self.peaks[self._stage], self._stage = peak, stage
+        return time.monotonic()
 
     def each(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
         """The same items; the time to make each counts as the stage's."""
@@ -146,6 +208,7 @@ class StageTimes:
             if item is None:
                 return
             yield item
+            del item  # nobody holds it while the next one is made
 
     @property
     def total(self) -> float:

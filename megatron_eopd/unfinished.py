@@ -4,18 +4,16 @@ The resumed run takes the rollouts and the reports of the steps that were taken 
 only the rest to do.
 """
 
-import base64
 import json
-from array import array
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_eopd.checkpoints.position import read_position
 from megatron_eopd.config import Config
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import CheckpointError, ConfigError
-from megatron_eopd.records import Rollout, StepFault, StepReport
+from megatron_eopd.records import Bins, Histogram, Rollout, StepFault, StepReport
 from megatron_eopd.rollout.recording import read_rollouts, rollout_lines
 
 ROLLOUTS, REPORTS = "rollouts.jsonl", "reports.json"
@@ -52,7 +50,7 @@ class Unfinished:
         if self.rollouts is None:
             return {}
         sizes = {"global_batch_size": config.training.global_batch_size}
-        reports = [_encode(report) for report in self.reports]
+        reports = [asdict(report) for report in self.reports]
         return {
             ROLLOUTS: "".join(rollout_lines(self.rollouts, tokenizer)),
             REPORTS: json.dumps(sizes | {"reports": reports}),
@@ -89,17 +87,12 @@ def read_unfinished(directory: Path, iteration: int, config: Config) -> Unfinish
     return work
 
 
-def _encode(report: StepReport) -> dict:
-    """The values of all tokens as bytes: as text they would take as long as the rollouts."""
-    values = {
-        name: base64.b64encode(array("d", each).tobytes()).decode()
-        for name, each in report.values.items()
-    }
-    return asdict(replace(report, values={})) | {"values": values}
-
-
 def _decode(row: Mapping) -> StepReport:
+    """From what dataclasses.asdict made of it, through JSON."""
     sums = {name: tuple(pair) for name, pair in row["sums"].items()}
-    values = {n: array("d", base64.b64decode(text)).tolist() for n, text in row["values"].items()}
+    histograms = {
+        name: Histogram(Bins(**each["bins"]), tuple(each["counts"]))
+        for name, each in row["histograms"].items()
+    }
     fault = StepFault(**row["fault"]) if row["fault"] else None
-    return StepReport(**dict(row) | {"sums": sums, "values": values, "fault": fault})
+    return StepReport(**dict(row) | {"sums": sums, "histograms": histograms, "fault": fault})

@@ -6,8 +6,9 @@ from math import nan
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from megatron_eopd import loop, milestones, step_faults
+from megatron_eopd import loop, milestones, report, step_faults
 from megatron_eopd.build import Session
 from megatron_eopd.config import Config, TrainingConfig
 from megatron_eopd.data.prompts import PromptSet
@@ -16,7 +17,7 @@ from megatron_eopd.errors import ConfigError, EngineError, NonFiniteError, Repli
 from megatron_eopd.evaluation.evaluate import Evaluation
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
 from megatron_eopd.parallel.layout import Layout
-from megatron_eopd.records import Prompt, Rollout, StepFault, StepReport
+from megatron_eopd.records import Bins, Histogram, Prompt, Rollout, StepFault, StepReport
 from megatron_eopd.rollout.engine import SyncReport
 from megatron_eopd.rollout.recording import Recording
 from megatron_eopd.run_log import RunLog
@@ -93,11 +94,12 @@ def noting_step(events: list, faults: dict[int, str]):
         step = progress.steps
         compared = " of equal replicas" if options["compare_replicas"] else ""
         events.append(f"step {step}{' beside the engine' if compare_engine else ''}{compared}")
-        values = {"entropy/teacher": [0.5], "entropy/student": [0.5], "mismatch/logprob_abs": [0.0]}
+        names = ("entropy/teacher", "entropy/student", "mismatch/logprob_abs")
+        counted = dict.fromkeys(names, Histogram(Bins("linear", 0.0, 4.0, 2), (2, 1)))
         if step in faults:
             fault = StepFault(faults[step], f"loss=nan at {step}.", {"not_finite": {}})
-            return StepReport(nan, 1e-3, {}, {name: [] for name in values}, fault)
-        return StepReport(1.0, 1e-3, sums, values)
+            return StepReport(nan, 1e-3, {}, {}, fault)
+        return StepReport(1.0, 1e-3, sums, counted)
 
     return train_step
 
@@ -128,7 +130,11 @@ def run(tmp_path, monkeypatch):
         gathering = SimpleNamespace(gather_parameters=lambda: events.append("gather"))
         session = Session(
             config=config,
-            context=SimpleNamespace(layout=Layout(tp=1, pp=1, dp=1, rank=0), cpu_group=None),
+            context=SimpleNamespace(
+                layout=Layout(tp=1, pp=1, dp=1, rank=0),
+                cpu_group=None,
+                device=torch.device("cpu"),
+            ),
             log=log,
             stop=NeverStops(),
             tokenizer=load_tokenizer(MODELS / "student"),
@@ -152,6 +158,7 @@ def run(tmp_path, monkeypatch):
         )
         figures = Evaluation({"eval/countdown/pass@1": 0.5}, [], [])
         monkeypatch.setattr(loop, "train_step", noting_step(events, faults or {}))
+        monkeypatch.setattr(report, "memory_scalars", lambda *_: {"memory/host_peak_gib": 1.0})
         monkeypatch.setattr(step_faults, "from_rank_zero", lambda compute, group: compute())
         monkeypatch.setattr(
             milestones, "evaluate_student", lambda *_, **__: events.append("evaluate") or figures
@@ -193,6 +200,8 @@ def test_a_run_from_first_to_last(run, tmp_path):
     assert [row["throughput/tokens_total"] for row in rows if "loss/total" in row] == [12, 24, 36]
     assert rows[1]["loss/total"] == 0.5 and rows[1]["weight_sync/version"] == 1
     assert rows[1]["weight_sync/gather_s"] == 0.01 and rows[1]["engine/alive"] == 1
+    # Four of the six values of two steps lie evenly in [0, 2), and two in [2, 4).
+    assert (rows[1]["entropy/teacher_p50"], rows[1]["mismatch/logprob_abs_p99"]) == (1.5, 2.97)
 
 
 def test_engine_and_trainer_are_compared_on_prompts_and_on_the_newest_rollouts(run):

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eopd.comparison.parts import LEFT_OUT
 from megatron_eopd.config import describe_options
-from megatron_eopd.metrics.means import Means, divide, percentile
+from megatron_eopd.metrics.means import Means, divide
 from megatron_eopd.metrics.trackers import TRACKERS
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
-from megatron_eopd.records import Prompt, Rollout
+from megatron_eopd.records import Bins, Histogram, Prompt, Rollout
 from megatron_eopd.report import (
     _repetition,
     before_after_table,
@@ -23,6 +24,7 @@ from megatron_eopd.report import (
     samples_markdown,
 )
 from megatron_eopd.rollout.drawing import EngineUse
+from megatron_eopd.rollout.states import Life
 from megatron_eopd.rollout.vllm_engines import PARTS, engine_metrics
 
 PAGE = Path(__file__).parents[1] / "docs/metrics.md"
@@ -77,11 +79,6 @@ def test_an_evaluation_stands_in_the_file_once(tmp_path):
         for is_evaluated, rows in ((True, kept), (False, kept[:1])):
             MetricsWriter(tmp_path, first, is_evaluated=is_evaluated).close()
             assert read_metrics(tmp_path / "metrics.jsonl") == rows
-
-
-def test_percentiles_interpolate():
-    assert percentile([0.0, 1.0, 2.0, 3.0], 0.5) == 1.5
-    assert math.isnan(percentile([], 0.5))
 
 
 @pytest.mark.parametrize("ids,expected", [((1, 2, 3), 0.0), ((1,) * 8, 0.8), (range(20), 0.0)])
@@ -184,6 +181,21 @@ def test_samples_say_what_a_reader_judges_them_by():
     assert "2 tokens, cut; a reference answer, not the student's; answer: 12; wrong" in cut
 
 
+def test_tensorboard_shows_the_counts_of_a_histogram(tmp_path):
+    """One value in [1, 2) and three in [3, 4): with the empty bin between, and none around."""
+    writer = MetricsWriter(tmp_path, resumed_at=None)
+    bins = Bins("linear", 0.0, 8.0, 8)
+    filled, empty = Histogram(bins, (0, 1, 0, 3, 0, 0, 0, 0)), Histogram(bins, (0,) * 8)
+    writer.write(1, {}, {"filled": filled, "empty": empty})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["histograms"] == ["filled"]
+    (event,) = events.Histograms("filled")
+    shown = event.histogram_value
+    assert (shown.min, shown.max, shown.num, shown.sum) == (1, 4, 4, 1.5 + 3 * 3.5)
+    assert (shown.bucket_limit, shown.bucket) == ([1, 2, 3, 4], [0, 1, 0, 3])
+
+
 def test_every_tracker_has_its_word():
     words = describe_options()
     (values,) = (option.values for option in words if option.name == "logging.trackers")
@@ -193,7 +205,8 @@ def test_every_tracker_has_its_word():
 def test_engines_are_measured_over_the_calls_of_an_iteration():
     """Two calls of 2 s and 6 s, in which engine 0 had requests for 4 s of the 8 and engine 1, which
     has died since, for none. docs/metrics.md has every name, and comparisons of runs none."""
-    handles = [SimpleNamespace(number=n, life=SimpleNamespace(restarts=n)) for n in range(2)]
+    handles = [SimpleNamespace(number=n, life=Life(n, 3, restarts=n)) for n in range(2)]
+    handles[1].life.failed_requests, handles[1].life.failed_probes = 2, 1
     fleet = SimpleNamespace(handles=handles, serving=handles[:1])
     calls = [
         SimpleNamespace(seconds=s, queue_wait_s=w, use={0: EngineUse(40, 2.0, r), 1: EngineUse()})
@@ -207,12 +220,17 @@ def test_engines_are_measured_over_the_calls_of_an_iteration():
         "engine/0/requests_in_flight": 3.0,
         "engine/0/idle_share": 0.5,
         "engine/0/restarts": 0,
+        "engine/0/failed_requests": 0,
+        "engine/0/failed_probes": 0,
         "engine/1/tokens_per_s": 0.0,
         "engine/1/requests_in_flight": 0.0,
         "engine/1/idle_share": 1.0,
         "engine/1/restarts": 1,
+        "engine/1/failed_requests": 2,
+        "engine/1/failed_probes": 1,
     }
-    assert engine_metrics(fleet, []).keys() == {"engine/alive", *(n for n in found if "rest" in n)}
+    lasting = {n for n in found if n.endswith(("restarts", "failed_requests", "failed_probes"))}
+    assert engine_metrics(fleet, []).keys() == {"engine/alive", *lasting}
     parts = {f"weight_sync/{part}_s" for part in (*PARTS, "load", "probe")}
     named = set(re.findall(r"`((?:engine|weight_sync)/[\w/]+)`", PAGE.read_text()))
     assert {re.sub(r"/\d/", "/N/", name) for name in found} | parts <= named

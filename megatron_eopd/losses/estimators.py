@@ -143,16 +143,19 @@ def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, share_of_a: float) ->
     return torch.logaddexp(log_a + math.log(share_of_a), log_b + math.log1p(-share_of_a))
 
 
-# A gate: (teacher entropy [N], threshold in nats, options) → how far it is open [N], 0 to 1.
+# A gate: (teacher entropy [N], threshold in nats, options) → how far it is open [N], 0 to 1. The
+# threshold of a quantile is a scalar tensor: nobody asks the device for it.
 
 
-def hard_gate(entropy_N: torch.Tensor, threshold: float, _: ObjectiveConfig) -> torch.Tensor:
+def hard_gate(
+    entropy_N: torch.Tensor, threshold: float | torch.Tensor, _: ObjectiveConfig
+) -> torch.Tensor:
     """1[H ≥ τ]."""
     return (entropy_N >= threshold).float()
 
 
 def sigmoid_gate(
-    entropy_N: torch.Tensor, threshold: float, objective: ObjectiveConfig
+    entropy_N: torch.Tensor, threshold: float | torch.Tensor, objective: ObjectiveConfig
 ) -> torch.Tensor:
     """sigmoid((H − τ) / width)."""
     return torch.sigmoid((entropy_N - threshold) / objective.gate_width)

@@ -25,7 +25,8 @@ class Coefficients:
     """α and τ of one optimizer step."""
 
     forward_kl_weight: float
-    entropy_threshold: float
+    entropy_threshold: float | torch.Tensor
+    """A scalar tensor where it is found on the device."""
 
 
 def coefficients_at(objective: ObjectiveConfig, progress: Progress) -> Coefficients:
@@ -79,5 +80,7 @@ def token_weights(
     if objective.token_weight == "uniform" and not objective.ignored_token_ids:
         return None
     weight_N = TOKEN_WEIGHTS[objective.token_weight](position_N)
-    ignored = torch.tensor(objective.ignored_token_ids, device=sampled_ids_N.device)
-    return weight_N.masked_fill(torch.isin(sampled_ids_N, ignored), 0.0)
+    # One by one: a tensor of them would be copied to the device, which waits for it.
+    for token_id in objective.ignored_token_ids:
+        weight_N = weight_N.masked_fill(sampled_ids_N == token_id, 0.0)
+    return weight_N

@@ -1,15 +1,18 @@
-"""Means as sums and counts until the last moment.
+"""Means as sums and counts, and histograms, until the last moment.
 
 Names are the project's stable ones: `loss/reverse_kl`, `gate/fraction`, `rollout/length_mean`, …
+Everything stays on the device until `reduce`, which asks it once.
 """
-# Shapes: N valid response tokens of a microbatch.
+# Shapes: N valid response tokens of a microbatch, B bins.
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from megatron_eopd.metrics.histogram import add_counts, no_counts
+from megatron_eopd.records import Bins, Histogram
 
 Sums = dict[str, tuple[float, float]]
 """Metric name → (sum, count) over tokens."""
@@ -19,20 +22,18 @@ class Reduced(NamedTuple):
     """Means of all ranks of a group, before the last division."""
 
     sums: Sums
-    values: dict[str, list[float]]
-    """Name → every single value."""
+    histograms: dict[str, Histogram]
     tallies: dict[str, list]
     """Name → counts, as nested lists."""
 
 
 class Means:
-    """Named means, kept as (sum, count) on the device; per-token values kept for histograms."""
+    """Named means, kept as (sum, count) on the device, and counts."""
 
-    def __init__(self, *, keeps_values: bool = True) -> None:
-        self._keeps_values = keeps_values
+    def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._tallies: dict[str, torch.Tensor] = {}
-        self._values: dict[str, list[torch.Tensor]] = {}
+        self._histograms: dict[str, tuple[Bins, torch.Tensor]] = {}
 
     def add(self, name: str, values_N: torch.Tensor, mask_N: torch.Tensor | None = None) -> None:
         """Mean over the tokens where the mask is set; over all of them without a mask."""
@@ -41,10 +42,11 @@ class Means:
         entry = torch.stack([(values_N * weights).sum(), weights.sum()])
         self._sums[name] = self._sums.get(name, 0) + entry
 
-    def keep(self, name: str, values_N: torch.Tensor) -> None:
+    def keep(self, name: str, values_N: torch.Tensor, bins: Bins) -> None:
         """Every single value that is not nan, for percentiles and a histogram."""
-        if self._keeps_values:
-            self._values.setdefault(name, []).append(values_N)
+        if name not in self._histograms:
+            self._histograms[name] = (bins, no_counts(bins, values_N.device))
+        add_counts(self._histograms[name][1], values_N, bins)
 
     def tally(self, name: str, counts: torch.Tensor) -> None:
         """Counts of any shape, added up as they are."""
@@ -53,19 +55,32 @@ class Means:
     def reduce(self, group: dist.ProcessGroup) -> Reduced:
         """Over the group, every rank of which must have added the same names.
 
-        One all-reduce of the sums and of each tally, one all-gather of the values.
+        One all-reduce and one copy to the host, of everything in one row of float64, in which
+        counts are exact up to 2^53.
         """
-        names = sorted(self._sums)
-        table = torch.stack([self._sums[name] for name in names])
-        dist.all_reduce(table, group=group)
-        sums = {n: (total, count) for n, (total, count) in zip(names, table.tolist(), strict=True)}
-        for name in sorted(self._tallies):
-            dist.all_reduce(self._tallies[name], group=group)
-        own = {name: torch.cat(parts).tolist() for name, parts in self._values.items()}
-        gathered: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, own, group=group)
-        values = {n: [x for part in gathered for x in part[n] if x == x] for n in own}
-        return Reduced(sums, values, {name: t.tolist() for name, t in self._tallies.items()})
+        tables = [
+            {name: table[name] for name in sorted(table)}
+            for table in (self._sums, self._tallies, self._bin_counts())
+        ]
+        own = [each for table in tables for each in table.values()]
+        row = torch.cat([each.double().flatten() for each in own])
+        dist.all_reduce(row, group=group)
+        parts = iter(row.cpu().split([each.numel() for each in own]))
+        sums, tallies, counts = ({name: next(parts) for name in table} for table in tables)
+        return Reduced(
+            {name: tuple(pair.tolist()) for name, pair in sums.items()},
+            {
+                name: Histogram(self._histograms[name][0], tuple(counts_B.long().tolist()))
+                for name, counts_B in counts.items()
+            },
+            {
+                name: flat.long().view(self._tallies[name].shape).tolist()
+                for name, flat in tallies.items()
+            },
+        )
+
+    def _bin_counts(self) -> dict[str, torch.Tensor]:
+        return {name: counts_B for name, (_, counts_B) in self._histograms.items()}
 
 
 def divide(sums: Iterable[Sums]) -> dict[str, float]:
@@ -76,10 +91,3 @@ def divide(sums: Iterable[Sums]) -> dict[str, float]:
             old_total, old_count = totals.get(name, (0.0, 0.0))
             totals[name] = (old_total + total, old_count + count)
     return {name: total / count for name, (total, count) in totals.items() if count}
-
-
-def percentile(values: list[float], fraction: float) -> float:
-    """By linear interpolation; NaN of nothing."""
-    if not values:
-        return math.nan
-    return torch.quantile(torch.tensor(values, dtype=torch.float64), fraction).item()

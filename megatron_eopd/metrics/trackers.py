@@ -4,12 +4,18 @@ metrics.jsonl is always written (writer.py); a tracker shows the same beside it,
 one, write a class with these methods here, and give it a row in TRACKERS.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
+
+from megatron_eopd.metrics.histogram import coarse
+from megatron_eopd.records import Histogram
+
+MOST_BUCKETS = 512
+"""Of a histogram in TensorBoard's file."""
 
 
 class Tracker(Protocol):
@@ -17,7 +23,7 @@ class Tracker(Protocol):
         """Finite values, by the names of docs/metrics.md."""
         ...
 
-    def histograms(self, iteration: int, values: Mapping[str, Sequence[float]]) -> None: ...
+    def histograms(self, iteration: int, values: Mapping[str, Histogram]) -> None: ...
 
     def text(self, iteration: int, name: str, markdown: str) -> None: ...
 
@@ -35,10 +41,28 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)
 
-    def histograms(self, iteration: int, values: Mapping[str, Sequence[float]]) -> None:
+    def histograms(self, iteration: int, values: Mapping[str, Histogram]) -> None:
         for name, each in values.items():
-            if each:
-                self._writer.add_histogram(name, torch.tensor(each), iteration)
+            borders, counts = coarse(each, MOST_BUCKETS)
+            if not counts:
+                continue
+            middles = [(low + high) / 2 for low, high in pairwise(borders)]
+            moments = [
+                sum(count * middle**power for count, middle in zip(counts, middles, strict=True))
+                for power in (1, 2)
+            ]
+            # TensorBoard knows upper borders only: an empty bucket in front says where the first
+            # one begins.
+            self._writer.add_histogram_raw(
+                name,
+                borders[0],
+                borders[-1],
+                sum(counts),
+                *moments,
+                borders,
+                [0, *counts],
+                global_step=iteration,
+            )
 
     def text(self, iteration: int, name: str, markdown: str) -> None:
         self._writer.add_text(name, markdown, iteration)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eopd.metrics.trackers import TRACKERS
+from megatron_eopd.records import Histogram
 
 
 class MetricsWriter:
@@ -52,7 +53,7 @@ class MetricsWriter:
         self,
         iteration: int,
         scalars: Mapping[str, float],
-        histograms: Mapping[str, list[float]] | None = None,
+        histograms: Mapping[str, Histogram] | None = None,
     ) -> None:
         """Scalars that are not finite are left out: JSON has neither NaN nor infinity."""
         self.tokens_total = int(scalars.get("throughput/tokens_total", self.tokens_total))

@@ -289,7 +289,8 @@ def engine_metrics(fleet: Fleet, drawings: Sequence[Drawing]) -> dict[str, float
         scalars["engine/queue_wait_s"] = sum(waits) / len(waits)
     for handle in fleet.handles:
         name, uses = f"engine/{handle.number}", [d.use[handle.number] for d in drawings]
-        scalars[f"{name}/restarts"] = handle.life.restarts
+        for count in ("restarts", "failed_requests", "failed_probes"):
+            scalars[f"{name}/{count}"] = getattr(handle.life, count)
         if seconds:
             scalars |= {
                 f"{name}/tokens_per_s": sum(use.tokens for use in uses) / seconds,

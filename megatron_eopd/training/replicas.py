@@ -54,7 +54,7 @@ def _differ(buffers: list, group: dist.ProcessGroup, device: torch.device) -> bo
     own = torch.stack([checksum(buffer.param_data) for buffer in buffers]).to(device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)
-    return any(not torch.equal(every[0], other) for other in every)
+    return bool((torch.stack(every) != own).any())
 
 
 def _difference(student: Trainable, context: ParallelContext) -> str:

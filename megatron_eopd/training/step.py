@@ -66,14 +66,14 @@ def train_step(
         return skipped_report(fault, lr, shared)
     _, grad_norm, _ = student.optimizer.step()
     fault = weight_fault(student, lr, float(grad_norm), context)
-    return StepReport(float(grad_norm), lr, shared.sums, shared.values, fault)
+    return StepReport(float(grad_norm), lr, shared.sums, shared.histograms, fault)
 
 
 def skipped_report(fault: StepFault, lr: float, shared: Reduced) -> StepReport:
     """Of a step that was not taken. Its figures join no mean unless they are sound."""
     if fault.kind == "gradient":
-        return StepReport(math.nan, lr, {}, {name: [] for name in shared.values}, fault)
-    return StepReport(fault.figures["grad_norm"], lr, shared.sums, shared.values, fault)
+        return StepReport(math.nan, lr, {}, {}, fault)
+    return StepReport(fault.figures["grad_norm"], lr, shared.sums, shared.histograms, fault)
 
 
 def accumulate_gradients(
@@ -96,19 +96,24 @@ def accumulate_gradients(
     for chunk in student.wrapped:
         chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
-    num_tokens = torch.zeros((), dtype=torch.int, device=context.device)
-    for number, microbatches in enumerate(rounds):
+    num_tokens = 0
+    remaining = iter(rounds)
+    for number in range(num_rounds):
+        microbatches = next(remaining)
         settings = token_loss.settings(microbatches, progress, compare_engine)
         with student.accumulating(is_last=number == num_rounds - 1):
             _run_round(student, token_loss, microbatches, means, settings, context)
         num_tokens += sum(batch.num_valid_tokens for batch in microbatches)
-    # Loss and gradient are sums up to here; this divides once, by the tokens of all ranks.
+        del microbatches  # while the next ones are scored, the payloads of these must be gone
     finalize_model_grads(
-        student.wrapped,
-        num_tokens,
-        pg_collection=context.groups,
-        force_all_reduce=force_all_reduce,
+        student.wrapped, pg_collection=context.groups, force_all_reduce=force_all_reduce
     )
+    # Loss and gradient are sums up to here; this divides once, by the tokens of all ranks. Given
+    # `num_tokens`, Megatron does the same, but asks the device whether there are any.
+    count = torch.full((), num_tokens, dtype=torch.int, device=context.device)
+    dist.all_reduce(count, group=context.groups.dp_cp)
+    for chunk in student.wrapped:
+        chunk.scale_gradients(1.0 / count.clamp(min=1))
     return means
 
 
@@ -126,8 +131,9 @@ def _run_round(
 
     def loss_of(batch: MicroBatch, hidden_S1H: torch.Tensor):
         loss = token_loss(batch, hidden_S1H, means, settings)
-        count = torch.tensor(batch.num_valid_tokens, dtype=torch.int, device=loss.device)
-        return loss, count, {}
+        # On the host: a kernel takes a single number from there with its arguments, while a copy of
+        # it to the device would wait for all that is queued.
+        return loss, torch.tensor(batch.num_valid_tokens, dtype=torch.int), {}
 
     run_schedule(forward_step, student.wrapped, microbatches, context, forward_only=False)
 
@@ -140,8 +146,8 @@ def measure(
     context: ParallelContext,
 ) -> Reduced:
     """The loss metrics of the batch without a step, on every rank, and entropies over the position;
-    α and τ as at the start. Sums alone: values of single tokens would be kept for all of them."""
-    means = Means(keeps_values=False)
+    α and τ as at the start."""
+    means = Means()
     for microbatches in rounds:
         settings = token_loss.settings(microbatches, START, by_position=True)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from megatron_eopd.config import Config
@@ -21,7 +22,11 @@ from megatron_eopd.schedules import START, Progress
 from megatron_eopd.teacher.colocated import ColocatedTeacher
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.training.optimizer import make_trainable
-from megatron_eopd.training.step import train_step
+from megatron_eopd.training.step import (
+    accumulate_gradients,
+    share_from_last_stage,
+    train_step,
+)
 from megatron_eopd.training.token_loss import TokenLoss
 from tests.dense_objective import dense_token_loss
 from tests.distributed.test_models import random_rollouts
@@ -243,6 +248,7 @@ def test_every_objective_and_head_agree_with_transformers(
 
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+CHUNKED = {"entropy_threshold": 2.8, "head": "chunked", "head_chunk_size": 5}
 
 
 def check_variants(student_dir, teacher_dir, variants, out_dir):
@@ -283,6 +289,8 @@ def test_recomputation_and_overlap_change_nothing_and_bfloat16_little(
         (1, 1, {"training": training | {"overlap_grad_reduce": True}}),
         (1, 1, {"training": training | OVERLAP}),
         (1, 2, {"training": training | OVERLAP, "parallel": INTERLEAVED}),
+        (1, 1, {"training": training | OVERLAP, "objective": CHUNKED}),
+        (1, 2, {"training": training | OVERLAP, "parallel": INTERLEAVED, "objective": CHUNKED}),
         (2, 1, {"model": {"dtype": "bfloat16"}}),
         (1, 2, {"model": {"dtype": "bfloat16"}}),
     ]
@@ -335,3 +343,51 @@ def test_an_update_that_overflows_stops_all_ranks(qwen3_dir, teacher_dir, tmp_pa
 
 def test_a_nan_on_one_stage_stops_all_ranks_before_the_step(qwen3_dir, teacher_dir, tmp_path):
     run_ranks(2, tmp_path, check_non_finite, qwen3_dir, teacher_dir)
+
+
+class NoReads(TorchDispatchMode):
+    """Whoever asks the device for a value, or for a size that depends on values, is named."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.REFUSED), func
+        return func(*args, **(kwargs or {}))
+
+
+def check_reads(configs):
+    rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
+    for config in configs:
+        context = context_for(1, 1)
+        student, pool, token_loss = build(config, context)
+        (batches,) = pool.microbatches([pack(rollouts, Limits.of(config.training), context.layout)])
+        assert len(batches) == 4
+        with NoReads():
+            means = accumulate_gradients(
+                student,
+                token_loss,
+                [batches],
+                context,
+                num_rounds=1,
+                progress=START,
+                compare_engine=True,
+            )
+        assert share_from_last_stage(means, context).sums["loss/total"][1] > 0
+        leave_groups()
+
+
+def test_until_all_microbatches_are_done_nobody_asks_the_device(qwen3_dir, teacher_dir, tmp_path):
+    """Neither layers nor losses nor metrics nor the gate's quantile: a read waits for everything
+    that is queued on a GPU."""
+    training = {"global_batch_size": 8, "micro_batch_size": 2, "train_iters": 10}
+    objectives = [
+        {"name": "eopd"},
+        {"name": "eopd", "gate": "quantile"},
+        {"name": "eopd_paper", "top_k": 4, "head": "chunked", "head_chunk_size": 5},
+        {"name": "skewed_kl", "ignored_token_ids": [1, 2], "token_weight": "position"},
+    ]
+    configs = [
+        make_config(qwen3_dir, teacher_dir, objective=each, training=training)
+        for each in objectives
+    ]
+    run_ranks(1, tmp_path, check_reads, configs)
