@@ -301,6 +301,7 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         f"{rollout.max_response_length} = {tokens:,}",
         "microbatches / step / rank": _microbatches(training, setup.student.load),
         "parameters / rank": f"{parameters} (largest stage)",
+        **_describe_layers(setup),
         "memory / rank": f"{fullest.peak / 2**30:.3g} GiB on stage {stage} of the {who}, the "
         f"fullest, as docs/planning.md counts: {describe(fullest.parts_of_peak)}",
         "checkpoints": describe_saving(plan.checkpoint_share, config.checkpoint),
@@ -385,6 +386,17 @@ def _describe_teacher(section: str, placed: Placed, config: Config, inputs: Inpu
         f"{placed.shape.hidden_size:,}, vocabulary padded to {_padded(placed):,}"
         f"{f', tokens that trade places {swaps}' if swaps else ''}"
     )
+
+
+def _describe_layers(setup: Setup) -> dict[str, str]:
+    """Of the models whose pipeline stages are not all alike."""
+    models = {"student": setup.student, **setup.teachers}
+    shown = [
+        f"{who} {' + '.join(map(str, placed.layout.layers_per_stage(len(placed.shape.layers))))}"
+        for who, placed in models.items()
+        if placed.layout.is_uneven
+    ]
+    return {"layers / stage": ", ".join(shown)} if shown else {}
 
 
 def _padded(placed: Placed) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _state(
         "recent_grad_norms": session.guard.grad_norms,
         "sums_and_counts": report.sums,
         **report.fault.figures,
-        "layout": {n: getattr(layout, n) for n in ("tp", "pp", "dp", "cp", "ep", "vpp")},
+        "layout": {name: x for name, x in asdict(layout).items() if name != "rank"},
         "commit": commit.read_text().strip() if commit.is_file() else None,
         "config_sha256": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
         "replay": f"rollout.replay={folder} rollout.batch_size={size} rollout.samples_per_prompt=1 "

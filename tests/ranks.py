@@ -65,9 +65,13 @@ def context_for(
     *,
     cp: int = 1,
     vpp: int = 1,
+    layers: tuple[int | None, int | None] = (None, None),
     sequence_parallel: bool = False,
 ) -> ParallelContext:
-    """Megatron groups over the ranks of this launch; call `leave_groups` before the next one."""
+    """Megatron groups over the ranks of this launch; call `leave_groups` before the next one.
+
+    `layers`: of the first and of the last pipeline stage.
+    """
     config = ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -76,6 +80,8 @@ def context_for(
         sequence_parallel=sequence_parallel,
         context_parallel_size=cp,
         virtual_pipeline_model_parallel_size=vpp,
+        decoder_first_pipeline_num_layers=layers[0],
+        decoder_last_pipeline_num_layers=layers[1],
         distributed_timeout_minutes=1,
     )
     layout = Layout.from_config(config, dist.get_world_size(), dist.get_rank())

@@ -23,7 +23,13 @@ class ParallelSizes(Section):
     tensor_model_parallel_size: int = Field(1, gt=0)
     """Ranks that share every layer; divides attention heads and key/value heads."""
     pipeline_model_parallel_size: int = Field(1, gt=0)
-    """Pipeline stages; divides the layers of the model."""
+    """Pipeline stages; divides the layers of the model, unless the next two say otherwise."""
+    decoder_first_pipeline_num_layers: int | None = Field(None, gt=0)
+    """Layers of the first pipeline stage, which has the embedding, too. The stages without a number
+    of their own share the others equally. Default: all stages alike."""
+    decoder_last_pipeline_num_layers: int | None = Field(None, gt=0)
+    """Layers of the last pipeline stage, which has the LM heads and the loss, too. See
+    `decoder_first_pipeline_num_layers`."""
     expert_model_parallel_size: int = Field(1, gt=0)
     """Parts that the experts of a layer are dealt out to, over the ranks of a pipeline stage."""
     expert_tensor_parallel_size: int = Field(1, gt=0)
@@ -31,9 +37,13 @@ class ParallelSizes(Section):
     sequence_parallel: bool = False
     """Shard the sequence over the tensor-parallel ranks between the parallel layers."""
 
-    def sizes_alone(self) -> "ParallelSizes":
-        """Without what only a student has."""
-        return ParallelSizes(**{name: getattr(self, name) for name in ParallelSizes.model_fields})
+    def for_other_model(self) -> "ParallelSizes":
+        """Without what only a student has, and numbers of layers, which mean one model alone."""
+        sizes = {name: getattr(self, name) for name in ParallelSizes.model_fields}
+        return ParallelSizes(**sizes | dict.fromkeys(LAYERS_OF_STAGES))
+
+
+LAYERS_OF_STAGES = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 
 
 class TeacherConfig(Section):
@@ -66,7 +76,7 @@ class TeacherConfig(Section):
     """Type of the teacher's parameters and activations. `as_model`: that of `model.dtype`."""
     parallel: ParallelSizes | None = None
     """The teacher's own layout, in which every size that is not given is 1. Default: the student's
-    tensor, pipeline and expert sizes."""
+    tensor, pipeline and expert sizes, with all pipeline stages alike."""
 
     @model_validator(mode="after")
     def _fits_its_placement(self) -> "TeacherConfig":

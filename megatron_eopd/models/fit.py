@@ -11,20 +11,19 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.models.hf_weights import head_shape, num_experts
 from megatron_eopd.parallel.layout import Layout
 
+SHOWN = 8
+"""Numbers of layers that a message proposes, those nearest to equal stages."""
+
 
 def check_divides(
     hf_config: PretrainedConfig, layout: Layout, who: str, section: str = "parallel"
 ) -> None:
     """Raise ConfigError when the model cannot be cut into this many parts."""
-    stages = f"{section}.pipeline_model_parallel_size={layout.pp}"
-    if layout.vpp > 1:
-        stages += f" × {section}.virtual_pipeline_model_parallel_size={layout.vpp}"
     tensor = f"{section}.tensor_model_parallel_size={layout.tp}"
     sizes = [
         ("num_attention_heads", layout.tp, tensor),
         ("num_key_value_heads", layout.tp, tensor),
         ("intermediate_size", layout.tp, tensor),
-        ("num_hidden_layers", layout.pp * layout.vpp, stages),
     ]
     if num_experts(hf_config):
         expert_tensor = f"{section}.expert_tensor_parallel_size={layout.expert_tp}"
@@ -51,6 +50,46 @@ def check_divides(
                 f"{options} does not divide the {who}'s {name}={size}. It must come to one of "
                 f"{fits}."
             )
+    _check_layers(hf_config.num_hidden_layers, layout, who, section)
+
+
+def _check_layers(num_layers: int, layout: Layout, who: str, section: str) -> None:
+    """What Megatron-Core asks of a pipeline, equal or not."""
+    if _deals_out(layout, num_layers):
+        return
+    stages = f"{section}.pipeline_model_parallel_size={layout.pp}"
+    if layout.vpp > 1:
+        stages += f" × {section}.virtual_pipeline_model_parallel_size={layout.vpp}"
+    last = f"{section}.decoder_last_pipeline_num_layers"
+    cuts = {n: replace(layout, last_stage_layers=n) for n in range(1, num_layers)}
+    near = sorted(
+        (n for n, cut in cuts.items() if layout.pp > 1 and _deals_out(cut, num_layers)),
+        key=lambda n: abs(n * layout.pp - num_layers),
+    )[:SHOWN]
+    if layout.is_uneven:
+        first = f"{section}.decoder_first_pipeline_num_layers"
+        asked = {first: layout.first_stage_layers, last: layout.last_stage_layers}
+        text = ", ".join(f"{option}={n}" for option, n in asked.items() if n is not None)
+        remedy = f"Set {last} to one of {sorted(near)}" if near else f"Set another {first}"
+        raise ConfigError(
+            f"{text} and {stages} do not deal out the {who}'s num_hidden_layers={num_layers}: each "
+            f"stage must get a positive multiple of {layout.vpp}, and those without a number "
+            f"equally many. {remedy}."
+        )
+    parts = layout.pp * layout.vpp
+    fits = [n for n in range(1, parts) if num_layers % n == 0]
+    # A teacher in the student's sizes has no number of layers of its own.
+    is_own = who == "student" or section != "parallel"
+    raise ConfigError(
+        f"{stages} does not divide the {who}'s num_hidden_layers={num_layers}. It must come to one "
+        f"of {fits}" + (f", or {last} must be one of {sorted(near)}." if near and is_own else ".")
+    )
+
+
+def _deals_out(layout: Layout, num_layers: int) -> bool:
+    """Whether every layer has a stage, and every chunk of a stage the same number of them."""
+    stages = layout.layers_per_stage(num_layers)
+    return sum(stages) == num_layers and all(n > 0 and n % layout.vpp == 0 for n in stages)
 
 
 def check_student(config: Config, hf_config: PretrainedConfig, layout: Layout) -> None:
@@ -62,14 +101,16 @@ def check_student(config: Config, hf_config: PretrainedConfig, layout: Layout) -
             f"data-parallel size {layout.dp}: some ranks would never have a sample. Set it to "
             f"{layout.dp} or more."
         )
-    model, chunk = config.model, hf_config.num_hidden_layers // (layout.pp * layout.vpp)
+    model, stages = config.model, layout.layers_per_stage(hf_config.num_hidden_layers)
     is_uniform = model.recompute_granularity == "full" and model.recompute_method == "uniform"
-    if is_uniform and chunk % model.recompute_num_layers:
-        # Megatron-Core would run past the last layer.
-        raise ConfigError(
-            f"model.recompute_num_layers={model.recompute_num_layers} does not divide the {chunk} "
-            f"layers of a model chunk. Set it to a divisor, or model.recompute_method=block."
-        )
+    for chunk in (count // layout.vpp for count in stages) if is_uniform else ():
+        if chunk % model.recompute_num_layers:
+            # Megatron-Core would run past the last layer.
+            raise ConfigError(
+                f"model.recompute_num_layers={model.recompute_num_layers} does not divide the "
+                f"{chunk} layers of a model chunk. Set it to a divisor, or "
+                f"model.recompute_method=block."
+            )
 
 
 def check_teacher(

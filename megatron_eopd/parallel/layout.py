@@ -5,7 +5,7 @@ stages farthest apart, so `arange(world).view(pp, dp, cp, tp)`. Experts cut the 
 their own way, `arange(world).view(pp, expert_dp, ep, expert_tp)`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_eopd.config import ParallelConfig, ParallelSizes
 from megatron_eopd.errors import ConfigError
@@ -29,6 +29,9 @@ class Layout:
     """Ranks that share each sequence."""
     vpp: int = 1
     """Model chunks on each pipeline stage."""
+    first_stage_layers: int | None = None
+    """Of the first pipeline stage, in all its chunks; None: as many as others without a number."""
+    last_stage_layers: int | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
@@ -70,7 +73,10 @@ class Layout:
                 f"={expert_tp} = {ep * expert_tp} does not divide the {stage} ranks of a pipeline "
                 f"stage ({world} {world_size} / pipeline {pp})."
             )
-        return cls(tp, pp, dp, rank, config.sequence_parallel, ep, expert_tp, cp, vpp)
+        first = config.decoder_first_pipeline_num_layers
+        last = config.decoder_last_pipeline_num_layers
+        sp = config.sequence_parallel
+        return cls(tp, pp, dp, rank, sp, ep, expert_tp, cp, vpp, first, last)
 
     @property
     def world_size(self) -> int:
@@ -142,6 +148,29 @@ class Layout:
         ours, theirs = ((x.tp, x.pp, x.dp, x.cp) for x in (self, other))
         return ours == theirs
 
+    @property
+    def grid(self) -> "Layout":
+        """The ranks alone, without what says which layers they have: what groups depend on."""
+        return replace(self, vpp=1, first_stage_layers=None, last_stage_layers=None)
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether a pipeline stage has a number of layers of its own."""
+        return self.first_stage_layers is not None or self.last_stage_layers is not None
+
+    def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of every pipeline stage. Where they do not add up to `num_layers`, or a chunk has
+        no whole number of them, the model cannot be cut so (models/fit.py refuses it)."""
+        ends = {0: self.first_stage_layers, self.pp - 1: self.last_stage_layers}
+        own = {stage: count for stage, count in ends.items() if count is not None}
+        share = (num_layers - sum(own.values())) // max(self.pp - len(own), 1)
+        return tuple(own.get(stage, share) for stage in range(self.pp))
+
+    def stages_of_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The pipeline stage of every layer: chunk after chunk, in each the stages in turn."""
+        chunks = [count // self.vpp for count in self.layers_per_stage(num_layers)]
+        return self.vpp * tuple(stage for stage, n in enumerate(chunks) for _ in range(n))
+
     def padded(self, num_tokens: int) -> int:
         """Of a sequence, up to what context parallelism can cut."""
         return -(-num_tokens // self.sequence_multiple) * self.sequence_multiple
@@ -158,11 +187,16 @@ class Layout:
         return " ".join(parts) or "whole"
 
     def describe(self) -> str:
-        chunks = f" (× {self.vpp} chunks)" if self.vpp > 1 else ""
+        cut = [f"× {self.vpp} chunks"] if self.vpp > 1 else []
+        if self.first_stage_layers is not None:
+            cut.append(f"{self.first_stage_layers} layers first")
+        if self.last_stage_layers is not None:
+            cut.append(f"{self.last_stage_layers} layers last")
+        stages = f" ({', '.join(cut)})" if cut else ""
         context = f" × CP {self.cp}" if self.cp > 1 else ""
         experts = f", experts EP {self.ep} × TP {self.expert_tp}" if self.ep > 1 else ""
         return (
-            f"{self.world_size} ranks = TP {self.tp} × PP {self.pp}{chunks}{context} × "
+            f"{self.world_size} ranks = TP {self.tp} × PP {self.pp}{stages}{context} × "
             f"DP {self.dp}{experts}"
         )
 

@@ -113,7 +113,7 @@ def colocated_layout(teacher: TeacherConfig, section: str, student: Layout) -> L
         ConfigError: its sizes do not divide the world size.
     """
     if teacher.parallel is None:
-        return replace(student, cp=1, dp=student.dp * student.cp, vpp=1)
+        return replace(student.grid, cp=1, dp=student.dp * student.cp)
     named = f"{section}.parallel"
     return Layout.from_config(teacher.parallel, student.world_size, student.rank, named)
 
@@ -124,7 +124,7 @@ def separate_layout(teacher: TeacherConfig, section: str, config: Config, rank: 
     Raises:
         ConfigError: its sizes do not divide its ranks.
     """
-    sizes = teacher.parallel or config.parallel
+    sizes = teacher.parallel or config.parallel.for_other_model()
     named = f"{section}.parallel" if teacher.parallel else "parallel"
     world = f"{section}.world_size ="
-    return Layout.from_config(sizes.sizes_alone(), teacher.world_size, rank, named, world)
+    return Layout.from_config(sizes, teacher.world_size, rank, named, world)

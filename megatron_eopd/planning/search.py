@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from math import gcd
+from typing import Any
 
 from megatron_eopd.config import Config, ParallelSizes
+from megatron_eopd.config.models import LAYERS_OF_STAGES
 from megatron_eopd.data.packing import check_budget
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.models.fit import check_student, check_teacher
@@ -20,6 +22,8 @@ from megatron_eopd.planning.activations import Lengths, Platform
 from megatron_eopd.planning.memory import MemoryPlan, Setup, describe, plan_memory
 from megatron_eopd.planning.shapes import Models, ModelShape
 from megatron_eopd.rollout.placement import ranks_for_engines, seats_of
+
+PIPELINE = "pipeline_model_parallel_size"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,15 @@ class Request:
     longest: Lengths
     gpus_per_node: int = 8
     platform: Platform = field(default_factory=Platform)
+
+
+def longest_sample(config: Config, models: Models, prompt_length: int | None = None) -> Lengths:
+    """A prompt of `prompt_length`, or as configured, or what the models leave of their positions;
+    and the longest response."""
+    response = config.rollout.max_response_length
+    shapes = [models.student, *models.teachers.values()]
+    room = min(shape.hf_config.max_position_embeddings for shape in shapes) - response
+    return Lengths(prompt_length or max(1, min(config.data.max_prompt_length, room)), response)
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class Plan:
         return [f"{name}={str(size).lower()}" for name, size in changed.items()]
 
 
-def _sizes_of(config: Config) -> dict[str, int]:
+def _sizes_of(config: Config) -> dict[str, Any]:
     """Every option of a layout that the configuration sets, by its name."""
     sections: dict[str, ParallelSizes] = {"parallel": config.parallel}
     for section, teacher in config.all_teachers.items():
@@ -154,13 +167,17 @@ def model_parallel_ranks(layout: Layout) -> int:
 
 def _student_cuts(request: Request) -> Iterator[Config]:
     """The configuration with every size of the student's that could be; what the trainer refuses is
-    among them. Interleaving stays as configured where there is a pipeline."""
+    among them. Interleaving stays as configured where there is a pipeline; so do numbers of layers
+    on as many stages as they are configured for, and elsewhere all stages are alike."""
     config, parallel = request.config, request.config.parallel
     ranks = roles_of(config, request.num_gpus)[STUDENT].size
-    for sizes in _cuts(ranks, [request.models.student], request.gpus_per_node):
-        chunks = parallel.virtual_pipeline_model_parallel_size
-        if sizes["pipeline_model_parallel_size"] == 1:
+    own_pp = parallel.pipeline_model_parallel_size
+    for sizes in _cuts(ranks, [request.models.student], request.gpus_per_node, own_pp):
+        chunks, pp = parallel.virtual_pipeline_model_parallel_size, sizes[PIPELINE]
+        if pp == 1:
             chunks = 1
+        if pp != own_pp:
+            sizes = sizes | dict.fromkeys(LAYERS_OF_STAGES)
         for cp in _divisors(ranks):
             if cp == 1 or 2 * cp <= request.longest.total:
                 update = {
@@ -171,17 +188,21 @@ def _student_cuts(request: Request) -> Iterator[Config]:
                 yield config.model_copy(update={"parallel": parallel.model_copy(update=update)})
 
 
-def _cuts(ranks: int, shapes: list[ModelShape], gpus_per_node: int) -> Iterator[dict[str, int]]:
+def _cuts(
+    ranks: int, shapes: list[ModelShape], gpus_per_node: int, own_pp: int = 1
+) -> Iterator[dict[str, int]]:
     """Sizes that every model has: tensor parallelism within a node, sequence parallelism wherever
-    there is tensor parallelism, and experts that are dealt out whole or cut as dense layers are."""
+    there is tensor parallelism, and experts that are dealt out whole or cut as dense layers are.
+    `own_pp`: stages that need not divide the layers."""
     num_layers = gcd(*(len(shape.layers) for shape in shapes))
     num_experts = max(shape.num_experts for shape in shapes)
-    for tp, pp in product(_divisors(gcd(ranks, gpus_per_node)), _divisors(gcd(ranks, num_layers))):
+    pipelines = {*_divisors(gcd(ranks, num_layers)), *({own_pp} & {*_divisors(ranks)})}
+    for tp, pp in product(_divisors(gcd(ranks, gpus_per_node)), sorted(pipelines)):
         dealt = [(ep, 1) for ep in _divisors(gcd(ranks, num_experts)) if ep > 1]
         for ep, expert_tp in [(1, tp), *dealt] if num_experts else [(1, 1)]:
             yield {
                 "tensor_model_parallel_size": tp,
-                "pipeline_model_parallel_size": pp,
+                PIPELINE: pp,
                 "expert_model_parallel_size": ep,
                 "expert_tensor_parallel_size": expert_tp,
                 "sequence_parallel": tp > 1,
@@ -230,6 +251,7 @@ HELPS = {
     "rollout.placement=separate with rollout.world_size",
     "payload": "a small teacher.microbatches_per_exchange",
     "teacher_payload": "a small teacher.microbatches_per_exchange",
+    "teacher_messages": "a small teacher.microbatches_per_exchange",
     "activations": "model.recompute_granularity=full, a smaller "
     "training.max_tokens_per_microbatch or training.micro_batch_size, a smaller "
     "rollout.max_response_length",

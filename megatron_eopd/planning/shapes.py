@@ -6,7 +6,7 @@ of how weights are cut.
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +19,7 @@ from megatron_eopd.models.families.base import Split
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_weights import HeadShape, head_shape, num_experts
 from megatron_eopd.models.tensor_shapes import tensor_shapes
+from megatron_eopd.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,20 @@ def _layer_weights(hf_config: PretrainedConfig) -> tuple[LayerWeights, ...]:
     return tuple(LayerWeights(c["replicated"], c["split"], c["experts"]) for c in counts)
 
 
-@cache
-def layers_of_stage(shape: ModelShape, pp: int, vpp: int, stage: int) -> Mapping[LayerWeights, int]:
+def layers_of_stage(shape: ModelShape, layout: Layout, stage: int) -> Mapping[LayerWeights, int]:
     """Kind of layer → how many of it a pipeline stage has, in all its chunks."""
-    chunk = len(shape.layers) // (pp * vpp)
-    return Counter(w for i, w in enumerate(shape.layers) if i // chunk % pp == stage)
+    return _kinds_by_stage(shape, layout.stages_of_layers(len(shape.layers)))[stage]
+
+
+@cache
+def _kinds_by_stage(
+    shape: ModelShape, stages: tuple[int, ...]
+) -> Mapping[int, Mapping[LayerWeights, int]]:
+    """`stages`: of every layer."""
+    kinds: defaultdict[int, Counter[LayerWeights]] = defaultdict(Counter)
+    for stage, weights in zip(stages, shape.layers, strict=True):
+        kinds[stage][weights] += 1
+    return dict(kinds)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ class Case:
     sp: bool = False
     dp: int = 1
     ep: int = 1
+    layers: tuple[int | None, int | None] = (None, None)
+    """Of the student's first and last pipeline stage."""
     payload: str = "hidden"
     teacher: dict = field(default_factory=dict)
     """Options of [teacher] beside path and payload."""
@@ -74,6 +76,8 @@ class Case:
                 "tensor_model_parallel_size": self.tp,
                 "pipeline_model_parallel_size": self.pp,
                 "virtual_pipeline_model_parallel_size": self.vpp,
+                "decoder_first_pipeline_num_layers": self.layers[0],
+                "decoder_last_pipeline_num_layers": self.layers[1],
                 "context_parallel_size": self.cp,
                 "expert_model_parallel_size": self.ep,
                 "sequence_parallel": self.sp,
@@ -92,6 +96,8 @@ class Case:
         text = " ".join(f"{name}{size}" for name, size in sizes.items())
         text += " SP" if self.sp else ""
         text += f" EP{self.ep}" if self.ep > 1 else ""
+        if any(self.layers):
+            text += " layers " + "…".join(str(n or "") for n in self.layers)
         own = self.teacher.get("parallel", {})
         short = {"tensor": "TP", "pipeline": "PP", "expert": "EP"}
         parts = [f"{short[k.split('_')[0]]}{v}" for k, v in own.items() if k.endswith("size")]

@@ -53,10 +53,10 @@ CUTS = [
 ]
 
 
-def check_resume_of_experts(student_dir, teacher_dir, run_dir):
-    """As check_resume, with optimizers of their own for the experts."""
+def check_cuts(student_dir, teacher_dir, run_dir, cuts):
+    """A step and a save under the first cut; then every one takes the second step."""
     rollouts = [s.rollout for s in random_rollouts(VOCAB, count=8, seed=11)]
-    for number, sizes in enumerate(CUTS):
+    for number, sizes in enumerate(cuts):
         context = context_for(**{"tp": 1, "pp": 1} | sizes)
         config = make_config(student_dir, teacher_dir)
         student, pool, token_loss = build(config, context)
@@ -74,16 +74,26 @@ def check_resume_of_experts(student_dir, teacher_dir, run_dir):
         leave_groups()
 
 
-def test_experts_resume_on_every_layout(tmp_path):
-    """Experts saved at EP 2 over DP go on at EP 2 over TP, whole, and in interleaved chunks."""
+UNEVEN_CUTS = [
+    {"pp": 2, "layers": (None, 1)},
+    {"pp": 2, "layers": (None, 1)},
+    {"pp": 2, "layers": (1, None)},
+    {"pp": 2},
+    {"pp": 2, "vpp": 2},
+    {"tp": 2},
+]
+
+
+@pytest.mark.parametrize("family,cuts", [("qwen3_moe", CUTS), ("qwen3_tied", UNEVEN_CUTS)])
+def test_every_cut_goes_on_from_the_first(family, cuts, tmp_path):
+    """Experts saved at EP 2 over DP go on at EP 2 over TP, whole, and in interleaved chunks; three
+    layers and one as one and three, two and two, and all on each rank."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    student, teacher = (
-        make_model("qwen3_moe", tmp_path / f"model{seed}", seed=seed) for seed in (1, 2)
-    )
-    run_ranks(2, tmp_path, check_resume_of_experts, student, teacher, run_dir)
+    student, teacher = (make_model(family, tmp_path / f"model{seed}", seed=seed) for seed in (1, 2))
+    run_ranks(2, tmp_path, check_cuts, student, teacher, run_dir, cuts)
     straight, same, *others = (
-        json.loads((run_dir / f"{n}.json").read_text()) for n in range(len(CUTS))
+        json.loads((run_dir / f"{n}.json").read_text()) for n in range(len(cuts))
     )
     assert same == straight
     for other in others:

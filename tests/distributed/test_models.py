@@ -99,11 +99,16 @@ def test_logits_equal_transformers(tp, pp, tied, qwen3_dir, tied_qwen3_dir, tmp_
     run_ranks(tp * pp, tmp_path, check_logits, hf_dir, layouts, expected, scored)
 
 
+UNEVEN = (1, 2, 2, 1, None, 1)
+"""Also layers of the first and of the last pipeline stage."""
+
+
 def on_layouts(layouts, dirs, check):
     """`check(family, hf_dir, context)` of every family that can have the layout, in the groups of
     one context: every context costs threads that stay until the process ends."""
-    for tp, pp, ep, expert_tp in layouts:
-        context = context_for(tp, pp, ep, expert_tp, sequence_parallel=tp > 1)
+    for tp, pp, ep, expert_tp, *layers in layouts:
+        ends = tuple(layers) or (None, None)
+        context = context_for(tp, pp, ep, expert_tp, layers=ends, sequence_parallel=tp > 1)
         for family, hf_dir in dirs.items():
             if ep * expert_tp == 1 or num_experts(read_hf_config(hf_dir)):
                 check(family, hf_dir, context)
@@ -151,7 +156,7 @@ def test_import_then_export_is_the_identity(family_dirs, tmp_path):
     """HF → shards → HF gives every tensor back bitwise, and tied embeddings are written once."""
     out = tmp_path / "out"
     out.mkdir()
-    layouts = [(2, 2, 1, 1), (1, 2, 1, 1), (2, 1, 2, 2), (1, 2, 2, 1)]
+    layouts = [(2, 2, 1, 1), (1, 2, 1, 1), (2, 1, 2, 2), (1, 2, 2, 1), UNEVEN]
     run_ranks(4, tmp_path, check_export, family_dirs, layouts, out)
     reloaded = AutoModelForCausalLM.from_pretrained(out / "qwen3_moe-2-2", dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(family_dirs["qwen3_moe"], dtype=torch.float32)

@@ -90,6 +90,7 @@ def check(cases, models, rollouts, expected, tmp_path, capsys):
         {"pp": 2, "vpp": 2, "cp": 2},
         {"tp": 2, "cp": 2, "sp": True},
         {"cp": 2, "dp": 2},
+        {"pp": 2, "layers": (3, None)},
     ],
     ids=str,
 )
@@ -125,6 +126,25 @@ def test_teacher_layouts(layout, models, rollouts, expected, tmp_path, capsys):
     """Every payload, the teacher cut in another way or on ranks of its own."""
     cases = [Case(**layout, payload=payload) for payload in PAYLOADS]
     check(cases, models, rollouts, expected, tmp_path, capsys)
+
+
+def test_stages_of_unequal_numbers_of_layers(rollouts, tmp_path, capsys):
+    """Six layers as 2 + 1 + 1 + 2, as interleaved chunks of 1 and 2, and the teacher's own cut:
+    the gradient of a single process."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    deep = heads | {"num_hidden_layers": 6}
+    models = {
+        "student": make_model("qwen3_tied", tmp_path / "student", seed=1, **deep),
+        "teacher": make_model("qwen3", tmp_path / "teacher", seed=5, initializer_range=0.2, **deep),
+    }
+    (alone,) = run_cases([Case()], models, rollouts, tmp_path)
+    own = {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 5}
+    groups = [
+        [Case(pp=2, vpp=2, layers=(2, 4)), Case(pp=2, layers=(None, 2), teacher={"parallel": own})],
+        [Case(pp=4, layers=(2, 2), teacher={"parallel": own})],
+    ]
+    for cases in groups:
+        check(cases, models, rollouts, {"hidden": alone}, tmp_path, capsys)
 
 
 @pytest.fixture(scope="session")
