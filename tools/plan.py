@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from megatron_eopd.parallel.layout import Layout
     from megatron_eopd.planning.memory import StageMemory
     from megatron_eopd.planning.search import Plan, Request
-    from megatron_eopd.planning.shapes import Models
 
 # Planning is arithmetic. Before torch is imported: then it never meets a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -146,18 +145,17 @@ def check_models(config: "Config") -> None:
 
 
 def make_request(args: argparse.Namespace, config: "Config") -> "Request":
-    from megatron_eopd.planning.activations import Lengths, Platform
-    from megatron_eopd.planning.search import Request
+    from megatron_eopd.planning.activations import Platform
+    from megatron_eopd.planning.search import Request, longest_sample
     from megatron_eopd.planning.shapes import Models
 
     models = Models.of(config)
-    prompt = args.prompt_length or longest_prompt(config, models)
     return Request(
         config=config,
         models=models,
         num_gpus=args.gpus,
         memory=int((args.gpu_memory_gib - args.reserve_gib) * GIB),
-        longest=Lengths(prompt, config.rollout.max_response_length),
+        longest=longest_sample(config, models, args.prompt_length),
         gpus_per_node=args.gpus_per_node,
         platform=Platform(
             on_gpu=args.device == "gpu",
@@ -166,14 +164,6 @@ def make_request(args: argparse.Namespace, config: "Config") -> "Request":
             expert_imbalance=args.expert_imbalance,
         ),
     )
-
-
-def longest_prompt(config: "Config", models: "Models") -> int:
-    """As configured, or what the models leave of their positions."""
-    shapes = [models.student, *models.teachers.values()]
-    positions = min(shape.hf_config.max_position_embeddings for shape in shapes)
-    room = positions - config.rollout.max_response_length
-    return max(1, min(config.data.max_prompt_length, room))
 
 
 def print_request(request: "Request") -> None:

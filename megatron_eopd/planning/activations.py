@@ -87,11 +87,23 @@ class Activations:
     def layer_input(self) -> int:
         return self.e * self.shape.hidden_size * self.shard
 
+    @property
+    def rotation(self) -> int:
+        """Sines and cosines, for all layers."""
+        return self.e * self.shape.heads.head_dim * self.tokens
+
     def layer(self, weights: LayerWeights, *, selective: bool = False) -> int:
         """A whole layer; `selective`: its core attention will be computed once more."""
         norms = 2 * (self.norm(self.shape.hidden_size) * self.shard + self.layer_input)
         attention = self._attention_row(selective) * self.tokens
         return norms + attention + (self._experts() if weights.experts else self._mlp())
+
+    def forward_layer(self, weights: LayerWeights) -> int:
+        """A layer at work without autograd, the larger of its two halves. Attention and MLP hold
+        what they would keep; beside them are the residual and the normalised rows."""
+        attention = self._attention_row(selective=False) * self.tokens
+        mlp = self._experts() if weights.experts else self._mlp()
+        return max(attention, mlp) + 2 * self.layer_input
 
     def norm(self, width: int) -> int:
         """Of one row. The local norm keeps its input in float32, and the normalised row."""
@@ -103,7 +115,6 @@ class Activations:
         heads, e, tp = self.shape.heads, self.e, self.layout.tp
         queries, keys = (n // tp * heads.head_dim for n in (heads.num_heads, heads.num_groups))
         kept = 2 * e * queries + e * keys  # into and out of the core, keys
-        kept += 4 * e * heads.head_dim  # sines and cosines, for queries and for keys
         # Values are a view of the projection and keep all of it alive, unless they are copied.
         keeps_projection = selective or self._is_flash
         if self.shape.has_qk_norms:
@@ -113,6 +124,9 @@ class Activations:
                 # queries of a single group.
                 keeps_projection = True
                 kept -= 4 * (keys + (queries if heads.num_groups == tp else 0))
+        elif selective and not self.platform.transformer_engine:
+            # The core was given the keys as they came out of the projection, a view, too.
+            kept -= e * keys
         if keeps_projection:
             kept += e * (queries + 2 * keys)
         if not selective:
@@ -144,15 +158,15 @@ class Activations:
         return 2 * self.e * keys * (cp - 1) + mask * self.load.sequence
 
     def _mlp(self) -> int:
-        """Both projections, silu of the gate, the factor beside it, and their product."""
-        return 5 * self.e * self.shape.intermediate_size // self.layout.tp * self.tokens
+        """What the fused SwiGLU keeps, its input of twice the width, and what it makes."""
+        return 3 * self.e * self.shape.intermediate_size // self.layout.tp * self.tokens
 
     def _experts(self) -> int:
         shape, layout = self.shape, self.layout
         router = 5 * shape.num_experts + 12 * shape.experts_per_token
         # As in an MLP, and the product with the router's probability.
         width = shape.expert_intermediate_size // layout.expert_tp
-        row = self.e * (shape.hidden_size + 6 * width) + 12
+        row = self.e * (shape.hidden_size + 3 * width) + 12
         rows = shape.experts_per_token * layout.expert_tp * self.platform.expert_imbalance
         return int((router + row * rows) * self.shard)
 
@@ -160,12 +174,13 @@ class Activations:
 def activation_bytes(activations: Activations, stage: int, model: ModelConfig) -> int:
     """Of all microbatches that a rank of the stage has in flight, at their peak."""
     layout = activations.layout
-    layers = layers_of_stage(activations.shape, layout.pp, layout.vpp, stage)
+    layers = layers_of_stage(activations.shape, layout, stage)
     selective = model.recompute_granularity == "selective"
     sizes = {w: activations.layer(w, selective=selective) for w in layers}
     # All chunks of a stage are taken to be alike.
     num_layers = sum(layers.values()) // layout.vpp
     kept, at_work = sum(n * sizes[w] for w, n in layers.items()) // layout.vpp, 0
+    kept += activations.rotation
     if model.recompute_granularity == "full":
         group = min(model.recompute_num_layers, num_layers)
         if model.recompute_method == "uniform":

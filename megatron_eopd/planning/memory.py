@@ -14,7 +14,7 @@ import torch
 
 from megatron_eopd.config import CheckpointConfig, Config, TeacherConfig
 from megatron_eopd.data.packing import exchange_size
-from megatron_eopd.losses.chunked_head import chunk_size, overwrites_logits
+from megatron_eopd.losses.chunked_head import chunk_size, logits_dtype, overwrites_logits
 from megatron_eopd.parallel.layout import Layout, pad_vocab_size
 from megatron_eopd.parallel.worlds import teacher_layout
 from megatron_eopd.planning.activations import (
@@ -49,7 +49,7 @@ def parameters_per_stage(
     embedding = padded_vocab // layout.tp * shape.hidden_size
     stages = []
     for stage in range(layout.pp):
-        layers = layers_of_stage(shape, layout.pp, layout.vpp, stage)
+        layers = layers_of_stage(shape, layout, stage)
         dense = sum(n * (w.replicated + w.split // layout.tp) for w, n in layers.items())
         experts = sum(n * w.experts for w, n in layers.items()) // (layout.ep * layout.expert_tp)
         if stage == 0:
@@ -111,12 +111,14 @@ class StageMemory:
     logits: int = 0
     """Of the loss: the student's, the teacher's, and their gradient."""
     vocab_gradients: int = 0
-    """Of embedding or LM head, until added to the float32 gradients."""
+    """Of the LM head, until added to the float32 gradients; of its input."""
     offloaded_teacher: int = 0
     """Weights that come to the GPU to score."""
     teacher_activations: int = 0
     teacher_payload: int = 0
     """On the teacher's last stage, before it travels to the student's."""
+    teacher_messages: int = 0
+    """The same, on its way."""
 
     def during(self, phase: str) -> int:
         """One of PHASES, with what is there always. Engines let go of their memory while the
@@ -151,7 +153,8 @@ class StageMemory:
 PARTS = tuple(field.name for field in fields(StageMemory))
 PHASES = {
     "training": ("payload", "activations", "logits", "vocab_gradients"),
-    "scoring": ("payload", "offloaded_teacher", "teacher_activations", "teacher_payload"),
+    "scoring": ("offloaded_teacher", "teacher_activations", "teacher_payload"),
+    "exchanging": ("payload", "teacher_payload", "teacher_messages"),
     "sampling": ("engine",),
 }
 ALWAYS = tuple(name for name in PARTS if not any(name in own for own in PHASES.values()))
@@ -288,11 +291,10 @@ def _student_stage(setup: Setup, stage: int) -> StageMemory:
         engine=_engine_bytes(setup, stage),
     )
     is_last = stage == student.layout.pp - 1
-    if stage == 0 or is_last:
-        own = replace(own, vocab_gradients=_vocab_gradient_bytes(setup, is_last))
     if is_last:
         own = replace(
             own,
+            vocab_gradients=_vocab_gradient_bytes(setup),
             logits=_logit_bytes(setup),
             payload=_payload_bytes(setup),
             teacher_head=_teacher_head_bytes(setup),
@@ -317,6 +319,7 @@ def _with_colocated_teachers(own: StageMemory, setup: Setup, stage: int) -> Stag
         offloaded_teacher=scoring.offloaded_teacher,
         teacher_activations=scoring.teacher_activations,
         teacher_payload=scoring.teacher_payload,
+        teacher_messages=scoring.teacher_messages,
     )
 
 
@@ -344,18 +347,23 @@ def _teacher_stage(setup: Setup, section: str, stage: int) -> StageMemory:
     )[stage]
     weights = parameters.total * itemsize(teacher.dtype)
     activations = teacher.activations
-    layers = layers_of_stage(teacher.shape, teacher.layout.pp, teacher.layout.vpp, stage)
+    layers = layers_of_stage(teacher.shape, teacher.layout, stage)
     # Forward only: a layer at work, what it got, and what the stage sends on.
-    at_work = max(activations.layer(w) for w in layers) + 2 * activations.layer_input
+    at_work = max(activations.forward_layer(w) for w in layers) + 2 * activations.layer_input
     is_last = stage == teacher.layout.pp - 1
     if is_last and options.payload == "topk":
         rows = min(teacher.load.response_tokens, _chunk_size(setup))
         at_work += 2 * rows * teacher.columns * itemsize(teacher.dtype)
+    held = _payload_held(setup, section) if is_last else 0
+    if options.placement == "separate":  # of the round before, and perhaps still on its way
+        at_work += held
     return StageMemory(
         teacher_weights=0 if options.offload else weights,
         offloaded_teacher=weights if options.offload else 0,
         teacher_activations=at_work,
-        teacher_payload=_payload_to_send(setup, section) if is_last else 0,
+        teacher_payload=held,
+        # Copied where samples or columns for several ranks lie in one tensor.
+        teacher_messages=0 if setup.is_local(section) else held,
     )
 
 
@@ -363,9 +371,9 @@ def _chunk_size(setup: Setup) -> int:
     return chunk_size(setup.config.objective, setup.student.platform.on_gpu)
 
 
-def _payload_to_send(setup: Setup, section: str) -> int:
-    if setup.is_local(section):
-        return 0
+def _payload_held(setup: Setup, section: str) -> int:
+    if setup.is_local(section):  # the student's own, before it is joined in microbatches
+        return _payload_bytes(setup)
     teacher, student = setup.teachers[section], setup.student
     share = setup.microbatches_per_exchange * student.layout.dp / teacher.layout.dp
     row = _payload_row(setup, section, teacher.columns)
@@ -407,22 +415,25 @@ def _logit_rows(setup: Setup) -> int:
 
 def _logit_bytes(setup: Setup) -> int:
     """Student's logits and their gradient, and the teacher's where they are made here."""
-    student = 1 if overwrites_logits(setup.config.objective) else 2
-    row = student * itemsize(setup.student.dtype)
+    objective, student = setup.config.objective, setup.student
+    own = itemsize(student.dtype)
+    logit = 4 if logits_dtype(objective) == torch.float32 else own
+    row = logit * (1 if overwrites_logits(objective) else 2)
+    if logit > own:  # the gradient, as the products behind it take it
+        row += own
     if setup.config.teacher.payload == "hidden":
-        row += max(itemsize(teacher.dtype) for teacher in setup.teachers.values())
-    return _logit_rows(setup) * setup.student.columns * row
+        row += max(logit, *(itemsize(teacher.dtype) for teacher in setup.teachers.values()))
+    return _logit_rows(setup) * student.columns * row
 
 
-def _vocab_gradient_bytes(setup: Setup, is_last: bool) -> int:
+def _vocab_gradient_bytes(setup: Setup) -> int:
+    """On the last stage, while all activations are there. An embedding's comes behind the backward
+    pass of all layers, when those of its microbatch are gone, and is less than they were."""
     student = setup.student
     e = itemsize(student.dtype)
-    size = student.columns * student.shape.hidden_size
-    if is_last and setup.config.objective.head == "chunked":
-        # Summed in float32, then cast; and the hidden states' gradient.
-        rows = student.load.response_tokens // student.layout.cp
-        return size * (4 + e) + e * rows * student.shape.hidden_size
-    return size * e
+    if setup.config.objective.head == "chunked":  # added to the float32 gradients at once
+        return e * student.load.response_tokens // student.layout.cp * student.shape.hidden_size
+    return e * student.columns * student.shape.hidden_size
 
 
 def _engine_bytes(setup: Setup, stage: int) -> int:

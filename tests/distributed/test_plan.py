@@ -26,9 +26,19 @@ from megatron_eopd.planning.shapes import ModelShape
 from megatron_eopd.training.optimizer import make_trainable
 from tests.ranks import context_for, leave_groups, run_ranks
 
-# (TP, PP, VPP, CP, EP, expert TP)
-LAYOUTS = [(2, 2, 1, 1, 1, 1), (2, 2, 2, 1, 1, 1), (2, 1, 1, 2, 1, 1)]
-EXPERT_LAYOUTS = [(2, 2, 1, 1, 2, 1), (1, 2, 2, 1, 2, 1), (2, 1, 1, 2, 1, 2), (1, 1, 1, 1, 4, 1)]
+# (TP, PP, VPP, CP, EP, expert TP), and layers of the first and the last pipeline stage
+LAYOUTS = [
+    (2, 2, 1, 1, 1, 1),
+    (2, 2, 2, 1, 1, 1),
+    (2, 1, 1, 2, 1, 1),
+    (2, 2, 1, 1, 1, 1, None, 1),
+]
+EXPERT_LAYOUTS = [
+    (2, 2, 1, 1, 2, 1, 3, 1),
+    (1, 2, 2, 1, 2, 1),
+    (2, 1, 1, 2, 1, 2),
+    (1, 1, 1, 1, 4, 1),
+]
 SEQUENCES = [32, 32]
 
 
@@ -48,8 +58,9 @@ def num_bytes(tensors) -> int:
 
 
 def check_state(layouts, dirs, dtype):
-    for tp, pp, vpp, cp, ep, expert_tp in layouts:
-        context = context_for(tp, pp, ep, expert_tp, cp=cp, vpp=vpp, sequence_parallel=tp > 1)
+    for tp, pp, vpp, cp, ep, expert_tp, *layers in layouts:
+        cut = {"cp": cp, "vpp": vpp, "layers": tuple(layers) or (None, None)}
+        context = context_for(tp, pp, ep, expert_tp, sequence_parallel=tp > 1, **cut)
         for family, hf_dir in dirs.items():
             where = f"{family} on {context.layout.describe()}, stage {context.layout.pp_rank}"
             check_state_of_model(hf_dir, dtype, context, where)
