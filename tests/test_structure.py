@@ -47,3 +47,17 @@ def test_options_are_read_without_torch():
     """So --help, and a mistyped option, answer at once."""
     code = "import sys, megatron_eopd.train, megatron_eopd.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+
+
+def test_the_loss_and_the_tests_of_its_kernels_need_torch_alone():
+    """So that they run on a GPU machine without Megatron-Core, transformers or pydantic."""
+    code = """
+import sys
+for name in ("megatron", "transformers", "pydantic", "vllm"):
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/triton"]))
+"""
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout[-2000:]

@@ -67,13 +67,38 @@ class JointWire:
         self._pending: list[tuple[dist.Work, torch.Tensor]] = []
 
     def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """Returns when the `receives` are filled; what is sent may still be on its way."""
+        """Returns when the `receives` are filled; what is sent may still be on its way.
+
+        What one rank sends to another in one call, that one receives in one call.
+        """
+        if not (sends or receives):
+            return
         try:
-            self._pending += [(self._group.send([x], rank, 0), x) for rank, x in sends]
-            for work in [self._group.recv([x], rank, 0) for rank, x in receives]:
-                work.wait(self._timeout)
+            if self._group.supports_coalescing:
+                self._swap_as_one(sends, receives)
+            else:
+                self._pending += [(self._group.send([x], rank, 0), x) for rank, x in sends]
+                for work in [self._group.recv([x], rank, 0) for rank, x in receives]:
+                    work.wait(self._timeout)
         except RuntimeError as error:
             raise WireError(reason_of(error)) from None
+
+    def _swap_as_one(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """NCCL's way: in a group no message waits for one before it, and all go over the
+        communicator of all ranks. Alone, each pair of ranks would make a communicator of its own
+        in the first iteration, which costs seconds, and memory of the GPU for the whole run."""
+        self._group._start_coalescing()
+        try:
+            for rank, x in sends:
+                self._group.send([x], rank, 0)
+            for rank, x in receives:
+                self._group.recv([x], rank, 0)
+        finally:  # a group that stays open would swallow what comes next
+            work = self._group._end_coalescing()
+        if receives:
+            work.wait(self._timeout)
+        else:
+            self._pending += [(work, x) for _, x in sends]
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Of rank 0, into the tensors of the others."""
@@ -108,4 +133,7 @@ def _join(
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return ProcessGroupNCCL(PrefixStore("nccl", store), rank, world_size, options)
+    group = ProcessGroupNCCL(PrefixStore("nccl", store), rank, world_size, options)
+    # NCCL makes the communicator in the first call, which has to be one of all ranks.
+    group.allreduce([torch.zeros(1, device=device)]).wait(timeout)
+    return group

@@ -36,6 +36,9 @@ TORCHRUN_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+# For the trainer, whose transfers are to start in the order of its calls. It leaves one queue for
+# all streams of a process, where vLLM overlaps copies, sampling and transfers on several.
+TRAINERS_VARIABLES = ("CUDA_DEVICE_MAX_CONNECTIONS",)
 
 
 class EngineProcess:
@@ -165,7 +168,8 @@ def _clean_environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
+        if name not in (*TORCHRUN_VARIABLES, *TRAINERS_VARIABLES)
+        and not name.startswith("TORCHELASTIC_")
     }
     package_root = str(Path(__file__).resolve().parents[2])
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, kept.get("PYTHONPATH")]))
