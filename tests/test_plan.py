@@ -466,11 +466,11 @@ def test_command_prints_the_configuration_and_the_layouts_that_fit(
 
 
 def test_command_says_that_and_why_nothing_fits(plan_command, run_toml):
-    no_room = (str(run_toml), *TWO, "--reserve-gib", "7.95")
-    status, text = plan_command(*no_room)
+    no_room = (str(run_toml), *TWO, "--reserve-gib", "7.97")
+    status, text = plan_command(*no_room, "rollout.kv_cache_gib=0.001")
     assert status == 1
     assert "It does NOT fit" in text and "--search lists the layouts that fit" in text
-    status, text = plan_command(*no_room, "--search")
+    status, text = plan_command(*no_room, "--search", "rollout.kv_cache_gib=0.001")
     assert status == 1
     assert "No layout of 2 GPUs fits. The closest:" in text
     assert "\n  engine:" not in text, "it is asleep when the rank is fullest"

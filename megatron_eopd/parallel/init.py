@@ -154,7 +154,9 @@ def join_groups(
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         cpu_group=dist.new_group(
-            backend="gloo", timeout=timedelta(minutes=timeout_minutes, seconds=longest_wait_s)
+            backend="gloo",
+            timeout=timedelta(minutes=timeout_minutes, seconds=longest_wait_s),
+            group_desc="CPU_GROUP",
         ),
     )
     for name in ("tp", "cp", "dp", "pp", "ep"):

@@ -60,16 +60,20 @@ def planned_peak(planned: StageMemory, stretch: str) -> int:
 
 def operation_lines(rehearsal: Rehearsal) -> Iterator[str]:
     for name, tally in rehearsal.tallies.items():
-        yield f"{name}: {tally.flops / TERA:,.1f} TFLOP in matrix products and attention"
+        # PyTorch's formula for attention does not know that half of the square is masked.
+        yield (
+            f"{name}: {tally.flops / TERA:,.1f} TFLOP in matrix products and attention, the masked "
+            f"half of it included"
+        )
 
 
 def collective_lines(rehearsal: Rehearsal) -> Iterator[str]:
-    yield f"{'collectives':<34}{'group':<32}{'ranks':>6}{'calls':>7}{'MiB':>10}"
+    yield f"{'collectives':<44}{'group':<38}{'ranks':>6}{'calls':>7}{'MiB':>10}"
     for name, tally in rehearsal.tallies.items():
         for what, calls in tally.collectives.most_common():
-            group = what.group.lower().removesuffix("_group")
+            group = what.group.lower().replace("_group", "")
             yield (
-                f"  {name + ': ' + what.name:<32}{group:<32}{what.ranks:>6}{calls:>7}"
+                f"  {name + ': ' + what.name:<42}{group:<38}{what.ranks:>6}{calls:>7}"
                 f"{tally.bytes_moved[what] / MIB:>10,.1f}"
             )
 
