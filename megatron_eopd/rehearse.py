@@ -70,6 +70,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    # Also where there are GPUs: here, and in the processes that it starts, none is met.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         return run(args, load_config(args.config, args.overrides))
     except ExpectedError as error:

@@ -5,6 +5,7 @@ where it was asked for, and answered: see answers.py.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,27 +50,31 @@ class FakeDevice(TorchFunctionMode):
         if func == _IS_CUDA:
             return not self._watch.is_on_host(args[0])
         if func in self._constructors:
-            made = func(*args, **kwargs)
-            return made if self._is_gpu(kwargs.get("device")) else self._watch.on_host(made)
-        if func in _READS or func is Tensor.tolist:
+            return self._call(func, args, kwargs, on_host=not self._is_gpu(kwargs.get("device")))
+        if func in _READS:
             return self._read(func, args[0])
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.numpy):
             return self._move(func, args, kwargs)
-        out = func(*args, **kwargs)
         tensors = [x for x in args if isinstance(x, Tensor)]
-        if tensors and all(map(self._watch.is_on_host, tensors)):
-            self._watch.on_host(out)  # computed where its arguments are
-        return out
+        # Computed where its arguments are.
+        on_host = bool(tensors) and all(map(self._watch.is_on_host, tensors))
+        return self._call(func, args, kwargs, on_host=on_host)
+
+    def _call(self, func: Callable, args: tuple, kwargs: dict, *, on_host: bool) -> Any:
+        with self._watch.on_host_meanwhile() if on_host else nullcontext():
+            return func(*args, **kwargs)
+
+    def tolist(self, tensor: Tensor) -> Any:
+        """One copy, where a fake tensor's own method asks for each element."""
+        return _filled(list(tensor.shape), self._read(Tensor.item, tensor))
 
     def _read(self, func: Callable, tensor: Tensor) -> Any:
         value = answer(tensor, place_of_caller())
         if not self._watch.is_on_host(tensor):
             self._watch.read()
-        elif (constant := getattr(tensor, "constant", None)) is not None:
+        elif (constant := getattr(tensor, "constant", None)) is not None and constant.numel() == 1:
             with _disable_current_modes():  # what the tensor was made of, while PyTorch knows it
                 return func(constant)
-        if func is Tensor.tolist:
-            return _filled(list(tensor.shape), value)
         return _READS[func](value)
 
     def _move(self, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -81,7 +86,7 @@ class FakeDevice(TorchFunctionMode):
             # A copy that nobody waits for is told by its name; its reader will be counted.
             if not kwargs.get("non_blocking"):
                 self._watch.read()
-            return self._watch.on_host(torch.empty_like(tensor))
+            return self._call(torch.empty_like, (tensor,), {}, on_host=True)
         moved = func(*args, **kwargs)
         return moved.clone() if to_gpu and is_host and moved is tensor else moved
 

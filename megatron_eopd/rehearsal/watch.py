@@ -82,7 +82,7 @@ class Watch(TorchDispatchMode):
         self.tallies: dict[str, Tally] = {}
         """By stretch."""
         self._tally = Tally()
-        self._kind = "other"
+        self._kind, self._is_host = "other", False
         self._host: dict[int, weakref.ref] = {}
         self._live: dict[int, tuple[weakref.ref, Block]] = {}
         self._freed: list[Block] = []  # since the peak
@@ -96,6 +96,15 @@ class Watch(TorchDispatchMode):
             yield
         finally:
             self._kind = outer
+
+    @contextmanager
+    def on_host_meanwhile(self) -> Iterator[None]:
+        """What is allocated meanwhile lies in host memory."""
+        outer, self._is_host = self._is_host, True
+        try:
+            yield
+        finally:
+            self._is_host = outer
 
     def enter(self, stretch: str) -> None:
         """What happens from now on belongs to this stretch; one that comes again goes on."""
@@ -117,17 +126,6 @@ class Watch(TorchDispatchMode):
             if key in self._live:
                 reference, block = self._live[key]
                 self._live[key] = reference, block._replace(kind=kind)
-
-    def on_host(self, tensors: Any) -> Any:
-        """The same, in host memory from now on."""
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                self._forget(key)
-                reference = weakref.ref(storage, lambda _, key=key: self._host.pop(key, None))
-                self._host[key] = reference
-        return tensors
 
     def is_on_host(self, tensor: torch.Tensor) -> bool:
         is_real = not isinstance(tensor, FakeTensor)
@@ -182,8 +180,8 @@ class Watch(TorchDispatchMode):
         if key in self._live or key in self._host or not size:
             return
         place = place_of_caller()
-        if place.startswith(HOST_PLACES):
-            self.on_host(tensor)
+        if self._is_host or place.startswith(HOST_PLACES):
+            self._host[key] = weakref.ref(storage, lambda _: self._host.pop(key, None))
             return
         self._count += 1
         shape = tuple(tensor.shape)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_eopd.parallel.cpu import emulate_cuda
@@ -40,7 +40,8 @@ def fake_world(layout: Layout, watch: Watch) -> Iterator[ParallelContext]:
         stack.enter_context(_fake_groups())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(watch)
-        stack.enter_context(FakeDevice(watch))
+        device = stack.enter_context(FakeDevice(watch))
+        stack.enter_context(patch.object(FakeTensor, "tolist", lambda own: device.tolist(own)))
         yield join_groups(layout, torch.device("cuda", 0), TIMEOUT_MINUTES, seed=0)
         leave_groups()
 

@@ -169,15 +169,17 @@ def test_what_does_not_fit_is_said_by_stage_tensor_and_option(models, tmp_path):
     ],
 )
 def test_what_cannot_be_rehearsed_is_refused_before_any_model_is_built(
-    arguments, told, models, capsys
+    arguments, told, models, capsys, monkeypatch
 ):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the command sets it, and this takes it back
     paths = (f"student.hf_path={models['few']}", f"teacher.hf_path={models['few']}")
     config = ROOT / "examples" / "qwen3_8b_to_1.7b" / "eopd.toml"
     assert main([str(config), *paths, *arguments]) == 2
     assert told in capsys.readouterr().err
 
 
-def test_experts_are_refused_by_name(models, tmp_path, capsys):
+def test_experts_are_refused_by_name(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     path = tmp_path / "moe"
     Qwen3MoeConfig(hidden_size=256, num_hidden_layers=2, num_experts=8).save_pretrained(path)
     paths = (f"student.hf_path={models['few']}", f"teacher.hf_path={path}")
