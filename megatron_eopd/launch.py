@@ -120,6 +120,8 @@ def _meet_and_work(
     places = places_of(config, nodes) if inputs.engine.is_vllm else None
     limit = _limit(config, job)
     with _world(role, config, rank, store, job) as (context, log, signals):
+        if trains:  # an evaluation may be beside a run whose they are
+            log.keep_last_words()
         if role.name != STUDENT:
             log.stage = f"service as [{role.name}]"
         if role.name == ENGINES:
@@ -169,7 +171,6 @@ def _world(
     own = PrefixStore(role.name, store)
     with world_context(layout, own, minutes, config.seed, config.longest_wait_s) as context:
         log = RunLog(config.run_dir, rank)
-        log.keep_last_words()
         signals = StopSignals(log, config.checkpoint.exit_grace_seconds)
         try:
             yield context, log, signals

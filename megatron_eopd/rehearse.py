@@ -101,7 +101,8 @@ def run(args: argparse.Namespace, config: Config) -> int:
     if args.gpu_memory_gib is None:
         return 0
     shortages = list(filter(None, too_large))
-    print("\n" + "\n".join(f"It does NOT fit: {text}" for text in shortages) or "\nIt fits.")
+    told = [f"It does NOT fit: {text}" for text in shortages] or ["It fits."]
+    print("\n" + "\n".join(told))
     return 1 if shortages else 0
 
 

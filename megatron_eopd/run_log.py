@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -141,10 +141,12 @@ class RunLog:
 
 
 class DeviceGauge(NamedTuple):
-    """How a stage's work on the device is seen from the host."""
+    """How a stage's work on the device is seen from the host, which does not wait for it."""
 
-    synchronize: Callable[[], None]
-    """Returns when all that was queued is done."""
+    mark: Callable[[], Any]
+    """The moment at which all that was queued until now is done."""
+    seconds: Callable[[Any, Any], float]
+    """From one mark to a later one. Waits until that has come."""
     take_peak: Callable[[], int]
     """The most bytes that were allocated at once since it was asked last."""
 
@@ -152,8 +154,21 @@ class DeviceGauge(NamedTuple):
 def gauge_of(device: torch.device) -> DeviceGauge:
     if device.type != "cuda":
         # An operation is done when it returns, and nobody counts what it allocates.
-        return DeviceGauge(lambda: None, lambda: 0)
-    return DeviceGauge(partial(torch.cuda.synchronize, device), partial(_take_cuda_peak, device))
+        return DeviceGauge(time.monotonic, lambda begin, end: end - begin, lambda: 0)
+    return DeviceGauge(
+        partial(_cuda_event, device), _cuda_seconds, partial(_take_cuda_peak, device)
+    )
+
+
+def _cuda_event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _cuda_seconds(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 def _take_cuda_peak(device: torch.device) -> int:
@@ -168,37 +183,42 @@ class StageTimes:
 
     def __init__(self, log: RunLog, where: str, gauge: DeviceGauge) -> None:
         """`where`: the iteration and this rank's place, for the message when a rank is lost."""
-        self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         """Bytes on the device; under the empty name what was outside of all stages."""
         self._log = log
         self._where = where
         self._gauge = gauge
         self._stage = ""
+        self._spans: list[tuple[str, Any, Any]] = []  # stage, marks of its begin and its end
         gauge.take_peak()  # what was before is no part of this
         self._begin = time.monotonic()
-        self._inner = 0.0  # seconds of the stages inside the current one
+        self._mark = gauge.mark()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         outer = self._stage
-        begin, outer_inner = self._cross_border_to(stage), self._inner
-        self._inner = 0.0
+        self._cross_border_to(stage)
         outer_stage, self._log.stage = self._log.stage, f"stage {stage} of {self._where}"
         with naming_stage(self._log.stage):
             yield
-            elapsed = self._cross_border_to(outer) - begin
         # Not after an exception: then the stage says where it was raised.
         self._log.stage = outer_stage
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inner
-        self._inner = outer_inner + elapsed
+        self._cross_border_to(outer)
 
-    def _cross_border_to(self, stage: str) -> float:
-        """The time at which the device has done what the stage until now has asked of it."""
-        self._gauge.synchronize()
+    def _cross_border_to(self, stage: str) -> None:
         peak = max(self.peaks.get(self._stage, 0), self._gauge.take_peak())
-        self.peaks[self._stage], self._stage = peak, stage
-        return time.monotonic()
+        mark = self._gauge.mark()
+        self._spans.append((self._stage, self._mark, mark))
+        self.peaks[self._stage], self._stage, self._mark = peak, stage, mark
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the stages that have ended. The only thing here that waits for the device."""
+        seconds: dict[str, float] = {}
+        for stage, begin, end in self._spans:
+            if stage:
+                seconds[stage] = seconds.get(stage, 0.0) + self._gauge.seconds(begin, end)
+        return seconds
 
     def each(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
         """The same items; the time to make each counts as the stage's."""

@@ -92,7 +92,7 @@ def _decode(row: Mapping) -> StepReport:
     sums = {name: tuple(pair) for name, pair in row["sums"].items()}
     histograms = {
         name: Histogram(Bins(**each["bins"]), tuple(each["counts"]))
-        for name, each in row["histograms"].items()
+        for name, each in row.get("histograms", {}).items()  # older code kept every value instead
     }
     fault = StepFault(**row["fault"]) if row["fault"] else None
-    return StepReport(**dict(row) | {"sums": sums, "histograms": histograms, "fault": fault})
+    return StepReport(row["grad_norm"], row["lr"], sums, histograms, fault)

@@ -10,20 +10,16 @@ from megatron_eopd.run_log import DeviceGauge, StageTimes, gauge_of
 
 
 class QueueingDevice:
-    """Kernels take their time when somebody waits for them, and not before."""
+    """What the host queues is done one after the other, at a time that a mark knows."""
 
     def __init__(self, monkeypatch):
-        self.clock, self.queued, self.events = 0.0, 0.0, []
+        self.done, self.waits = 0.0, 0
         self.used = self.peak = 0
-        monkeypatch.setattr(run_log.time, "monotonic", self.read_clock)
+        monkeypatch.setattr(run_log.time, "monotonic", lambda: 0.0)
 
-    def read_clock(self) -> float:
-        self.events.append("clock")
-        return self.clock
-
-    def synchronize(self) -> None:
-        self.events.append("synchronize")
-        self.clock, self.queued = self.clock + self.queued, 0.0
+    def seconds(self, begin: float, end: float) -> float:
+        self.waits += 1
+        return end - begin
 
     def take_peak(self) -> int:
         peak, self.peak = self.peak, self.used
@@ -31,11 +27,11 @@ class QueueingDevice:
 
     def run(self, seconds: float, num_bytes: int) -> None:
         """Queues a kernel with a temporary of its own."""
-        self.queued += seconds
+        self.done += seconds
         self.peak = max(self.peak, self.used + num_bytes)
 
     def times(self) -> StageTimes:
-        gauge = DeviceGauge(self.synchronize, self.take_peak)
+        gauge = DeviceGauge(lambda: self.done, self.seconds, self.take_peak)
         return StageTimes(SimpleNamespace(stage="start-up"), "iteration 0", gauge)
 
 
@@ -55,15 +51,14 @@ def test_a_stage_pays_for_what_it_has_queued(device):
         device.run(0.5, 20)
     assert times.seconds == {"score": 2.0, "train": 3.0, "sync": 0.5}
     assert times.peaks == {"": 70, "score": 10, "train": 40, "sync": 20}
-    assert times.total == 6.5
 
 
-def test_the_device_is_waited_for_before_the_clock_is_read(device):
+def test_nobody_waits_for_the_device_until_somebody_asks_for_seconds(device):
     times = device.times()
-    device.events.clear()
-    with times("train"):
-        pass
-    assert device.events == ["synchronize", "clock"] * 2
+    with times("train"), times("score"):
+        device.run(1.0, 0)
+    assert device.waits == 0
+    assert times.seconds == {"train": 0.0, "score": 1.0} and device.waits > 0
 
 
 def test_a_stage_within_another_counts_for_itself_alone(device):
@@ -91,15 +86,31 @@ def test_what_was_before_an_iteration_is_no_part_of_it(device):
     assert max(times.peaks.values()) == 3
 
 
-def test_on_a_cpu_nothing_is_waited_for():
+def test_on_a_cpu_a_mark_is_the_time():
     gauge = gauge_of(torch.device("cpu"))
-    assert gauge.synchronize() is None and gauge.take_peak() == 0
+    begin = gauge.mark()
+    assert 0 <= gauge.seconds(begin, gauge.mark()) < 1 and gauge.take_peak() == 0
 
 
-def test_on_a_gpu_its_own_device_is_asked(monkeypatch):
+def test_on_a_gpu_events_of_its_own_device_are_the_marks(monkeypatch):
     asked = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            asked.append(("record", stream))
+
+        def synchronize(self):
+            asked.append(("synchronize", None))
+
+        def elapsed_time(self, end):
+            return 1500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     for name, answer in (
-        ("synchronize", None),
+        ("current_stream", "stream"),
         ("max_memory_allocated", 7),
         ("reset_peak_memory_stats", None),
     ):
@@ -107,7 +118,9 @@ def test_on_a_gpu_its_own_device_is_asked(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, note)
     device = torch.device("cuda", 3)
     gauge = gauge_of(device)
-    gauge.synchronize()
+    begin, end = gauge.mark(), gauge.mark()
+    assert asked == [("current_stream", device), ("record", "stream")] * 2
+    assert gauge.seconds(begin, end) == 1.5
     assert gauge.take_peak() == 7
-    names = ["synchronize", "max_memory_allocated", "reset_peak_memory_stats"]
-    assert asked == [(name, device) for name in names]
+    names = [("synchronize", None), ("max_memory_allocated", device)]
+    assert asked[4:] == [*names, ("reset_peak_memory_stats", device)]

@@ -73,7 +73,7 @@ def judge_limits(soft: Mapping[str, int]) -> Finding:
     found = ", ".join(f"{n} {'∞' if v == endless else v}" for n, v in soft.items())
     costs = []
     if soft["memlock"] != endless:
-        costs.append("InfiniBand and pinned memory need memlock unlimited (ulimit -l unlimited)")
+        costs.append("InfiniBand needs memlock unlimited (ulimit -l unlimited)")
     if soft["nofile"] != endless and soft["nofile"] < ENOUGH_FILES:
         costs.append(f"many ranks need more files (ulimit -n {ENOUGH_FILES})")
     return Finding("ulimits", found, "", "; ".join(costs))

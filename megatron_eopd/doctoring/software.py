@@ -74,15 +74,15 @@ def transformer_engine() -> Finding:
     own = version("transformer-engine")
     range_ = transformer_engine_range(requires("megatron-core") or [])
     use = "its layers" if used else "the local layer specification: there is no GPU"
-    if not is_within(own, range_):
-        cost = f"Megatron-Core {version('megatron-core')} names {range_}: install one of those"
-        return Finding(topic, own, use, cost)
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # built for another torch: an undefined symbol, most often
         told = (str(error).splitlines() or [""])[0]
         cost = f"tools/install_transformer_engine.py builds it anew; until then {LOCAL}"
         return Finding(topic, f"{own}, which cannot be loaded: {told}", use, cost, used)
+    if not is_within(own, range_):
+        cost = f"Megatron-Core {version('megatron-core')} names {range_}: install one of those"
+        return Finding(topic, own, use, cost)
     return Finding(topic, own, use)
 
 

@@ -71,6 +71,10 @@ class CausalLM(GPTModel):
 
     def lm_head_weight(self) -> torch.Tensor:
         """This rank's rows of the LM head, [V, H]; the embedding's where the two are tied."""
+        # Megatron's hook, with `overlap_param_gather`: the head is read without being called, and
+        # its updated rows may still be on their way.
+        for hook in list(self.output_layer._forward_pre_hooks.values()):
+            hook(self.output_layer)
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight

@@ -58,7 +58,8 @@ def _counts(
 def _digit_at(rank: torch.Tensor, counts_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(digit, how many values come before those that have it) of the value with this rank."""
     ends_D = counts_D.cumsum(0)
-    digit = torch.searchsorted(ends_D, rank, right=True)
+    # Of no values there is none, and any answer will do but an index out of bounds.
+    digit = torch.searchsorted(ends_D, rank, right=True).clamp(max=len(counts_D) - 1)
     # gather, and not an index: that would ask for the number.
     at = digit.view(1)
     return digit, (ends_D.gather(0, at) - counts_D.gather(0, at)).squeeze(0)

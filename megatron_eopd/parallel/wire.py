@@ -69,7 +69,7 @@ class JointWire:
     def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Returns when the `receives` are filled; what is sent may still be on its way.
 
-        What one rank sends to another in one call, that one receives in one call.
+        Over NCCL what one rank sends to another in one call, that one receives in one call.
         """
         if not (sends or receives):
             return

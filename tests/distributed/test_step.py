@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ from megatron_eopd.rollout.recording import read_rollouts
 from megatron_eopd.schedules import START, Progress
 from megatron_eopd.teacher.colocated import ColocatedTeacher
 from megatron_eopd.teacher.pool import TeacherPool
+from megatron_eopd.training import optimizer
 from megatron_eopd.training.optimizer import make_trainable
+from megatron_eopd.training.replicas import check_replicas
 from megatron_eopd.training.step import (
     accumulate_gradients,
     share_from_last_stage,
@@ -391,3 +394,33 @@ def test_until_all_microbatches_are_done_nobody_asks_the_device(qwen3_dir, teach
         for each in objectives
     ]
     run_ranks(1, tmp_path, check_reads, configs)
+
+
+def check_small_buckets(student_dir, teacher_dir):
+    whole = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = partial(whole, bucket_size=1000)
+    training = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    rollouts = [x.rollout for x in random_rollouts(VOCAB, count=8, seed=11)]
+    norms = []
+    for head in ("materialized", "chunked"):
+        config = make_config(student_dir, teacher_dir, objective={"head": head})
+        config = config.model_copy(update={"training": config.training.model_copy(update=training)})
+        context = context_for(1, 1)
+        student, pool, token_loss = build(config, context)
+        assert len(student.wrapped[0].bucket_groups) > 1
+        reports = [
+            take_step(student, token_loss, pool, rollouts, config, context, n) for n in range(3)
+        ]
+        student.gather_parameters()
+        check_replicas(student, context)
+        norms.append([report.grad_norm for report in reports])
+        leave_groups()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_an_lm_head_that_is_gathered_while_others_work_is_waited_for(
+    qwen3_dir, teacher_dir, tmp_path
+):
+    """In a bucket of its own, as a real model's is: the chunked head reads it without calling it,
+    and steps and replicas are as with the head that is called."""
+    run_ranks(2, tmp_path, check_small_buckets, qwen3_dir, teacher_dir)

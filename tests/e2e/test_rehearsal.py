@@ -92,13 +92,14 @@ def test_a_cluster_is_rehearsed_as_planned_and_waits_for_its_devices_at_most_6_t
     example, student, teacher, num_ranks, options = LAYOUTS[name]
     config = ROOT / "examples" / example / "eopd.toml"
     arguments = [
-        *("--world-size", str(num_ranks)),
+        *("--world-size", str(num_ranks), "--gpu-memory-gib", "80"),
         f"student.hf_path={models[student]}",
         f"teacher.hf_path={models[teacher]}",
         *options,
     ]
     found = rehearse(tmp_path, config, *arguments)
     assert found.exit_status == 0, found.output
+    assert found.output.endswith("\nIt fits.\n")
     args = parse_arguments([str(config), *arguments])
     plan = make_the_plan(args, load_config(args.config, args.overrides))
     stages = {(rank["role"], rank["stage"]) for rank in found.ranks}
