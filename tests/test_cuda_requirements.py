@@ -173,7 +173,7 @@ def test_both_images_are_made_by_the_same_commands():
     own = ("export", "cd", "#", "rm")
     assert commands == [line for line in lines if line.split()[0] not in own]
     ignored = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
-    assert {".venv", "runs"} <= set(ignored) and "rm -rf .venv runs" in lines
+    assert {".venv*", "runs"} <= set(ignored) and "rm -rf .venv* runs" in lines
     assert "make install HAS_GPU=yes PYTHON=python3.11" in commands
     assert re.search(r"^ARG BASE=(\S+)", docker, re.M)[1] == re.search(r"From: (\S+)", apptainer)[1]
     settings = re.search(r"^ENV (NVTE.+)$", docker, re.MULTILINE)[1]
