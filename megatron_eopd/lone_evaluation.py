@@ -11,7 +11,7 @@ from megatron_eopd.loop import push_first_weights
 from megatron_eopd.metrics.trackers import TRACKERS
 from megatron_eopd.milestones import evaluate_student, model_of_run
 from megatron_eopd.report import memory_scalars
-from megatron_eopd.run_log import seconds_since_start
+from megatron_eopd.run_log import gauge_of, seconds_since_start
 
 
 def into(output: Path | None) -> Callable[[Session], None]:
@@ -27,10 +27,12 @@ def into(output: Path | None) -> Callable[[Session], None]:
         else:
             model = model_identity(source or session.config.student.hf_path)
         result = evaluate_student(session, directory, model, anew=False)
+        peaks = {"": gauge_of(session.context.device).take_peak()}
+        memory = memory_scalars(peaks, session.context)
         if session.context.layout.rank == 0:
-            ((name, gib),) = memory_scalars().items()
+            told = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
             session.log.line(
-                f"\n{(directory / 'report.md').read_text()}\n{name}: {gib:.2f} on rank 0; "
+                f"\n{(directory / 'report.md').read_text()}\n{told} of the fullest rank; "
                 f"{seconds_since_start():.0f} s; written to {directory}"
             )
             if is_of_run and (session.config.run_dir / "tensorboard").is_dir():

@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_said_by_stage_tensor_and_option(models, tmp_path):
     found = rehearse(
         tmp_path,
         config,
-        *("--world-size", "8", "--gpu-memory-gib", "8", "--prompt-length", "64"),
+        *("--world-size", "8", "--gpu-memory-gib", "6", "--prompt-length", "64"),
         *(f"student.hf_path={models['few']}", f"teacher.hf_path={models['few']}"),
     )
     assert found.exit_status == 1, found.output
@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_said_by_stage_tensor_and_option(models, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--world-size", "9"], "does not divide the world size 9"),
+        (["--world-size", "9"], "does not divide the 1 ranks (the student's) of host 1"),
         (["--world-size", "8", "--rank", "8"], "--rank 8 is none of student or teachers"),
         (["--world-size", "8", "student.hf_path=nowhere"], "nowhere"),
     ],
