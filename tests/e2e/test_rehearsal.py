@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,10 +132,17 @@ def test_memory_does_not_grow_with_the_number_of_microbatches(payload, models, t
     ]
     toml = tmp_path / "run.toml"
     toml.write_text('run_dir = "unused"\n[student]\nhf_path = "x"\n[teacher]\nhf_path = "x"\n')
-    peaks, payloads = [], []
-    for count in (4, 32):
+
+    def with_samples(count: int) -> Result:
+        own = tmp_path / str(count)
+        own.mkdir()
         sizes = (f"training.global_batch_size={count}", f"rollout.batch_size={count}")
-        found = rehearse(tmp_path, toml, "--world-size", "1", *options, *sizes)
+        return rehearse(own, toml, "--world-size", "1", *options, *sizes)
+
+    peaks, payloads = [], []
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(with_samples, (4, 32)))
+    for found in both:
         assert found.exit_status == 0, found.output
         ((training, scoring),) = [
             (rank["stretches"]["training"], rank["stretches"]["scoring"]) for rank in found.ranks
