@@ -68,6 +68,24 @@ def finite(text: str) -> float:
     return number
 
 
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """Of commands that say what memory a run needs."""
+    parser.add_argument(
+        "--reserve-gib",
+        type=finite,
+        default=5.0,
+        metavar="G",
+        help="left for what is not counted: CUDA's context, NCCL's buffers, fragmentation, "
+        "temporaries of kernels (default: 5, an assumption)",
+    )
+    parser.add_argument(
+        "--prompt-length",
+        type=positive,
+        metavar="N",
+        help="tokens of the longest (default: data.max_prompt_length)",
+    )
+
+
 def add_prompt_options(group: argparse._ArgumentGroup) -> None:
     """What a tool needs to write prompts as a run with the same data.* options does."""
     group.add_argument("--apply-chat-template", action="store_true")

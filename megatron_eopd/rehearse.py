@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_eopd.cli import finite, make_parser, positive, tell
+from megatron_eopd.cli import add_memory_options, finite, make_parser, positive, tell
 from megatron_eopd.config import Config, load_config
 from megatron_eopd.errors import ConfigError, ExpectedError
 
@@ -50,19 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--world-size", type=positive, required=True, metavar="N", help="ranks of the job")
     add("--rank", type=int, metavar="R", help="this one alone (default: one of each stage)")
     add("--gpu-memory-gib", type=finite, metavar="G", help="of one GPU, to say whether it fits")
-    add(
-        "--reserve-gib",
-        type=finite,
-        default=5.0,
-        metavar="G",
-        help="left for CUDA's context, NCCL's buffers and fragmentation (default: 5)",
-    )
-    add(
-        "--prompt-length",
-        type=positive,
-        metavar="N",
-        help="tokens of the longest (default: data.max_prompt_length)",
-    )
+    add_memory_options(parser)
     add("--json", type=Path, metavar="FILE", help="everything, for scripts; memory in bytes")
     # Intermixed: overrides may stand behind options.
     return parser.parse_intermixed_args(arguments)
@@ -90,17 +78,16 @@ def run(args: argparse.Namespace, config: Config) -> int:
         f"{', '.join(map(str, ranks))}",
         flush=True,
     )
-    too_large, found = [], []
+    shortages, found = [], []
     for rehearsal in rehearse_all(config, args.world_size, ranks, plan):
         found.append(rehearsal)
         print(f"\n{rehearsal_text(rehearsal, planned_of(rehearsal, plan))}", flush=True)
         if args.gpu_memory_gib is not None:
-            too_large.append(shortage(rehearsal, plan.request.memory))
+            shortages += filter(None, [shortage(rehearsal, plan.request.memory)])
     if args.json is not None:
         args.json.write_text(json.dumps([as_json(each) for each in found], indent=2) + "\n")
     if args.gpu_memory_gib is None:
         return 0
-    shortages = list(filter(None, too_large))
     told = [f"It does NOT fit: {text}" for text in shortages] or ["It fits."]
     print("\n" + "\n".join(told))
     return 1 if shortages else 0

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_eopd.cli import finite, positive
+from megatron_eopd.cli import add_memory_options, finite, positive
 from megatron_eopd.errors import ConfigError, ExpectedError
 
 if TYPE_CHECKING:
@@ -67,20 +67,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--gpu-memory-gib", type=finite, required=True, metavar="G", help="of one GPU")
     add("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")
-    add(
-        "--reserve-gib",
-        type=finite,
-        default=5.0,
-        metavar="G",
-        help="left for what is not counted: CUDA's context, NCCL's buffers, the optimizer's "
-        "temporaries, fragmentation (default: 5, an assumption)",
-    )
-    add(
-        "--prompt-length",
-        type=positive,
-        metavar="N",
-        help="tokens of the longest (default: data.max_prompt_length)",
-    )
+    add_memory_options(parser)
     add(
         "--expert-imbalance",
         type=finite,

@@ -89,7 +89,7 @@ def transformer_engine() -> Finding:
 def apex() -> Finding:
     from megatron_eopd.models import megatron_config
 
-    if megatron_config._has_apex_kernel():
+    if megatron_config.has_apex_kernel():
         return Finding("Apex's kernel", "there", "weight gradients are added while multiplied")
     return Finding(
         "Apex's kernel", "none", "weight gradients are added after", on_gpu(WITHOUT_APEX)

@@ -80,7 +80,7 @@ def transformer_config(
         # Weights come from a checkpoint; on CPU Megatron has no other initialisation.
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
-        gradient_accumulation_fusion=_has_apex_kernel(),
+        gradient_accumulation_fusion=has_apex_kernel(),
         # TransformerEngine's kernel, which finds the sequences of a row on the device, with context
         # parallelism, too. Megatron's other way asks for their lengths in every layer.
         apply_rope_fusion=uses_transformer_engine(model),
@@ -117,7 +117,7 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     return model.transformer_impl == "transformer_engine"
 
 
-def _has_apex_kernel() -> bool:
+def has_apex_kernel() -> bool:
     """Apex's kernel that adds a weight's gradient to the float32 buffer while it multiplies.
 
     TransformerEngine's layers could do so without it. But the switch is one for the whole model,

@@ -431,7 +431,8 @@ def _vocab_gradient_bytes(setup: Setup) -> int:
     pass of all layers, when those of its microbatch are gone, and is less than they were."""
     student = setup.student
     e = itemsize(student.dtype)
-    if setup.config.objective.head == "chunked":  # added to the float32 gradients at once
+    objective = setup.config.objective
+    if objective.head == "chunked" or logits_dtype(objective):  # added to main gradients at once
         return e * student.load.response_tokens // student.layout.cp * student.shape.hidden_size
     return e * student.columns * student.shape.hidden_size
 

@@ -19,7 +19,7 @@ from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.wire import Message
-from megatron_eopd.parallel.worlds import STUDENT, Role, roles_of, separate_layout, student_layout
+from megatron_eopd.parallel.worlds import STUDENT, roles_of, separate_layout, student_layout
 from megatron_eopd.planning.activations import Lengths, Load
 from megatron_eopd.records import MicroBatch, Payload, Prompt, Rollout
 from megatron_eopd.rehearsal.watch import Tally, Watch
@@ -74,8 +74,10 @@ def rehearse(config: Config, world_size: int, rank: int, lengths: Lengths) -> Re
     plan = full_plan(load, lengths, students)
     with fake_world(layout, watch) as context:
         watch.enter("start")
-        perform = _perform_student if role.name == STUDENT else _perform_teacher
-        num_parameters = perform(config, role, plan, context, students, watch)
+        if role.name == STUDENT:
+            num_parameters = perform_student(config, plan, context, watch)
+        else:
+            num_parameters = _perform_teacher(config, role.name, plan, students, context, watch)
         watch.enter("end")
     tallies = {
         name: watch.tallies[name] for name in ("scoring", "training") if name in watch.tallies
@@ -99,14 +101,10 @@ def _rollout(lengths: Lengths) -> Rollout:
     return Rollout(prompt, 0, (0,) * lengths.response, (0.0,) * lengths.response, "length", 0)
 
 
-def _perform_student(
-    config: Config,
-    role: Role,
-    plan: PackedRollouts,
-    context: ParallelContext,
-    students: Layout,
-    watch: Watch,
+def perform_student(
+    config: Config, plan: PackedRollouts, context: ParallelContext, watch: Watch
 ) -> int:
+    """Returns the parameters of this rank."""
     with watch.kind("optimizer"):
         chunks = build_model(config.student.hf_path, config.model, context)
         student = make_trainable(chunks, config, context)
@@ -114,7 +112,7 @@ def _perform_student(
     _name_state(student, watch)
     vocab_size = vocab_size_of(config)
     with watch.kind("teacher weights"):
-        pool = _open_teachers(config, vocab_size, context, watch)
+        pool = _open_teachers(config, vocab_size, context)
     token_loss = TokenLoss(chunks[-1], pool.heads, config, vocab_size, context)
     rounds = rounds_of(plan, exchange_size(config))
     train_step(
@@ -168,9 +166,7 @@ class _Watched:
             return self._token_loss(*arguments)
 
 
-def _open_teachers(
-    config: Config, vocab_size: int, context: ParallelContext, watch: Watch
-) -> TeacherPool:
+def _open_teachers(config: Config, vocab_size: int, context: ParallelContext) -> TeacherPool:
     teachers: dict[str, ColocatedTeacher | _Arriving] = {}
     for section, teacher in config.all_teachers.items():
         if teacher.placement == "separate":
@@ -217,13 +213,14 @@ class _Arriving(Teacher):
 
 def _perform_teacher(
     config: Config,
-    role: Role,
+    section: str,
     plan: PackedRollouts,
-    context: ParallelContext,
     students: Layout,
+    context: ParallelContext,
     watch: Watch,
 ) -> int:
-    teacher, layout = config.all_teachers[role.name], context.layout
+    teacher, layout = config.all_teachers[section], context.layout
+    limits = Limits.of(config.training)
     vocab_size = vocab_size_of(config)
     with watch.kind("teacher weights"):
         chunks: list[CausalLM] = []
@@ -240,12 +237,12 @@ def _perform_teacher(
     sends: list[Message] = []
     for packed in rounds_of(plan, exchange_size(config)):
         items = dict(enumerate(items_of(packed)))
-        owners_plan = plan_by_length(items, Limits.of(config.training), layout)
+        own_plan = plan_by_length(items, limits, layout)
         with watch.kind("teacher activations"):
-            held = model.score(items, owners_plan)
+            held = model.score(items, own_plan)
         sends = []  # only now has it arrived
         if layout.is_last_stage:
-            sends = list(send_scores(items, owners_of(owners_plan), held, route))
+            sends = list(send_scores(items, owners_of(own_plan), held, route))
         watch.rename([tensor for _, tensor in sends], "teacher payload")
         del held
     return _num_parameters(chunks)

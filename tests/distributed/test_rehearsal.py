@@ -9,7 +9,6 @@ import torch.distributed as dist
 from megatron_eopd.config import Config
 from megatron_eopd.models.load import load_model
 from megatron_eopd.parallel.layout import Layout
-from megatron_eopd.parallel.worlds import Role
 from megatron_eopd.planning.activations import Lengths, Load
 from megatron_eopd.rehearsal import rehearse as rehearsal
 from megatron_eopd.rehearsal.watch import Watch
@@ -48,10 +47,9 @@ def perform_for_real(configs, out):
         context, watch = context_for(1, 1), RealWatch()
         load = Load.of(config.training, LENGTHS, context.layout)
         plan = rehearsal.full_plan(load, LENGTHS, context.layout)
-        role = Role("student", 0, 1)
         with watch:
             watch.enter("start")
-            rehearsal._perform_student(config, role, plan, context, context.layout, watch)
+            rehearsal.perform_student(config, plan, context, watch)
             watch.enter("end")
         peaks = {name: watch.tallies[name].peak for name in ("scoring", "training")}
         (out / f"{number}.json").write_text(json.dumps(peaks))

@@ -8,45 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import Qwen3MoeConfig
 
 from megatron_eopd.config import load_config
 from megatron_eopd.rehearsal.answers import READS
 from megatron_eopd.rehearsal.tables import planned_peak
 from megatron_eopd.rehearse import main, make_the_plan, parse_arguments
+from tests.test_plan import write_config
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
-
-
-def write_model(path: Path, width: int, ffn: int, layers: int, heads: int, tied: bool) -> Path:
-    Qwen3Config(
-        hidden_size=width,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151_936,
-        tie_word_embeddings=tied,
-        max_position_embeddings=40_960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     """Of Qwen3's shapes, and two whose layers are as wide and few."""
     root = tmp_path_factory.mktemp("models")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shapes = {
-        "1.7B": (2048, 6144, 28, 16, True),
-        "4B": (2560, 9728, 36, 32, True),
-        "8B": (4096, 12_288, 36, 32, False),
-        "32B": (5120, 25_600, 64, 64, False),
-        "few": (1024, 3072, 1, 16, True),
+        "1.7B": (2048, 6144, 28, 16),
+        "4B": (2560, 9728, 36, 32),
+        "8B": (4096, 12_288, 36, 32),
+        "32B": (5120, 25_600, 64, 64),
+        "few": (1024, 3072, 1, 16),
     }
-    return {name: write_model(root / name, *shape) for name, shape in shapes.items()}
+    tied = {"1.7B", "4B", "few"}
+    return {
+        name: write_config(
+            root / name, tie_word_embeddings=name in tied, **dict(zip(names, shape, strict=True))
+        )
+        for name, shape in shapes.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -189,8 +181,7 @@ def test_what_cannot_be_rehearsed_is_refused_before_any_model_is_built(
 
 def test_experts_are_refused_by_name(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    path = tmp_path / "moe"
-    Qwen3MoeConfig(hidden_size=256, num_hidden_layers=2, num_experts=8).save_pretrained(path)
+    path = write_config(tmp_path / "moe", Qwen3MoeConfig, num_hidden_layers=2, num_experts=8)
     paths = (f"student.hf_path={models['few']}", f"teacher.hf_path={path}")
     config = ROOT / "examples" / "qwen3_8b_to_1.7b" / "eopd.toml"
     assert main([str(config), *paths, "--world-size", "8"]) == 2

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM
 from megatron_eopd.config import Config
 from megatron_eopd.data.packing import make_microbatches
 from megatron_eopd.metrics.means import divide
-from megatron_eopd.models.build import build_model
 from megatron_eopd.models.hf_config import read_hf_config
-from megatron_eopd.models.load import load_weights
+from megatron_eopd.models.load import load_model
 from megatron_eopd.parallel.init import ParallelContext, job_store, own_rank, world_context
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.pipeline import map_hidden
@@ -33,8 +32,7 @@ Figures = dict[str, Any]
 def logits(case: Figures, context: ParallelContext) -> Figures:
     """Largest distance to transformers in float32, of ours and of transformers in our dtype."""
     config, scored = config_of(case), random_rollouts(vocab_size=211, count=6, seed=3)
-    (model,) = build_model(config.student.hf_path, config.model, context)
-    load_weights([model], config.student.hf_path, context)
+    (model,) = load_model(config.student.hf_path, config.model, context)
     vocab_size = read_hf_config(config.student.hf_path).vocab_size
 
     def at_last_stage(batch, hidden):
