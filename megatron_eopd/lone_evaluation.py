@@ -10,7 +10,7 @@ from megatron_eopd.evaluation.settings import model_identity
 from megatron_eopd.loop import push_first_weights
 from megatron_eopd.metrics.trackers import TRACKERS
 from megatron_eopd.milestones import evaluate_student, model_of_run
-from megatron_eopd.report import memory_scalars
+from megatron_eopd.reporting.scalars import memory_scalars
 from megatron_eopd.run_log import gauge_of, seconds_since_start
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from itertools import count, islice
 
-from megatron_eopd import report
 from megatron_eopd.build import Session
 from megatron_eopd.data.packing import Limits, PackedRollouts, exchange_size, pack, rounds_of
 from megatron_eopd.errors import EngineError
@@ -23,6 +22,7 @@ from megatron_eopd.milestones import (
     saved_when_interrupted,
 )
 from megatron_eopd.records import MicroBatch, Prompt, Rollout
+from megatron_eopd.reporting.scalars import iteration_scalars, memory_scalars, packing_scalars
 from megatron_eopd.rollout.engine import Sampling, SyncReport
 from megatron_eopd.rollout.recording import rollout_file, write_rollouts
 from megatron_eopd.rollout.references import (
@@ -92,10 +92,10 @@ def finish_iteration(
     version, rollouts, reports = work.iteration + 1, work.rollouts, work.reports
     with times("sync"), session.stop.waiting("sync"):
         sync = session.push_weights(version, rollouts)
-    memory = report.memory_scalars(times.peaks, session.context)
+    memory = memory_scalars(times.peaks, session.context)
     if writer is not None:  # the other ranks would count repetitions for nobody
-        scalars = report.iteration_scalars(rollouts, reports, sync, times, memory)
-        scalars |= report.packing_scalars(plans, session.context.layout)
+        scalars = iteration_scalars(rollouts, reports, sync, times, memory)
+        scalars |= packing_scalars(plans, session.context.layout)
         scalars |= session.engine.metrics()
         publish(session, version, scalars, rollouts, reports, writer)
         health.look(scalars, sync)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_eopd import report
 from megatron_eopd.build import Session
 from megatron_eopd.checkpoints.files import evaluation_dir
 from megatron_eopd.checkpoints.position import make_position
@@ -16,6 +15,8 @@ from megatron_eopd.evaluation.evaluate import Evaluation, Evaluator
 from megatron_eopd.evaluation.sample_file import Json
 from megatron_eopd.evaluation.settings import model_identity
 from megatron_eopd.metrics.writer import MetricsWriter, rounded
+from megatron_eopd.reporting.lines import evaluation_line
+from megatron_eopd.reporting.samples import samples_markdown
 from megatron_eopd.run_files import RUN_CONFIG, export
 from megatron_eopd.training.replicas import check_replicas
 from megatron_eopd.unfinished import Unfinished, read_unfinished
@@ -36,11 +37,11 @@ def evaluate_if_due(session: Session, work: Unfinished, writer: MetricsWriter | 
         result = evaluate_student(session, directory, model_of_run(session, iteration), anew=True)
     work.figures = {name: rounded(value) for name, value in result.figures.items()}
     for found in result.reports:
-        session.log.line(f"eval {iteration} | {report.evaluation_line(found.task, found.figures)}")
+        session.log.line(f"eval {iteration} | {evaluation_line(found.task, found.figures)}")
     if writer is not None:
         writer.write(iteration, result.figures)
         shown = result.shown[: config.logging.text_samples]
-        text = report.samples_markdown(
+        text = samples_markdown(
             [rollout for rollout, _ in shown], session.tokenizer, [mark for _, mark in shown]
         )
         writer.text(iteration, "evaluation", text)

@@ -4,7 +4,6 @@ import json
 import subprocess
 from pathlib import Path
 
-from megatron_eopd import report
 from megatron_eopd.build import Session
 from megatron_eopd.checkpoints import files
 from megatron_eopd.config import Config, changed_options
@@ -12,6 +11,10 @@ from megatron_eopd.engines import make_exporter
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.records import Rollout, StepReport
+from megatron_eopd.reporting.lines import step_line
+from megatron_eopd.reporting.run_report import before_after_table, write_report
+from megatron_eopd.reporting.samples import samples_markdown
+from megatron_eopd.reporting.scalars import histograms, num_tokens
 from megatron_eopd.run_log import seconds_since_start
 
 RUN_CONFIG = "run_config.json"
@@ -74,14 +77,14 @@ def publish(
 ) -> None:
     """Metrics, some responses as text, and the step line; by rank 0."""
     config, log = session.config, session.log
-    scalars["throughput/tokens_total"] = writer.tokens_total + report.num_tokens(rollouts)
-    writer.write(iteration, scalars, report.histograms(reports))
+    scalars["throughput/tokens_total"] = writer.tokens_total + num_tokens(rollouts)
+    writer.write(iteration, scalars, histograms(reports))
     if iteration % config.logging.text_interval == 0:
         shown = rollouts[: config.logging.text_samples]
-        writer.text(iteration, "rollouts", report.samples_markdown(shown, session.tokenizer))
+        writer.text(iteration, "rollouts", samples_markdown(shown, session.tokenizer))
     if iteration % config.logging.log_interval == 0:
         remaining_s = log.remaining_s(iteration, config.training.train_iters)
-        log.line(report.step_line(iteration, config.training.train_iters, scalars, remaining_s))
+        log.line(step_line(iteration, config.training.train_iters, scalars, remaining_s))
 
 
 def export(session: Session, directory: Path) -> None:
@@ -101,6 +104,6 @@ def finish(session: Session, writer: MetricsWriter | None) -> None:
     if writer is None:
         return
     hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
-    table = report.before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
+    table = before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
     minutes = seconds_since_start() / 60
-    session.log.line("\n" + report.write_report(config, table, hf_dir, minutes))
+    session.log.line("\n" + write_report(config, table, hf_dir, minutes))

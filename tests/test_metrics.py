@@ -16,13 +16,10 @@ from megatron_eopd.metrics.means import Means, divide
 from megatron_eopd.metrics.trackers import TRACKERS
 from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
 from megatron_eopd.records import Bins, Histogram, Prompt, Rollout
-from megatron_eopd.report import (
-    _repetition,
-    before_after_table,
-    escape_markdown,
-    evaluation_line,
-    samples_markdown,
-)
+from megatron_eopd.reporting.lines import evaluation_line
+from megatron_eopd.reporting.run_report import before_after_table
+from megatron_eopd.reporting.samples import escape_markdown, samples_markdown
+from megatron_eopd.reporting.scalars import _repetition
 from megatron_eopd.rollout.drawing import EngineUse
 from megatron_eopd.rollout.states import Life
 from megatron_eopd.rollout.vllm_engines import PARTS, engine_metrics

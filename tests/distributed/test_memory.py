@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eopd.report import memory_scalars
+from megatron_eopd.reporting.scalars import memory_scalars
 from tests.ranks import run_ranks
 
 GIB = 2**30

@@ -1,0 +1,1 @@
+"""What a run tells people: scalars, lines, texts, reports."""
