@@ -155,7 +155,12 @@ def open_session(
         token_loss = None
         if config.all_teachers:
             token_loss = TokenLoss(
-                chunks[-1], teachers.heads, config, tokenizers.vocab_size, context
+                chunks[-1],
+                teachers.heads,
+                config,
+                tokenizers.vocab_size,
+                context,
+                tokenizers.student.stop_ids,
             )
         log.startup |= times.seconds
         yield Session(

@@ -33,6 +33,7 @@ from megatron_eopd.rollout.references import (
 from megatron_eopd.run_files import finish, open_files, publish
 from megatron_eopd.run_log import StageTimes, gauge_of
 from megatron_eopd.step_faults import settle
+from megatron_eopd.token_recorder import TokenRecorder
 from megatron_eopd.training.step import train_step
 from megatron_eopd.unfinished import Unfinished
 
@@ -190,6 +191,7 @@ def optimize(
     # All steps at once: a teacher on its own ranks goes on while the student trains.
     all_rounds = [portion for step in rounds for portion in step]
     scored = times.each("score", session.teachers.microbatches(all_rounds))
+    recorder = TokenRecorder(session, iteration, work.rollouts, first)
     for number, own_rounds in enumerate(rounds, start=first):
         progress = session.progress(iteration, number)
         interval = config.training.check_replicas_interval
@@ -205,7 +207,10 @@ def optimize(
                 compare_engine=number == 0,
                 compare_replicas=interval > 0 and progress.steps % interval == 0,
                 skip_above=session.guard.skip_above(),
+                notes=recorder.notes(number),
             )
+        with times("record"):
+            recorder.finish_step(number)
         batch = [r for rank in plans[number] for part in rank for r in part]
         settle(session, iteration, number, batch, step_report)
         work.add_step(step_report)

@@ -11,6 +11,7 @@ all speak of the same token, and no stage shifts anything by one.
 # Of packed sequences: B sequences, L longest of them, Q longest part of a sequence on this rank, R
 # context-parallel ranks, F frequencies (half a head dim).
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -186,6 +187,14 @@ class PackedSequences(PackedSeqParams):
     """Made by the model where its attention works on padded sequences."""
 
 
+class ResponseTokens(NamedTuple):
+    """Tokens of one response, in rising order."""
+
+    rollout: Rollout
+    tokens: Sequence[int]
+    """Their places in the response; under context parallelism not all of them."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Packed sequences and the rows of them that enter the loss; under context parallelism those
@@ -201,6 +210,8 @@ class MicroBatch:
     """bool: whether the student wrote the token. Only then is there a log-probability of it."""
     positions_N: torch.Tensor
     """Where in its response each token stands: 0 the first, 1 the last."""
+    responses: tuple[ResponseTokens, ...]
+    """Whose tokens the N are, in order. On the host."""
     teacher: tuple[TeacherPart, ...]
     """Together they speak of all N tokens. Empty where ScoredRollout has no signal."""
 

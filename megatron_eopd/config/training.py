@@ -125,6 +125,16 @@ class LoggingConfig(Section):
     """Iterations between rollouts shown as text by the trackers; evaluations always show some."""
     text_samples: int = Field(4, ge=0)
     """How many are shown."""
+    record_tokens_interval: int = Field(10, ge=0)
+    """Iterations between recordings of what both models say of every token of some responses, in
+    RUN_DIR/tokens/, which `python -m megatron_eopd.view` shows; evaluations are recorded as well.
+    0: none."""
+    record_tokens_samples: int = Field(8, ge=0)
+    """Responses in a recording: the first ones, and at most four to a prompt while there are
+    others. Each costs one more pass over the logits of its tokens."""
+    record_top_tokens: Literal["gated", "all"] = "gated"
+    """At which tokens the five most probable of both models are kept: where the teacher's entropy
+    reaches `objective.entropy_threshold`, or at all."""
 
     @field_validator("trackers")
     @classmethod

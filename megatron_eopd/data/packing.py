@@ -24,6 +24,7 @@ from megatron_eopd.models.packed_sequences import (
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import (
     MicroBatch,
+    ResponseTokens,
     Rollout,
     ScoredRollout,
     TeacherPart,
@@ -222,6 +223,7 @@ def _make_microbatch(
     logprobs: list[float] = []
     sampled: list[bool] = []
     positions: list[float] = []
+    responses: list[ResponseTokens] = []
     for rollout, length in zip(rollouts, lengths, strict=False):
         first_row = len(token_ids)
         # Token 0 as padding: causal attention keeps it out of every real token, and no row of it
@@ -235,6 +237,7 @@ def _make_microbatch(
         sampled += [rollout.source == "sampled"] * len(tokens)
         last = max(len(rollout.response_ids) - 1, 1)
         positions += [token / last for token in tokens]
+        responses.append(ResponseTokens(rollout, tokens))
     token_ids += [0] * (sum(lengths) // cp - len(token_ids))
     ids_S, rows_N, targets_N, sampled_N = on_device(
         device, torch.int64, token_ids, rows, targets, sampled
@@ -248,6 +251,7 @@ def _make_microbatch(
         rollout_logprobs_N=logprobs_N,
         sampled_N=sampled_N.bool(),
         positions_N=positions_N,
+        responses=tuple(responses),
         teacher=join_signals([s.signal for s in scored]),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from megatron_eopd.data.tokenizer_base import Tokenizer
+from megatron_eopd.data.tokenizer_base import Tokenizer, spelled
 from megatron_eopd.data.tokenizer_hf import HuggingFaceTokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
@@ -70,6 +70,12 @@ class SentencePieceTokenizer(Tokenizer):
             else self._processor.decode(list(ids))
             for is_control, ids in groupby(token_ids, self._processor.is_control)
         )
+
+    def _content(self, token_id: int) -> bytes:
+        return spelled(self._processor.id_to_piece(token_id))
+
+    def _is_special(self, token_id: int) -> bool:
+        return self._processor.is_control(token_id)
 
     def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(len(self._processor))}

@@ -6,6 +6,7 @@ and the model has 151,936 columns.
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,6 +18,10 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
 from megatron_eopd.text_files import read_json_object
 
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece, and who follows it, spells a single byte."""
+SPACE_SIGN = "▁"
+"""Likewise a space."""
 _FILES_WITH_EOS = ("generation_config.json", "config.json")
 
 
@@ -111,6 +116,20 @@ class Tokenizer(ABC):
                 parts += [f"<id {i}>" for i in ids]
         return "".join(parts)
 
+    @abstractmethod
+    def _content(self, token_id: int) -> bytes:
+        """What one token stands for within a text; the id lies in [0, num_ids)."""
+
+    @abstractmethod
+    def _is_special(self, token_id: int) -> bool: ...
+
+    def piece(self, token_id: int) -> tuple[bytes, bool]:
+        """(what a token stands for, whether it is special), for people: a token may be a part of a
+        character, hence bytes. What is no token of this one is special, as `<id 7>`."""
+        if not 0 <= token_id < self.num_ids:
+            return f"<id {token_id}>".encode(), True
+        return self._content(token_id), self._is_special(token_id)
+
     def token_id(self, token: str) -> int | None:
         """Of a token as the vocabulary spells it; None if there is no such token."""
         return self.vocabulary().get(token)
@@ -148,6 +167,12 @@ class Tokenizer(ABC):
         """The id that ends a text which no model wrote: the tokenizer's own end of sequence where
         it is one of `stop_ids`, which is how its chat template ends a turn; else the first."""
         return self.eos_id if self.eos_id in self.stop_ids else self.stop_ids[0]
+
+
+def spelled(token: str) -> bytes:
+    """What a token of a SentencePiece vocabulary stands for, by its spelling."""
+    byte = BYTE_TOKEN.fullmatch(token)
+    return bytes.fromhex(byte[1]) if byte else token.replace(SPACE_SIGN, " ").encode()
 
 
 def _named_eos(path: Path) -> tuple[int, ...]:

@@ -6,15 +6,17 @@ alone: a byte-level one of class LlamaTokenizerFast, as DeepSeek's are, then los
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_eopd.data.templates import ChatTemplate, choose_template
-from megatron_eopd.data.tokenizer_base import Tokenizer
+from megatron_eopd.data.tokenizer_base import Tokenizer, spelled
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import Turn
 from megatron_eopd.text_files import check_is_content, read_json_object, read_text
@@ -25,6 +27,8 @@ _TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized")
 _JSON_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json")
 _TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.json")
 _OTHER_FILES = ("tokenizer.json", "tokenizer.model")
+_BYTES = {sign: byte for byte, sign in bytes_to_unicode().items()}
+"""Byte-level tokenizers spell each byte by a printable character."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -94,6 +98,28 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.library.decode(
             token_ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
+
+    def _content(self, token_id: int) -> bytes:
+        added = self.library.added_tokens_decoder.get(token_id)
+        if added is not None:
+            return added.content.encode()
+        token = self.library.convert_ids_to_tokens(token_id) or ""
+        if self._decoder is None:  # then texts have a space between all tokens
+            return f" {token}".encode()
+        if "ByteLevel" not in self._decoder:
+            return spelled(token)
+        return bytes(_BYTES[sign] for sign in token if sign in _BYTES)
+
+    def _is_special(self, token_id: int) -> bool:
+        added = self.library.added_tokens_decoder.get(token_id)
+        return added is not None and added.special
+
+    @cached_property
+    def _decoder(self) -> str | None:
+        """The description of how the library makes text of tokens."""
+        decoder = getattr(self.library, "backend_tokenizer", None)
+        decoder = getattr(decoder, "decoder", None)
+        return None if decoder is None else decoder.__getstate__().decode()
 
     def vocabulary(self) -> dict[str, int]:
         return self.library.get_vocab()

@@ -5,9 +5,10 @@ The same stages as training: generate, score, measure; then grade. Samples go th
 was drawn before an interruption is not drawn again, and memory does not grow with their number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_eopd.config import Config
@@ -27,6 +28,9 @@ from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, Sampling
 from megatron_eopd.run_log import RunLog
 from megatron_eopd.teacher.pool import TeacherPool
+from megatron_eopd.tokens.assemble import about, assemble
+from megatron_eopd.tokens.file import evaluation_file, write_tokens
+from megatron_eopd.tokens.notes import TokenNotes, choose
 from megatron_eopd.training.step import measure
 from megatron_eopd.training.token_loss import TokenLoss
 
@@ -117,7 +121,10 @@ class Evaluator:
             for number, prompts in enumerate(problems.chunks(size)):
                 self._draw(prompts, recorder)
                 if self.token_loss is not None:
-                    self._measure(number, prompts, recorder, measured)
+                    keep = (
+                        None if number else partial(self._keep_tokens, problems, directory, model)
+                    )
+                    self._measure(number, prompts, recorder, measured, keep)
 
             def reported() -> tuple[Report, list[tuple[Rollout, bool]]]:
                 sums = measured.sums() if measured is not None else []
@@ -174,15 +181,51 @@ class Evaluator:
         prompts: list[Prompt],
         recorder: Recorder | None,
         measured: Measured | None,
+        keep: Callable[[list[Rollout], Recorder | None, TokenNotes], None] | None,
     ) -> None:
-        """The divergences from the teacher on the student's own answers."""
+        """The divergences from the teacher on the student's own answers. `keep`: writes what was
+        taken down of single tokens, where that is wanted."""
         group = self.context.cpu_group
         if from_rank_zero(lambda: measured.of(number) is not None, group):
             return
         rollouts = from_rank_zero(lambda: recorder.rollouts(prompts), group)
+        options = self.config.logging
+        count = options.record_tokens_samples if options.record_tokens_interval else 0
+        chosen = choose(rollouts, count) if keep is not None else []
+        notes = TokenNotes(chosen) if chosen else None
         rounds = self.teachers.microbatches(self._rounds(rollouts))
-        sums = measure(self.token_loss, self.chunks, rounds, self.context).sums
+        sums = measure(self.token_loss, self.chunks, rounds, self.context, notes).sums
+        if notes is not None:
+            keep(chosen, recorder, notes)
         from_rank_zero(lambda: measured.add(number, sums), group)
+
+    def _keep_tokens(
+        self,
+        problems: ProblemSet,
+        directory: Path,
+        model: Json,
+        rollouts: list[Rollout],
+        recorder: Recorder | None,
+        notes: TokenNotes,
+    ) -> None:
+        gathered = notes.gather(self.context)
+
+        def write() -> None:
+            columns, threshold = gathered
+            iteration = model.get("iteration", 0)
+            record = assemble(
+                about(self.config, "evaluation", iteration, threshold, problems.name),
+                rollouts,
+                columns,
+                self.tokenizer.piece,
+                steps=[0] * len(rollouts),
+                verdicts=[
+                    recorder.file.read(r.prompt.index)[r.sample_index].verdict for r in rollouts
+                ],
+            )
+            write_tokens(evaluation_file(directory, problems.name), record)
+
+        from_rank_zero(write, self.context.cpu_group)
 
     def _rounds(self, rollouts: list[Rollout]) -> list[PackedRollouts]:
         """As many at a time as in an optimizer step, so that no more of what teachers hand over

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from megatron_eopd.losses.kernels import LOWEST, ShardSums
+from megatron_eopd.losses.kernels import LOWEST
 from megatron_eopd.losses.shards import LogPartition, Vocabulary
 from megatron_eopd.losses.top_k import top_k_of_rows
 
@@ -72,13 +72,16 @@ def pack_candidates(
     student_NV: torch.Tensor,
     teacher_NV: torch.Tensor,
     vocabulary: Vocabulary,
-    shard: ShardSums,
+    teachers_top: tuple[torch.Tensor, torch.Tensor] | None,
     pick: Pick,
 ) -> torch.Tensor:
     """[N, W] float32: this rank's logits of the tokens asked for, not yet divided by anything.
 
     First the sampled token's two logits, LOWEST where another rank owns it; then for each ranking
     the student's logits, the teacher's and the token ids of its k candidates.
+
+    `teachers_top`: largest logits and columns of this shard, as in ShardSums; needed where the pick
+    ranks by the teacher.
     """
     assert vocabulary.first_column + vocabulary.num_columns < MOST_IDS, vocabulary
     logits = (student_NV, teacher_NV)
@@ -87,10 +90,11 @@ def pack_candidates(
         columns_N1, owned_N1 = vocabulary.columns_of(pick.sampled_ids_N.unsqueeze(-1))
         parts += [logits_at(x, columns_N1).where(owned_N1, LOWEST) for x in logits]
     for ranked_by in pick.rankings:
-        values_NK, columns_NK = shard.top_values_NK, shard.top_columns_NK
         if ranked_by == STUDENT:
             real_NV = student_NV[:, : vocabulary.num_columns]
             values_NK, columns_NK = top_k_of_rows(real_NV, pick.top_k)
+        else:
+            values_NK, columns_NK = teachers_top
         # A shard with fewer than k finite logits names column 0 in place of each missing one.
         there_NK = values_NK > LOWEST
         parts += [logits_at(x, columns_NK).where(there_NK, LOWEST) for x in logits]

@@ -21,7 +21,7 @@ from megatron_eopd.losses.kernels import LOWEST
 from megatron_eopd.losses.kernels.eager import row_chunks
 from megatron_eopd.losses.kernels.operators import shard_gradient, shard_sums
 from megatron_eopd.losses.picked_tokens import STUDENT, TEACHER, PickedTokens, logits_at
-from megatron_eopd.losses.shards import all_gather, merge_shards
+from megatron_eopd.losses.shards import LogPartition, Vocabulary, all_gather, merge_shards
 from megatron_eopd.losses.vocab_parallel import (
     TokenTerms,
     count_non_finite,
@@ -43,6 +43,9 @@ class TopKTerms(NamedTuple):
     non_finite_R2: torch.Tensor
     """int64, as in TokenTerms. Which of its ranks had the bad logits the teacher does not say:
     all are counted on rank 0."""
+    vocabulary: Vocabulary
+    log_z: LogPartition
+    """The student's; in the teacher's place, too."""
 
 
 @torch.no_grad()
@@ -143,7 +146,7 @@ def top_k_terms(
         student_logits_NV, student_logits_NV, tp_group, vocab_size, temperatures
     )
     ids_NP = torch.cat([sampled_ids.unsqueeze(-1), teacher.ids_NK], dim=-1)
-    logprobs_NP, entropy_N, non_finite_R = _StudentSweep.apply(
+    logprobs_NP, entropy_N, non_finite_R, *log_z = _StudentSweep.apply(
         student_logits_NV, ids_NP, vocabulary, inplace_backward
     )
     picked = PickedTokens(
@@ -160,6 +163,8 @@ def top_k_terms(
         _kl_of_parts(logprobs_NP[:, 1:].detach(), entropy_N, teacher),
         picked,
         torch.stack([non_finite_R, teachers_R], dim=-1),
+        vocabulary,
+        LogPartition(*log_z),
     )
 
 
@@ -192,7 +197,8 @@ def _kl_of_parts(
 
 
 class _StudentSweep(torch.autograd.Function):
-    """log q of the picked tokens [N, P], the student's entropy [N], its non-finite tokens [R].
+    """log q of the picked tokens [N, P], the student's entropy [N], its non-finite tokens [R], and
+    its LogPartition.
 
     Forward: one all-gather of [N, 8 + P] float32. Backward: no collective. Right because every
     rank of the group computes the same loss from the same log-probabilities: the upstream gradient
@@ -218,11 +224,12 @@ class _StudentSweep(torch.autograd.Function):
         ctx.save_for_backward(student_NV, ids_NP, *log_z)
         ctx.vocabulary, ctx.inplace = vocabulary, inplace
         entropy_N = KLTerms(*terms).student_entropy
-        ctx.mark_non_differentiable(entropy_N)
-        return logprobs_NP, entropy_N, count_non_finite(sums_RN8, sums_N8, None)[:, STUDENT]
+        ctx.mark_non_differentiable(entropy_N, *log_z)
+        non_finite_R = count_non_finite(sums_RN8, sums_N8, None)[:, STUDENT]
+        return logprobs_NP, entropy_N, non_finite_R, *log_z
 
     @staticmethod
-    def backward(ctx, g_NP, _, __):
+    def backward(ctx, g_NP, *_):
         student_NV, ids_NP, *log_z = ctx.saved_tensors
         # d log q(id) / ds_j = [j = id] − q_j; the first part is written token by token below.
         b_N = -g_NP.sum(-1)

@@ -228,7 +228,13 @@ class _Sweep(torch.autograd.Function):
         shard = shard_sums(
             student_NV, teacher_NV, mask_N, vocabulary.num_columns, temperatures, top_k_in_sweep
         )
-        candidates_NW = pack_candidates(student_NV, teacher_NV, vocabulary, shard, pick)
+        candidates_NW = pack_candidates(
+            student_NV,
+            teacher_NV,
+            vocabulary,
+            (shard.top_values_NK, shard.top_columns_NK),
+            pick,
+        )
         gathered_RNW = all_gather(
             torch.cat([shard.sums_N8, candidates_NW], dim=-1), vocabulary.tp_group
         )

@@ -19,6 +19,7 @@ from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.pipeline import hidden_states, map_hidden, run_schedule
 from megatron_eopd.records import MicroBatch, StepFault, StepReport
 from megatron_eopd.schedules import START, Progress
+from megatron_eopd.tokens.notes import TokenNotes
 from megatron_eopd.training.guards import gradient_fault, spike_fault, weight_fault
 from megatron_eopd.training.optimizer import Trainable
 from megatron_eopd.training.replicas import check_replicas
@@ -36,13 +37,14 @@ def train_step(
     compare_engine: bool = False,
     compare_replicas: bool = False,
     skip_above: float | None = None,
+    notes: TokenNotes | None = None,
 ) -> StepReport:
     """Forward, backward, clip, step, over this rank's microbatches. A step with a fault is not
     taken; only the fault of the update itself comes when it was.
 
     `rounds`: `num_rounds` portions of the microbatches, each taken when the one before is done.
     `progress`: of the run before this step. `compare_engine`: see StepSettings. `skip_above`: a
-    bound of the gradient norm.
+    bound of the gradient norm. `notes`: where signals of some tokens are taken down.
 
     Raises:
         ReplicaError: on every rank, where `compare_replicas` asks for the comparison.
@@ -55,6 +57,7 @@ def train_step(
         num_rounds=num_rounds,
         progress=progress,
         compare_engine=compare_engine,
+        notes=notes,
     )
     shared = share_from_last_stage(means, context)
     if compare_replicas:
@@ -85,6 +88,7 @@ def accumulate_gradients(
     num_rounds: int,
     progress: Progress,
     compare_engine: bool,
+    notes: TokenNotes | None = None,
     force_all_reduce: bool = False,
 ) -> Means:
     """The gradient of the mean loss over all valid tokens, in the student's gradient buffers.
@@ -100,7 +104,7 @@ def accumulate_gradients(
     remaining = iter(rounds)
     for number in range(num_rounds):
         microbatches = next(remaining)
-        settings = token_loss.settings(microbatches, progress, compare_engine)
+        settings = token_loss.settings(microbatches, progress, compare_engine, notes=notes)
         with student.accumulating(is_last=number == num_rounds - 1):
             _run_round(student, token_loss, microbatches, means, settings, context)
         num_tokens += sum(batch.num_valid_tokens for batch in microbatches)
@@ -144,12 +148,13 @@ def measure(
     chunks: Sequence[CausalLM],
     rounds: Iterable[Sequence[MicroBatch]],
     context: ParallelContext,
+    notes: TokenNotes | None = None,
 ) -> Reduced:
     """The loss metrics of the batch without a step, on every rank, and entropies over the position;
-    α and τ as at the start."""
+    α and τ as at the start. `notes`: as in train_step."""
     means = Means()
     for microbatches in rounds:
-        settings = token_loss.settings(microbatches, START, by_position=True)
+        settings = token_loss.settings(microbatches, START, by_position=True, notes=notes)
 
         def at_last_stage(
             batch: MicroBatch, hidden_S1H: torch.Tensor, settings: StepSettings = settings

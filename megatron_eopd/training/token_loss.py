@@ -6,7 +6,7 @@ function of logits runs once per chunk of tokens instead of once per microbatch.
 # Shapes: S tokens of a microbatch on this rank, H hidden size, N valid response tokens of them, C
 # of these in a chunk, V this rank's columns of the vocabulary.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,6 +28,7 @@ from megatron_eopd.losses.objective import (
     token_weights,
 )
 from megatron_eopd.losses.teacher_top_k import TopKTerms, top_k_terms
+from megatron_eopd.losses.token_details import TokenDetails, details_of_logits, details_of_top_k
 from megatron_eopd.losses.vocab_parallel import TokenTerms, vocab_parallel_terms
 from megatron_eopd.losses.vocab_sum import Integrand, sum_over_vocab
 from megatron_eopd.metrics.histogram import LOGPROB_DIFFERENCE, entropy_bins
@@ -40,6 +41,8 @@ from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
 from megatron_eopd.records import Bins, MicroBatch
 from megatron_eopd.schedules import Progress
 from megatron_eopd.teacher.heads import Heads, teacher_logits, teacher_top_k
+from megatron_eopd.tokens.notes import TokenNotes
+from megatron_eopd.tokens.record import TOP
 
 NON_FINITE = "non_finite"
 """The tally of tokens with non-finite logits, [R, 2] per tensor-parallel rank and model."""
@@ -57,6 +60,8 @@ class StepSettings:
     while the student still has the weights that sampled the batch."""
     by_position: bool = False
     """Also measure entropies over the relative position in the response; for evaluations."""
+    notes: TokenNotes | None = None
+    """Where signals of some tokens are taken down."""
 
 
 class TokenLoss:
@@ -69,8 +74,11 @@ class TokenLoss:
         config: Config,
         vocab_size: int,
         context: ParallelContext,
+        stop_ids: Sequence[int] = (),
     ) -> None:
+        """`stop_ids`: tokens that end a response, of which both models' opinion is measured."""
         self._model = model
+        self._stop_ids = stop_ids
         self._teacher_heads = teacher_heads
         self._config = config
         self._vocab_size = vocab_size
@@ -86,6 +94,7 @@ class TokenLoss:
         progress: Progress,
         compare_engine: bool = False,
         by_position: bool = False,
+        notes: TokenNotes | None = None,
     ) -> StepSettings:
         """For the optimizer step that comes next. Collective over the data-parallel ranks of
         the last stage where the gate is a quantile of the step's entropies."""
@@ -94,7 +103,7 @@ class TokenLoss:
         if GATES[objective.formula.gate].needs_whole_step and self._is_last_stage:
             threshold = self._entropy_quantile(microbatches, objective.gate_quantile)
             coefficients = replace(coefficients, entropy_threshold=threshold)
-        return StepSettings(coefficients, compare_engine, by_position)
+        return StepSettings(coefficients, compare_engine, by_position, notes)
 
     def __call__(
         self, batch: MicroBatch, hidden_S1H: torch.Tensor, means: Means, settings: StepSettings
@@ -127,12 +136,13 @@ class TokenLoss:
         objective = self._config.objective
         target_ids_C = batch.target_ids_N[rows]
         rollout_logprobs_C = batch.rollout_logprobs_N[rows]
-        signals, terms = self._signals(batch, logits_CV, rows, rollout_logprobs_C)
+        signals, terms, details = self._signals(batch, logits_CV, rows, rollout_logprobs_C)
         weight_C = token_weights(batch.positions_N[rows], target_ids_C, objective)
         losses = token_objective(signals, objective, settings.coefficients, weight_C)
         with torch.no_grad():
             means.tally(NON_FINITE, terms.non_finite_R2)
             _add_loss_metrics(means, losses, terms, target_ids_C, self._entropy_bins)
+            _add_ends(means, terms, target_ids_C, self._stop_ids)
             if self._config.rollout.uses_references:
                 _add_by_source(means, losses, terms, batch.sampled_N[rows])
             if GATES[objective.formula.gate].reads_entropy:
@@ -142,9 +152,18 @@ class TokenLoss:
             if settings.by_position:
                 threshold = settings.coefficients.entropy_threshold
                 _add_by_position(means, terms, batch.positions_N[rows], threshold)
+            difference_C = torch.full_like(rollout_logprobs_C, torch.nan)
             if settings.compare_engine:
                 logprobs_C = self._engine_view(terms, logits_CV, target_ids_C)
-                _add_mismatch(means, logprobs_C - rollout_logprobs_C, batch.sampled_N[rows])
+                # nan marks what no engine wrote: to pick rows by a mask would wait for the device.
+                difference_C = (logprobs_C - rollout_logprobs_C).where(
+                    batch.sampled_N[rows], torch.nan
+                )
+                _add_mismatch(means, difference_C, batch.sampled_N[rows])
+            if settings.notes is not None:
+                columns = _columns(losses, terms, difference_C)
+                threshold = settings.coefficients.entropy_threshold
+                settings.notes.take(batch, rows, columns, details, threshold)
         return losses.loss_N.sum()
 
     def _signals(
@@ -153,21 +172,25 @@ class TokenLoss:
         logits_CV: torch.Tensor,
         rows: slice,
         rollout_logprobs_C: torch.Tensor,
-    ) -> tuple[TokenSignals, TokenTerms | TopKTerms]:
-        """What estimators may use of these tokens, from whatever the teachers hand over."""
+    ) -> tuple[TokenSignals, TokenTerms | TopKTerms, Callable[[slice], TokenDetails]]:
+        """What estimators may use of these tokens, from whatever the teachers hand over; and what
+        people may ask of some of them."""
         objective = self._config.objective
         target_ids_C = batch.target_ids_N[rows]
         if self._config.teacher.payload == "topk":
+            teacher = teacher_top_k(batch.teacher, rows, objective.top_k, logits_CV.device)
             top_k = top_k_terms(
                 logits_CV,
-                teacher_top_k(batch.teacher, rows, objective.top_k, logits_CV.device),
+                teacher,
                 tp_group=self._groups.tp,
                 vocab_size=self._vocab_size,
                 student_temperature=self._config.student_temperature,
                 sampled_ids=target_ids_C,
                 inplace_backward=overwrites_logits(objective),
             )
-            return TokenSignals(top_k.kl, top_k.picked, rollout_logprobs_C, _refused), top_k
+            signals = TokenSignals(top_k.kl, top_k.picked, rollout_logprobs_C, _refused)
+            details = partial(details_of_top_k, logits_CV, teacher, top_k, target_ids_C, top_k=TOP)
+            return signals, top_k, details
         # Without a token there is no teacher, and any logits will do.
         teacher_logits_CV = logits_CV.detach()
         if batch.teacher:
@@ -186,7 +209,11 @@ class TokenLoss:
         def over_vocab(integrand: Integrand) -> torch.Tensor:
             return sum_over_vocab(integrand, logits_CV, teacher_logits_CV, terms)
 
-        return TokenSignals(terms.kl, terms.picked, rollout_logprobs_C, over_vocab), terms
+        signals = TokenSignals(terms.kl, terms.picked, rollout_logprobs_C, over_vocab)
+        details = partial(
+            details_of_logits, logits_CV, teacher_logits_CV, terms, target_ids_C, top_k=TOP
+        )
+        return signals, terms, details
 
     def _terms(self, logits: torch.Tensor, teacher_logits: torch.Tensor, **asked) -> TokenTerms:
         return vocab_parallel_terms(
@@ -266,6 +293,20 @@ def _add_loss_metrics(
     means.add("topk/sampled_outside", (~inside_N).float())
 
 
+def _add_ends(
+    means: Means,
+    terms: TokenTerms | TopKTerms,
+    target_ids_N: torch.Tensor,
+    stop_ids: Sequence[int],
+) -> None:
+    """What both models think of the tokens that ended a response."""
+    is_end_N = torch.zeros_like(target_ids_N, dtype=torch.bool)
+    for stop_id in stop_ids:
+        is_end_N |= target_ids_N == stop_id
+    means.add("end/student_logprob", terms.picked.sampled_student_logprobs, is_end_N)
+    means.add("end/teacher_logprob", terms.picked.sampled_teacher_logprobs, is_end_N)
+
+
 def _add_by_source(
     means: Means, losses: TokenLosses, terms: TokenTerms | TopKTerms, sampled_N: torch.Tensor
 ) -> None:
@@ -297,11 +338,22 @@ def _add_by_position(
 
 
 def _add_mismatch(means: Means, difference_N: torch.Tensor, sampled_N: torch.Tensor) -> None:
-    """Of the tokens that an engine wrote."""
-    difference_N = difference_N.abs()
+    """Of the tokens that an engine wrote; nan at the others."""
+    means.keep("mismatch/logprob_abs", difference_N.abs(), LOGPROB_DIFFERENCE)
+    difference_N = difference_N.abs().where(sampled_N, 0.0)
     means.add("mismatch/logprob_abs_mean", difference_N, sampled_N)
-    # Where the mask is closed 0, not an overflow times 0.
-    means.add("mismatch/mult_prob_error", (difference_N * sampled_N).exp(), sampled_N)
-    # nan marks what does not count: picking rows by a mask would wait for the device.
-    counted_N = difference_N.where(sampled_N, torch.nan)
-    means.keep("mismatch/logprob_abs", counted_N, LOGPROB_DIFFERENCE)
+    means.add("mismatch/mult_prob_error", difference_N.exp(), sampled_N)
+
+
+def _columns(
+    losses: TokenLosses, terms: TokenTerms | TopKTerms, difference_N: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """By the names of tokens.record.SIGNALS."""
+    return {
+        "loss": losses.loss_N,
+        "gate": losses.gate_N,
+        "student_logprob": terms.picked.sampled_student_logprobs,
+        "teacher_logprob": terms.picked.sampled_teacher_logprobs,
+        "engine_mismatch": difference_N,
+        **terms.kl._asdict(),
+    }
