@@ -19,6 +19,9 @@ HEALTHY = {
     "rollout/repetition": 0.05,
     "entropy/student_mean": 0.8,
     "entropy/teacher_mean": 0.9,
+    "entropy/teacher_p90": 1.4,
+    "end/teacher_logprob": -0.5,
+    "end/student_logprob": -0.1,
 }
 SYNC = SyncReport(1, 0.0, 0)
 
@@ -46,7 +49,13 @@ def test_a_healthy_run_hears_nothing(health):
     [
         ({"gate/fraction": 0.99}, "the gate is open for 99% .*reference_fraction=1"),
         ({"rollout/truncated_fraction": 1.0}, "100% .* cut at rollout.max_response_length=4096"),
+        ({"gate/fraction": 0.001}, "open for 0.10% .* one of reverse KL.* above 1.4"),
         ({"rollout/repetition": 0.7}, "repeats itself"),
+        (
+            {"rollout/length_mean": 260.0, "rollout/truncated_fraction": 0.4},
+            "from 100 to 260 tokens, and 40% are cut, from 10%.*view r`",
+        ),
+        ({"end/teacher_logprob": -21.0}, "-21 nats in the mean, the student -0.1.*eos_token_map"),
         ({"entropy/student_mean": 0.02}, "entropy fell to 0.020 nats, from 0.800"),
         ({"mismatch/mult_prob_error": 1.9}, "engine and trainer disagree .* is 0.9"),
         ({"mismatch/mult_prob_error": nan}, "engine and trainer disagree .* is nan"),
@@ -61,6 +70,24 @@ def test_each_sign_is_told_once_with_advice(health, values, said):
         check.look(HEALTHY | values, SYNC)
     assert len(told) == 1
     assert re.search(said, told[0], re.DOTALL), told[0]
+
+
+def test_longer_answers_alone_are_no_sign(health):
+    """Nor is a budget that cuts as many as before."""
+    check, told = health
+    check.look(HEALTHY, SYNC)
+    check.look(HEALTHY | {"rollout/length_mean": 900.0}, SYNC)
+    check.look(HEALTHY | {"rollout/truncated_fraction": 0.5}, SYNC)
+    assert told == []
+
+
+def test_a_gate_without_a_threshold_is_never_too_closed(health):
+    check, told = health
+    config = check._config
+    objective = config.objective.model_copy(update={"gate": "never"})
+    check._config = config.model_copy(update={"objective": objective})
+    check.look(HEALTHY | {"gate/fraction": 0.0}, SYNC)
+    assert told == []
 
 
 def test_what_a_bfloat16_run_starts_with_is_its_rounding(health):

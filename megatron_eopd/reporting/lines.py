@@ -5,43 +5,48 @@ from collections.abc import Mapping
 
 from megatron_eopd.evaluation.report_file import BOUNDS
 
+WIDTH = 100
+"""Columns."""
+
 
 def step_line(
-    iteration: int, total: int, scalars: dict[str, float], remaining_s: float | None
+    iteration: int, total: int, scalars: Mapping[str, float], remaining_s: float | None
 ) -> str:
-    """`step 120/200 | loss 0.4312 | rev_kl 0.38 | …`, what to watch first."""
+    """`step 120/200 | loss 0.4312 | rev_kl 0.380 | …`, what to watch first, in at most WIDTH
+    columns: what does not fit is left out, the least needed first. metrics.jsonl has all of it."""
+    parts = [part for part in _parts(iteration, total, scalars, remaining_s) if part is not None]
+    while len(line := " | ".join(text for _, text in parts)) > WIDTH:
+        parts.remove(max(parts, key=lambda part: part[0]))
+    return line
 
-    def seconds(stage: str) -> str:
-        return f"{stage} {scalars.get(f'time/{stage}', 0):.1f}"
 
-    def named(label: str, name: str, form: str) -> list[str]:
+Part = tuple[int, str]
+"""(how soon it may go: the largest first, text)"""
+
+
+def _parts(
+    iteration: int, total: int, scalars: Mapping[str, float], remaining_s: float | None
+) -> list[Part | None]:
+    def named(rank: int, label: str, name: str, form: str, unit: str = "") -> Part | None:
         value = scalars.get(name, math.nan)
-        return [f"{label} {value:{form}}"] if value == value else []
+        return None if math.isnan(value) else (rank, f"{label}{value:{form}}{unit}")
 
-    stages = " ".join(seconds(stage) for stage in ("rollout", "score", "train", "sync"))
-    memory = scalars.get("memory/cuda_peak_gib", scalars.get("memory/host_peak_gib", math.nan))
-    references = scalars["rollout/reference_fraction"]
-    skipped = scalars["optim/skipped_steps"]
-    parts = [
-        f"step {iteration}/{total}",
-        *named("loss", "loss/total", ".4f"),
-        *named("rev_kl", "loss/reverse_kl", ".3f"),
-        *named("gate", "gate/fraction", ".3f"),
-        *named("teacher_H", "entropy/teacher_mean", ".3f"),
-        *named("student_H", "entropy/student_mean", ".3f"),
-        *([f"references {references:.0%}"] if references else []),
-        *named("len", "rollout/length_mean", ".1f"),
-        *named("mismatch", "mismatch/logprob_abs_mean", ".1e"),
-        *named("gnorm", "optim/grad_norm", ".2f"),
-        *([f"skipped {skipped}"] if skipped else []),
-        f"tokens {scalars['throughput/tokens_total']:,.0f}",
-        f"tok/s {scalars['throughput/tokens_per_s']:.0f}",
-        f"{memory:.1f} GiB",
-        f"{scalars['time/total']:.1f} s ({stages})",
+    entropies = [scalars.get(f"entropy/{who}_mean") for who in ("teacher", "student")]
+    known = None not in entropies
+    references, skipped = scalars["rollout/reference_fraction"], scalars["optim/skipped_steps"]
+    return [
+        (0, f"step {iteration}/{total}"),
+        named(0, "loss ", "loss/total", ".4f"),
+        named(1, "rev_kl ", "loss/reverse_kl", ".3f"),
+        named(1, "gate ", "gate/fraction", ".2f"),
+        (3, "H {:.2f}/{:.2f}".format(*entropies)) if known else None,
+        (1, f"references {references:.0%}") if references else None,
+        (0, f"skipped {skipped:.0f}") if skipped else None,
+        named(2, "len ", "rollout/length_mean", ".0f"),
+        named(4, "", "throughput/tokens_per_s", ".0f", " tok/s"),
+        named(2, "", "time/total", ".1f", " s"),
+        None if remaining_s is None else (0, f"ETA {_clock(remaining_s)}"),
     ]
-    if remaining_s is not None:
-        parts.append(f"ETA {_clock(remaining_s)}")
-    return " | ".join(parts)
 
 
 def _clock(seconds: float) -> str:
