@@ -377,3 +377,40 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path, content):
     (path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"tokenizer\.json: "):
         load_tokenizer(path)
+
+
+def joined(tokenizer, ids) -> bytes:
+    return b"".join(tokenizer.piece(i)[0] for i in ids)
+
+
+@pytest.mark.parametrize("text", CORPUS)
+def test_pieces_of_a_byte_level_tokenizer_join_to_the_text(qwen3, text):
+    """Whatever characters they cut; special tokens are spelled, and marked."""
+    ids = qwen3.encode_response(text)
+    assert joined(qwen3, ids) == unicodedata.normalize("NFC", text).encode()
+    special = {text for text, i in qwen3.special_tokens().items() if i in ids}
+    assert {qwen3.piece(i)[0].decode() for i in ids if qwen3.piece(i)[1]} == special
+
+
+def test_pieces_of_sentencepiece_join_to_the_text(spm, tmp_path):
+    for text in ("one two", "中文 🙂"):
+        assert joined(spm, spm.encode_response(text)).decode().strip() == text
+    assert [spm.piece(i)[1] for i in (spm.eos_id, spm.encode("a")[0])] == [True, False]
+    # The same spelling in a tokenizer.json, as Llama 2 has it.
+    vocabulary = {"<unk>": 0, "<bos>": 1, "<eos>": 2, "<0xE4>": 3, "▁a": 4, "b": 5}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    library = tokenizers.Tokenizer(model)
+    library.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()]
+    )
+    tokenizer = load_tokenizer(write(tmp_path / "llama", library))
+    assert joined(tokenizer, (4, 5, 3)) == b" ab\xe4"
+
+
+def test_a_piece_of_no_token_is_marked():
+    """Padded columns of the model, and what it has no column for; words without a decoder have a
+    space between them, as their texts do."""
+    toy = load_tokenizer(MODELS / "student")
+    assert toy.piece(toy.num_ids) == (f"<id {toy.num_ids}>".encode(), True)
+    ids = toy.encode_response("3 5 -> 8")
+    assert joined(toy, ids).decode().strip() == toy.decode(ids) == "3 5 -> 8"
