@@ -147,6 +147,16 @@ def rounds_of(packed: PackedRollouts, size: int | None) -> list[PackedRollouts]:
     return [[rank[first : first + size] for rank in packed] for first in range(0, count, size)]
 
 
+def rounds_as_trained(
+    rollouts: Sequence[Rollout], config: Config, layout: Layout
+) -> list[PackedRollouts]:
+    """As many at a time as in an optimizer step, so that no more of what teachers hand over lies in
+    memory than in training."""
+    size, limits = config.training.global_batch_size, Limits.of(config.training)
+    plans = [pack(rollouts[n : n + size], limits, layout) for n in range(0, len(rollouts), size)]
+    return [part for plan in plans for part in rounds_of(plan, exchange_size(config))]
+
+
 def padding_fraction(packed: PackedRollouts, layout: Layout) -> float:
     """Share of padding in all tokens that the ranks work on."""
     padded = real = 0

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_eopd.config import Config
-from megatron_eopd.data.packing import Limits, PackedRollouts, exchange_size, pack, rounds_of
+from megatron_eopd.data.packing import rounds_as_trained
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.evaluation.grading_pool import GradingPool
 from megatron_eopd.evaluation.problems import ProblemSet, grading_pool
@@ -193,7 +193,9 @@ class Evaluator:
         count = options.record_tokens_samples if options.record_tokens_interval else 0
         chosen = choose(rollouts, count) if keep is not None else []
         notes = TokenNotes(chosen) if chosen else None
-        rounds = self.teachers.microbatches(self._rounds(rollouts))
+        rounds = self.teachers.microbatches(
+            rounds_as_trained(rollouts, self.config, self.context.layout)
+        )
         sums = measure(self.token_loss, self.chunks, rounds, self.context, notes).sums
         if notes is not None:
             keep(chosen, recorder, notes)
@@ -226,16 +228,6 @@ class Evaluator:
             write_tokens(evaluation_file(directory, problems.name), record)
 
         from_rank_zero(write, self.context.cpu_group)
-
-    def _rounds(self, rollouts: list[Rollout]) -> list[PackedRollouts]:
-        """As many at a time as in an optimizer step, so that no more of what teachers hand over
-        lies in memory than in training."""
-        training, layout = self.config.training, self.context.layout
-        size, limits = training.global_batch_size, Limits.of(training)
-        plans = [
-            pack(rollouts[n : n + size], limits, layout) for n in range(0, len(rollouts), size)
-        ]
-        return [part for plan in plans for part in rounds_of(plan, exchange_size(self.config))]
 
 
 def _shown(problems: ProblemSet, recorder: Recorder) -> list[tuple[Rollout, bool]]:

@@ -149,12 +149,16 @@ def measure(
     rounds: Iterable[Sequence[MicroBatch]],
     context: ParallelContext,
     notes: TokenNotes | None = None,
+    *,
+    compare_engine: bool = False,
 ) -> Reduced:
     """The loss metrics of the batch without a step, on every rank, and entropies over the position;
-    α and τ as at the start. `notes`: as in train_step."""
+    α and τ as at the start. `notes`, `compare_engine`: as in train_step."""
     means = Means()
     for microbatches in rounds:
-        settings = token_loss.settings(microbatches, START, by_position=True, notes=notes)
+        settings = token_loss.settings(
+            microbatches, START, compare_engine, by_position=True, notes=notes
+        )
 
         def at_last_stage(
             batch: MicroBatch, hidden_S1H: torch.Tensor, settings: StepSettings = settings
