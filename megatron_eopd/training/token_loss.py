@@ -211,7 +211,13 @@ class TokenLoss:
 
         signals = TokenSignals(terms.kl, terms.picked, rollout_logprobs_C, over_vocab)
         details = partial(
-            details_of_logits, logits_CV, teacher_logits_CV, terms, target_ids_C, top_k=TOP
+            details_of_logits,
+            logits_CV,
+            teacher_logits_CV,
+            terms,
+            target_ids_C,
+            top_k=TOP,
+            swept_top_k=0 if objective.top_k_support == "student" else objective.top_k,
         )
         return signals, terms, details
 

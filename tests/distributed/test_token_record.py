@@ -34,8 +34,9 @@ def dense_ranks(logits: torch.Tensor, ids: torch.Tensor) -> list[int]:
     return (1 + (logits > own).sum(-1)).tolist()
 
 
-def check_details(N: int, W: int, dtype: torch.dtype, top_k: int | None):
-    """`top_k`: of a teacher that hands over no more; None: its logits are there."""
+def check_details(N: int, W: int, dtype: torch.dtype, top_k: int | None, swept: int = 0):
+    """`top_k`: of a teacher that hands over no more; None: its logits are there. `swept`: how many
+    of the teacher's the loss asks of the sweep."""
     tp, rank = dist.get_world_size(), dist.get_rank()
     width = -(-W // tp) + 3
     student, teacher = (x.to(dtype) for x in case_logits("flat", N, W))
@@ -43,8 +44,9 @@ def check_details(N: int, W: int, dtype: torch.dtype, top_k: int | None):
     own, other = cut(student, width, rank), cut(teacher, width, rank)
     options = {"tp_group": dist.group.WORLD, "vocab_size": W}
     if top_k is None:
-        terms = vocab_parallel_terms(own, other, **options, **TEMPERATURES)
-        details = partial(details_of_logits, own, other, terms, ids)
+        asked = options | TEMPERATURES | {"sampled_ids": ids, "top_k": swept}
+        terms = vocab_parallel_terms(own, other, **asked)
+        details = partial(details_of_logits, own, other, terms, ids, swept_top_k=swept)
     else:
         temperature = TEMPERATURES["teacher_temperature"]
         told = top_k_of_teacher(other, ids, top_k=top_k, temperature=temperature, **options)
@@ -83,6 +85,8 @@ def check_all_details():
         for top_k in (None, 16, 3):
             check_details(5, 37, dtype, top_k)
             check_details(4, 2000, dtype, top_k)  # bfloat16: full of ties
+        for swept in (3, 5, 16):
+            check_details(4, 2000, dtype, None, swept)
     check_details(4, 4, torch.float32, None)  # fewer tokens than are asked for
 
 
