@@ -35,7 +35,7 @@ class TokenDetails(NamedTuple):
     """The same on every tensor-parallel rank."""
 
     student_rank_N: torch.Tensor
-    """int64: 1 + how many tokens the student finds more likely than the sampled one."""
+    """int32: 1 + how many tokens the student finds more likely than the sampled one."""
     teacher_rank_N: torch.Tensor
     """0 where unknown: of a teacher that hands over its top k, outside of them."""
     top_ids_NK: torch.Tensor
@@ -105,7 +105,7 @@ def details_of_top_k(
     places_T = torch.arange(1, told_ids_NT.shape[-1] + 1, device=student_NV.device)
     return TokenDetails(
         rank_N,
-        (is_sampled_NT * places_T).sum(-1),
+        (is_sampled_NT * places_T).sum(-1, dtype=torch.int32),
         *_behind(_teachers_list(terms.picked, rows, top_k), ids_NK, student_NK, teacher_NK),
     )
 
@@ -162,11 +162,11 @@ def _choose(
 def _count_above(
     logits_NV: torch.Tensor, sampled_N: torch.Tensor, terms: TokenTerms | TopKTerms
 ) -> torch.Tensor:
-    """int64 [N]: columns of this shard with a larger logit."""
-    counts_N = torch.zeros_like(sampled_N, dtype=torch.int64)
+    """int32 [N]: columns of this shard with a larger logit."""
+    counts_N = torch.zeros_like(sampled_N, dtype=torch.int32)
     real_NV = logits_NV[:, : terms.vocabulary.num_columns]
     for rows in row_chunks(real_NV):
-        counts_N[rows] = (real_NV[rows] > sampled_N[rows].unsqueeze(-1)).sum(-1)
+        counts_N[rows] = (real_NV[rows] > sampled_N[rows].unsqueeze(-1)).sum(-1, dtype=torch.int32)
     return counts_N
 
 
