@@ -8,7 +8,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_eopd", "megatron_eopd.*"]),
-    package_data={"megatron_eopd.losses.kernels": ["*.cpp"]},
+    package_data={
+        "megatron_eopd.losses.kernels": ["*.cpp"],
+        "megatron_eopd.viewing": ["*.html", "*.css", "*.js"],
+    },
     install_requires=[
         "torch>=2.13,<2.14",
         "megatron-core>=0.16.1,<0.20",

@@ -32,7 +32,8 @@ SECTIONS = {name.partition(".")[0] for name in OPTIONS if "." in name}
 PATH_ROOTS = [ROOT, ROOT / "megatron_eopd"]
 # What a run, or its user, makes: not in the repository.
 MADE_BY_USERS = re.compile(
-    r"(RUN_DIR|OUT_DIR|runs|hf|tensorboard|rollouts|checkpoints|nonfinite|spikes|log|run\.toml)\b"
+    r"(RUN|RUN_DIR|OUT_DIR|runs|hf|tensorboard|rollouts|checkpoints|nonfinite|spikes|log|run\.toml)\b"
+    r"|view/"
 )
 DOTTED_BUT_NO_OPTIONS = {
     # libraries

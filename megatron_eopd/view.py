@@ -1,0 +1,200 @@
+"""Show a run's tokens one by one: both models' entropies, divergences, gate, alternatives.
+
+    python -m megatron_eopd.view RUN [--iteration N | --evaluation N]
+
+A page for the browser from each recording, RUN/view/000120.html, which needs no server and nothing
+else, and an index of them; or, with --text, lines for the terminal. It may be asked while the run
+goes on.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_eopd.cli import positive, tell
+from megatron_eopd.errors import ConfigError, ExpectedError, disk_error
+from megatron_eopd.tokens.record import TokenRecord
+from megatron_eopd.viewing.beside import beside
+from megatron_eopd.viewing.index import index_html, summary_of
+from megatron_eopd.viewing.page import COLOURS, Side, page_html
+from megatron_eopd.viewing.recordings import Recording, choose, counterpart
+from megatron_eopd.viewing.terminal import Choice, text_form, wants_colour
+
+EXAMPLES = """\
+examples:
+  python -m megatron_eopd.view runs/mine
+      pages of all recordings that have none yet, and runs/mine/view/index.html
+  python -m megatron_eopd.view runs/mine --evaluation 50 --compare runs/other
+      with the responses of another run to the same prompts, where they differ marked
+  python -m megatron_eopd.view runs/mine --iteration 120 --compare runs/mine@20
+      the same prompts earlier, where the run has them twice
+  python -m megatron_eopd.view runs/mine --text --signal forward_kl --limit 8 | less -R
+
+Tokens are recorded by a run with logging.record_tokens_interval=N.
+"""
+INDEX = "index.html"
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_eopd.view",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="the run_dir of a run")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--iteration", type=int, metavar="N", help="this one of training alone")
+    which.add_argument("--evaluation", type=int, metavar="N", help="this evaluation alone")
+    add(
+        "--compare",
+        metavar="RUN2[@N]",
+        help="another run's responses to the same prompts beside them (default N: the same)",
+    )
+    add("--output", type=Path, metavar="DIR", help="of the pages (default: RUN/view)")
+    add("--text", action="store_true", help="for the terminal: the newest, unless one is named")
+    add(
+        "--signal",
+        choices=COLOURS,
+        default=COLOURS[0],
+        metavar="NAME",
+        help=f"colour tokens by this one first: {', '.join(COLOURS)} (default: {COLOURS[0]})",
+    )
+    add(
+        "--limit",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="responses with --text (default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    try:
+        print_text(args) if args.text else write_pages(args)
+    except ExpectedError as error:
+        return tell(error)
+    except BrokenPipeError:  # whoever reads has enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        told = disk_error(error, "writing pages")
+        if told is None:
+            raise
+        return tell(told)
+    return 0
+
+
+def print_text(args: argparse.Namespace) -> None:
+    """An evaluation's that is named, of all tasks; else the newest of training if there is one."""
+    if args.compare is not None:
+        raise ConfigError("--text shows one run, and --compare makes pages. Give one of the two.")
+    found = choose(args.run, args.iteration, args.evaluation)
+    training = [each for each in found if each.kind == "training"]
+    recordings = found if args.evaluation is not None else (training or found)[-1:]
+    choice = Choice(args.signal, wants_colour(sys.stdout), args.limit)
+    for recording in recordings:
+        for line in text_form(recording.read(), args.run.resolve().name, choice):
+            print(line)
+
+
+def write_pages(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: of the recordings that could not be shown, after all others were.
+    """
+    output = args.output or args.run / "view"
+    all_of_run = choose(args.run)
+    chosen = to_show(args, output)
+    output.mkdir(parents=True, exist_ok=True)
+    errors = []
+    for recording in tqdm(chosen, unit="page", disable=None if len(chosen) > 1 else True):
+        try:
+            record, sides = load(recording, args)
+        except ConfigError as error:
+            errors.append(error)
+            continue
+        path = output / f"{page_name(recording, args)}.html"
+        write_whole(path, page_html(record, sides, args.signal))
+        tqdm.write(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    write_whole(output / INDEX, index_html(args.run.resolve().name, all_of_run, output))
+    print(output / INDEX)
+    if errors:
+        raise ConfigError("\n".join(map(str, errors)))
+
+
+def to_show(args: argparse.Namespace, output: Path) -> list[Recording]:
+    """What is named; else what both runs have; else what has no page yet."""
+    chosen = choose(args.run, args.iteration, args.evaluation)
+    if args.iteration is not None or args.evaluation is not None:
+        return chosen
+    if args.compare is None:
+        return [each for each in chosen if not is_shown(each, output)]
+    run_dir, number = other_run(args.compare)
+    if number is not None:
+        raise ConfigError(
+            f"--compare {args.compare} names one recording. Say beside which of {args.run}, with "
+            f"--iteration or --evaluation."
+        )
+    others = {other.name for other in choose(run_dir)}
+    both = [each for each in chosen if each.name in others]
+    # Of none: say which there are.
+    return both or [counterpart(chosen[-1], run_dir, None)]
+
+
+def load(recording: Recording, args: argparse.Namespace) -> tuple[TokenRecord, list[Side]]:
+    """What a page shows, and whose it is."""
+    record = recording.read()
+    sides = [Side(args.run.resolve().name, record.about, len(record.responses))]
+    if args.compare is None:
+        return record, sides
+    run_dir, number = other_run(args.compare)
+    other = counterpart(recording, run_dir, number).read()
+    try:
+        both = beside(record, other)
+    except ConfigError as error:
+        raise ConfigError(f"{args.run} and {run_dir}, {recording.where}: {error}") from None
+    added = len(both.responses) - len(record.responses)
+    return both, [*sides, Side(run_dir.resolve().name, other.about, added)]
+
+
+def other_run(text: str) -> tuple[Path, int | None]:
+    """RUN2 and N of RUN2@N."""
+    found = re.fullmatch(r"(.+)@(\d+)", text)
+    if found is None or Path(text).is_dir():
+        return Path(text), None
+    return Path(found[1]), int(found[2])
+
+
+def is_shown(recording: Recording, output: Path) -> bool:
+    """Whether it has a page that was made since it was recorded, by this version."""
+    page = output / f"{recording.name}.html"
+    if summary_of(page) is None:
+        return False
+    return page.stat().st_mtime >= recording.path.stat().st_mtime
+
+
+def page_name(recording: Recording, args: argparse.Namespace) -> str:
+    if args.compare is None:
+        return recording.name
+    run_dir, number = other_run(args.compare)
+    at = f"@{number}" if number is not None else ""
+    return f"{recording.name}-with-{run_dir.resolve().name}{at}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whoever opens it meanwhile sees the one before."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text, "utf-8")
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Which recordings of tokens a run has. In: its directory. Out: where each is, and of what."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from megatron_eopd.checkpoints.files import EVALUATIONS, place_of
+from megatron_eopd.errors import ConfigError
+from megatron_eopd.tokens.file import SUFFIX, TOKENS, read_tokens
+from megatron_eopd.tokens.record import TokenRecord
+
+HOW = (
+    "Tokens are recorded by a run with logging.record_tokens_interval=N, every N iterations and at "
+    "its evaluations."
+)
+
+
+class Recording(NamedTuple):
+    path: Path
+    kind: Literal["training", "evaluation"]
+    place: str
+    """As the checkpoint of the same weights is named: 000120, or 000120-3 within an iteration."""
+    task: str
+    """Empty for training."""
+
+    @property
+    def iteration(self) -> int:
+        return int(self.place.partition("-")[0])
+
+    @property
+    def name(self) -> str:
+        """Of its page, without .html."""
+        return f"evaluation-{self.place}-{self.task}" if self.task else self.place
+
+    @property
+    def where(self) -> str:
+        return f"evaluation {self.place}, {self.task}" if self.task else f"iteration {self.place}"
+
+    def read(self) -> TokenRecord:
+        """
+        Raises:
+            ConfigError: as tokens.file.read_tokens.
+        """
+        return read_tokens(self.path)
+
+
+def recordings_of(run_dir: Path) -> list[Recording]:
+    """Training first, each kind in the order of iterations. A file that is still being written has
+    another name.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: no such directory. Name the run_dir of a run.")
+    training = [
+        Recording(path, "training", path.stem, "")
+        for path in (run_dir / TOKENS).glob("*.npz")
+        if path.stem.isdecimal()
+    ]
+    evaluations = [
+        Recording(path, "evaluation", path.parent.name, path.name.removesuffix(SUFFIX))
+        for path in (run_dir / EVALUATIONS).glob(f"*/*{SUFFIX}")
+        if place_of(path.parent)
+    ]
+    in_order = sorted(evaluations, key=lambda each: (place_of(each.path.parent), each.task))
+    return sorted(training, key=lambda each: each.iteration) + in_order
+
+
+def choose(
+    run_dir: Path, iteration: int | None = None, evaluation: int | None = None
+) -> list[Recording]:
+    """All of a run, that of one training iteration, or those of the tasks of one evaluation.
+
+    Raises:
+        ConfigError: there is none; says which there are.
+    """
+    found = recordings_of(run_dir)
+    if iteration is not None:
+        kind, number = "training", iteration
+    elif evaluation is not None:
+        kind, number = "evaluation", evaluation
+    else:
+        if not found:
+            raise ConfigError(f"{run_dir}: no tokens were recorded. {HOW}")
+        return found
+    chosen = [each for each in found if each.kind == kind and each.iteration == number]
+    if not chosen:
+        raise ConfigError(
+            f"{run_dir}: no tokens were recorded at {kind} {number}. There are: training "
+            f"{_numbers(found, 'training')}; evaluations {_numbers(found, 'evaluation')}. {HOW}"
+        )
+    return chosen
+
+
+def counterpart(recording: Recording, run_dir: Path, number: int | None) -> Recording:
+    """Of the same kind and task in another run; `number`: of its iteration, if not the same.
+
+    Raises:
+        ConfigError: there is none; says which there are.
+    """
+    number = recording.iteration if number is None else number
+    kind = "iteration" if recording.kind == "training" else "evaluation"
+    for other in choose(run_dir, **{kind: number}):
+        if other.task == recording.task:
+            return other
+    tasks = ", ".join(each.task for each in choose(run_dir, evaluation=number))
+    raise ConfigError(
+        f"{run_dir}: evaluation {number} has no recording of the task {recording.task}, but of "
+        f"{tasks}."
+    )
+
+
+def _numbers(found: Sequence[Recording], kind: str) -> str:
+    numbers = sorted({each.iteration for each in found if each.kind == kind})
+    return ", ".join(map(str, numbers)) or "none"

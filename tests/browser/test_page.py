@@ -1,0 +1,416 @@
+"""The page in a real browser: what a person sees of a recording, by mouse and by keys."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_eopd.tokens.record import SIGNALS, Piece
+from megatron_eopd.viewing.beside import beside
+from megatron_eopd.viewing.page import COLOURS, Side, page_html
+from megatron_eopd.viewing.visible import Reader
+from tests.token_records import HOSTILE, big_record, hostile_record, make_record, written_by_hand
+
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)}")
+READY = "body[data-ready]"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with api.sync_playwright() as playwright:
+        # Root, as in containers, gets no sandbox.
+        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path) -> Iterator:
+    """Open a recording's page; afterwards it has fetched nothing, run nothing, complained of
+    nothing."""
+    context = browser.new_context(viewport={"width": 1300, "height": 800})
+    context.set_default_timeout(20_000)
+    page = context.new_page()
+    noticed: list[str] = []
+    page.on("dialog", lambda dialog: (noticed.append(dialog.message), dialog.dismiss()))
+    page.on("console", lambda message: noticed.append(message.text))
+    page.on("pageerror", lambda error: noticed.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    requests: list[str] = []
+
+    def open_page(html: str):
+        path = tmp_path / "page.html"
+        path.write_text(html, "utf-8")
+        page.goto(path.as_uri())
+        page.wait_for_selector(READY)
+        page.wait_for_selector("article .t")
+        return page
+
+    yield open_page
+    context.close()
+    assert noticed == []
+    assert all(url.startswith("file://") for url in requests) and requests
+
+
+def html_of(record, **options) -> str:
+    return page_html(record, [Side("mine", record.about, len(record.responses))], **options)
+
+
+def token(page, response: int, position: int):
+    return page.locator(f'article[data-n="{response}"] .t').nth(position)
+
+
+def panel_values(page, column: int = 0) -> dict[str, str]:
+    rows = page.locator("#panel .values tr[data-signal]").all()
+    return {r.get_attribute("data-signal"): r.locator("td").nth(column).inner_text() for r in rows}
+
+
+def listed(page) -> list[int]:
+    return [int(item.get_attribute("data-n")) for item in page.locator("#list li").all()]
+
+
+def current(page) -> int:
+    return int(page.locator("article.current").get_attribute("data-n"))
+
+
+def background(page, response: int, position: int) -> str:
+    return token(page, response, position).evaluate("e => e.style.backgroundColor")
+
+
+def test_hovering_shows_every_signal_as_recorded(show):
+    record = written_by_hand()
+    page = show(html_of(record))
+    for n, t in ((0, 0), (0, 2), (1, 3)):
+        token(page, n, t).hover()
+        row = record.starts[n] + t
+        shown = panel_values(page)
+        for name in SIGNALS:
+            value = record.signals[name][row]
+            if np.isnan(value):
+                assert shown[name] == "unknown"
+            else:
+                told = float(shown[name].replace("−", "-"))
+                assert told == pytest.approx(value, abs=1e-4), name
+        for who, ranks_T in (
+            ("student", record.student_rank_T),
+            ("teacher", record.teacher_rank_T),
+        ):
+            assert shown[f"{who}_rank"] == str(ranks_T[row] or "unknown")
+    # A value of which steps of 1e-4 would leave nothing.
+    token(page, 0, 0).hover()
+    assert panel_values(page)["engine_mismatch"] == "1.00e−5"
+
+
+def test_the_panel_has_both_models_most_probable_tokens(show):
+    """The student's are put together from both lists; where there are none, it says why."""
+    page = show(html_of(written_by_hand()))
+    token(page, 0, 2).hover()
+    teacher = page.locator('#panel table[data-of="teacher"] tr').all_inner_texts()
+    student = page.locator('#panel table[data-of="student"] tr').all_inner_texts()
+    assert [line.split()[0] for line in teacher[1:]] == ["the", "sum", "of", "both", "is"]
+    assert teacher[1].split() == ["the", "40.0", "%", "10.0", "%"]
+    assert [line.split()[0] for line in student[1:]] == ["12", "sum", "the", "of", "is"]
+    assert student[1].split() == ["12", "0.1", "%", "50.0", "%"]
+    assert page.locator("#panel .sampled").count() == 2  # " of", in both tables
+    token(page, 0, 0).hover()
+    assert "H = 0.1000 is below τ = 0.8" in page.locator("#panel .none").inner_text()
+
+
+def test_what_a_page_has_left_out_is_said(show):
+    record = written_by_hand()
+    page = show(html_of(record, most=2))
+    token(page, 0, 2).hover()
+    assert "2 tokens of the highest teacher entropy" in page.locator("#panel .none").inner_text()
+    page.locator("#facts summary").click()
+    facts = page.locator("#facts").inner_text()
+    assert "of 2 tokens, top 5 of each model, where H ≥ τ" in facts
+    assert "the highest teacher entropies of the 3 recorded" in facts
+    for text in ("models/student", "models/teacher", "τ = 0.8", "temperature 1", "2 responses"):
+        assert text in facts
+
+
+def test_six_keys_and_buttons_colour_tokens(show):
+    """Larger values have darker colours; the signed signal two; what is unknown is hatched."""
+    record = written_by_hand()
+    record.signals["reverse_kl"][:] = np.linspace(0, 1, 9)
+    page = show(html_of(record))
+    for n, name in enumerate(COLOURS):
+        page.keyboard.press(str(n + 1))
+        assert page.locator('[aria-pressed="true"][data-signal]').get_attribute("data-signal") == (
+            name
+        )
+        legend = page.locator("#legend").inner_text()
+        assert SIGNALS[name].label in legend and SIGNALS[name].unit in legend
+        values_T = record.signals[name]
+        low, high = int(np.nanargmin(values_T[:5])), int(np.nanargmax(values_T[:5]))
+        assert background(page, 0, low) != background(page, 0, high)
+    unknown = token(page, 1, 3)
+    assert "unknown" in unknown.get_attribute("class") and background(page, 1, 3) == ""
+    page.locator('[data-signal="reverse_kl"]').first.click()
+    light = [
+        sum(map(int, background(page, 0, t)[4:-1].replace(",", " ").split())) for t in range(5)
+    ]
+    assert light == sorted(light, reverse=True) and light[0] > light[4]
+
+
+def test_dark_pages_grow_lighter_with_the_value(show):
+    record = written_by_hand()
+    page = show(html_of(record))
+    before = background(page, 0, 2)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("() => DARK.matches")
+    assert background(page, 0, 2) != before
+    dark, light = (sum(map(int, background(page, 0, t)[4:-1].split(", "))) for t in (0, 2))
+    assert dark < light
+
+
+def test_siblings_are_marked_where_they_part(show):
+    """The first two tokens are shared: dimmed; the third is marked, and buttons lead there."""
+    page = show(html_of(written_by_hand()))
+    for n in (0, 1):
+        classes = [token(page, n, t).get_attribute("class").split() for t in range(4)]
+        assert ["same" in each for each in classes] == [True, True, False, False]
+        assert ["fork" in each for each in classes] == [False, False, True, False]
+    rows = page.locator(".forks tr").all()
+    assert [row.locator(".before").inner_text().strip() for row in rows] == ["the sum"] * 2
+    assert rows[1].locator(".after").inner_text().strip().startswith("is so")
+    borders = [row.locator(".after").bounding_box()["x"] for row in rows]
+    assert borders[0] == borders[1]
+    page.locator('article[data-n="1"] .jump').click()
+    assert "pinned" in token(page, 1, 2).get_attribute("class")
+    assert "position 2 of 4" in page.locator("#panel").inner_text()
+
+
+def test_two_runs_stand_beside_each_other(show):
+    """B's response to the same prompt is a sibling, and the panel has both runs' values where the
+    tokens before are the same; c hides and shows them."""
+    a = written_by_hand()
+    b = replace(a, signals={name: values_T + 1 for name, values_T in a.signals.items()})
+    b = replace(b, ids_T=np.where(np.arange(9) == 1, a.ids_T + 9, a.ids_T).astype(np.int32))
+    html = page_html(beside(a, b), [Side("mine", a.about, 2), Side("other", b.about, 2)])
+    page = show(html)
+    assert len(listed(page)) == 4 and page.locator(".badge.side", has_text="B").count() >= 2
+    token(page, 1, 1).hover()  # the other sample of B goes on as this one
+    ours, theirs = panel_values(page, 0), panel_values(page, 1)
+    assert float(theirs["student_entropy"]) == pytest.approx(float(ours["student_entropy"]) + 1)
+    token(page, 1, 3).hover()
+    assert panel_values(page, 1)["student_entropy"] != ""
+    token(page, 0, 4).hover()  # behind the fork
+    assert panel_values(page, 1)["student_entropy"] == "nats"
+    page.keyboard.press("c")
+    assert len(listed(page)) == 2 and page.locator("article:visible").count() == 2
+    assert page.locator(".forks tr").count() == 2
+    page.keyboard.press("c")
+    assert len(listed(page)) == 4
+    page.wait_for_selector('article[data-n="3"] .t')
+
+
+def test_responses_are_sorted(show):
+    record = make_record(((30, 40), (50, 20)), seed=4)
+    page = show(html_of(record))
+    cuts = list(zip(record.starts, record.starts[1:], strict=False))
+    assert listed(page) == [0, 1, 2, 3]
+    for option, name in (
+        ("most gated", "gate"),
+        ("worst reverse KL", "reverse_kl"),
+        ("worst forward KL", "forward_kl"),
+    ):
+        page.select_option("#sort", option)
+        means = [record.signals[name][begin:end].mean() for begin, end in cuts]
+        assert listed(page) == np.argsort(means)[::-1].tolist()
+    page.select_option("#sort", "longest")
+    assert listed(page) == [2, 1, 0, 3]
+    groups = page.locator("section").all()
+    assert [g.locator("article").first.get_attribute("data-n") for g in groups] == ["2", "0"]
+
+
+def test_responses_are_filtered(show):
+    record = make_record(((30, 40), (50, 20)))
+    verdicts = ("right", "wrong", "right", "no answer")
+    graded = zip(record.responses, verdicts, strict=True)
+    responses = [r._replace(verdict=verdict) for r, verdict in graded]
+    responses[2] = responses[2]._replace(source="reference")
+    page = show(html_of(replace(record, responses=tuple(responses))))
+    for name, expected in (("cut off", [1, 3]), ("wrong", [1, 3]), ("reference", [2])):
+        page.locator(f'#filters input[name="{name}"]').check()
+        assert listed(page) == expected
+        assert page.locator("article:visible").count() == len(expected)
+        page.locator(f'#filters input[name="{name}"]').uncheck()
+    assert listed(page) == [0, 1, 2, 3]
+
+
+def test_there_is_no_filter_for_what_nobody_asked(show):
+    page = show(html_of(make_record()))
+    assert page.locator("#filters input").evaluate_all("all => all.map(e => e.name)") == ["cut off"]
+
+
+def test_search_finds_text_across_tokens(show):
+    """« is so » is two tokens of one response; Enter, n and N go from match to match."""
+    page = show(html_of(written_by_hand()))
+    page.keyboard.press("/")
+    page.keyboard.type("IS so")
+    page.keyboard.press("Enter")
+    assert listed(page) == [1]
+    assert page.locator(".t.hit").all_inner_texts() == [" is", " so"]
+    assert "pinned" in token(page, 1, 2).get_attribute("class")
+    page.fill("#search", "the sum")
+    page.wait_for_function("() => document.querySelectorAll('#list li').length === 2")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    assert current(page) == 0
+    page.keyboard.press("n")
+    assert current(page) == 1
+    page.keyboard.press("N")
+    assert current(page) == 0
+    page.fill("#search", "question 0")  # of the prompt
+    page.wait_for_function("() => document.getElementById('found').textContent.startsWith('0')")
+    assert listed(page) == [0, 1]
+    page.fill("#search", "nowhere")
+    page.wait_for_selector("#nothing")
+
+
+def test_keys_go_from_response_to_response(show):
+    page = show(html_of(make_record(((30, 40), (50, 20)))))
+    seen = []
+    for key in ("j", "j", "j", "ArrowRight", "ArrowLeft", "k", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+        seen.append(current(page))
+    assert seen == [0, 1, 2, 3, 2, 1, 1, 0]
+    page.keyboard.press("i")
+    content = token(page, 0, 0).evaluate("e => getComputedStyle(e, '::after').content")
+    assert token(page, 0, 0).get_attribute("data-id") in content
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+
+
+def test_the_strip_leads_to_a_token_and_shows_the_threshold(show):
+    """A click at three quarters of its width holds the token there, in view; the line of τ is drawn
+    for entropies, and not for others."""
+    record = make_record(((2000, 400),))
+    page = show(html_of(record))
+    strip = page.locator('article[data-n="0"] .strip')
+    box = strip.bounding_box()
+    strip.click(position={"x": box["width"] * 0.75 + 0.5, "y": 20})
+    pinned = page.locator(".t.pinned")
+    assert abs(pinned.evaluate("e => e.n") - 1500) <= 2
+    top = pinned.bounding_box()["y"]
+    assert 0 < top < 800
+    assert "position 15" in page.locator("#panel").inner_text()
+
+    def red_dots() -> int:
+        """Of the colour of the line, in the row of the canvas that has most."""
+        return page.evaluate("""() => {
+          const canvas = document.querySelector('article[data-n="0"] .strip');
+          const { width, height } = canvas;
+          const copy = new OffscreenCanvas(width, height).getContext("2d");
+          copy.drawImage(canvas, 0, 0);
+          const dots = copy.getImageData(0, 0, width, height).data;
+          let most = 0;
+          for (let y = 0; y < height; y++) {
+            let count = 0;
+            for (let x = 0; x < width; x++) {
+              const at = 4 * (y * width + x);
+              if (dots[at] > 180 && dots[at + 1] < 150 && dots[at + 2] < 170) count++;
+            }
+            most = Math.max(most, count);
+          }
+          return most;
+        }""")
+
+    assert red_dots() > 100
+    page.keyboard.press("3")
+    assert red_dots() < 100
+
+
+def test_hostile_text_is_shown_and_does_nothing(show):
+    """No dialog, no request, no console message (`show` asserts it), and every token stands there
+    as text, without a control character or a mark of direction."""
+    record = hostile_record()
+    html = page_html(record, [Side("<img src=x onerror=alert(9)>\u202e", record.about, 1)])
+    page = show(html)
+    texts = page.locator("article .t").evaluate_all("all => all.map(e => e.innerText)")
+    assert "<script>alert(1)</script>" in texts and "</script><script>alert(2)</script>" in texts
+    assert "<img src=x" in texts[2] and texts[3].strip() == "onerror=alert(3)>"
+    for shown in ("␛[31mred␛[0m", "␀␇␍", "⟨FF⟩", "⟨E4 BD⟩", "你", "😀", "⟨ED A0 80⟩", "{{script}}"):
+        assert shown in texts
+    assert "[U+202E]evil[U+202C]" in texts and "[U+2066][U+200B][U+0085][U+FEFF][U+2028]" in texts
+    for t in range(0, len(HOSTILE), 4):
+        token(page, 0, t).hover()
+    page.locator("#facts summary").click()
+    everything = page.locator("body").evaluate(
+        "e => [...e.querySelectorAll('header, nav, main, aside')].map(x => x.textContent).join('')"
+    )
+    assert "<script>alert(4)</script>␛[2J[U+202E]" in everything
+    assert not any(mark in everything for mark in "\x00\x1b\x07\u202e\u202c\u2066\u200b\u2028")
+    assert page.locator("img").count() == 0
+    assert page.title() == "120 · <img src=x onerror=alert(9)>\u202e"
+
+
+def test_tokens_are_read_as_for_the_terminal(show):
+    """Random bytes, with whole and broken characters: the same parts from both readers."""
+    page = show(html_of(written_by_hand()))
+    draw = np.random.default_rng(0)
+    pool = (
+        "a \n\t\x1b\x7f\x85é你😀\u202e\u200d\u00a0\ufeff\u3164\ue000\u2028".encode()
+        + b"\xff\xc0\xed\xa0"
+    )
+    content = b"".join(
+        pool[begin : begin + size] for begin, size in draw.integers(1, len(pool), (200, 2)).tolist()
+    )
+    cuts = np.unique(draw.integers(1, len(content), 1500)).tolist()
+    pieces = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+    reader = Reader()
+    expected = [[list(part) for part in reader.read(Piece(each, False))] for each in pieces]
+    found = page.evaluate(
+        """pieces => {
+          const read = makeReader();
+          return pieces.map(bytes => read({ bytes: Uint8Array.from(bytes) }).parts);
+        }""",
+        [list(each) for each in pieces],
+    )
+    assert found == expected
+    assert {part[0] for parts in found for part in parts} == {"text", "mark", "newline", "hex"}
+
+
+def test_injected_script_is_refused(browser, tmp_path):
+    """The page's policy holds should markup ever get in."""
+    html = html_of(written_by_hand()).replace(
+        "<header>", "<script>document.title = 'taken'</script><header onclick='x()'>"
+    )
+    path = Path(tmp_path / "page.html")
+    path.write_text(html, "utf-8")
+    page = browser.new_page()
+    told: list[str] = []
+    page.on("console", lambda message: told.append(message.text))
+    page.goto(path.as_uri())
+    page.wait_for_selector(READY)
+    assert page.title() != "taken" and any("Content Security Policy" in text for text in told)
+    page.close()
+
+
+def test_a_page_of_a_real_run_opens(show):
+    """An eighth of 128 responses: all of it is there, and little of it in the document; what is far
+    appears when it is asked for, in view."""
+    record = big_record(responses=16)
+    html = html_of(record)
+    assert len(html) < 25e6 / 8
+    page = show(html)
+    assert len(listed(page)) == 16
+    assert page.locator("article .t").count() < 5 * 4096
+    page.locator("#list li").nth(13).click()
+    page.wait_for_selector('article[data-n="13"] .t')
+    strip = page.locator('article[data-n="13"] .strip')
+    assert 0 < strip.bounding_box()["y"] < 400
+    width = strip.bounding_box()["width"]
+    strip.click(position={"x": width / 2, "y": 10})
+    page.wait_for_timeout(300)
+    assert 0 < page.locator(".t.pinned").bounding_box()["y"] < 800
+    assert page.locator("article .t").count() < 8 * 4096
