@@ -25,7 +25,7 @@ from bench_loss import add_options, bench_loss, markdown
 from bench_rollout import bench_rollout
 from tqdm import tqdm
 
-from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.metrics.rows import read_metrics
 
 EXAMPLES = """examples:
   python benchmarks/bench.py                        everything

@@ -21,7 +21,7 @@ from megatron_eopd.config import (
     describe_options,
     parse_value,
 )
-from megatron_eopd.errors import ConfigError, ExpectedError, disk_error
+from megatron_eopd.errors import ConfigError, ExpectedError, disk_error, tell_torchrun
 
 
 def make_parser(
@@ -137,8 +137,6 @@ def run_command(read: Callable[[], Config], work: Callable[[Config], None]) -> i
 
 
 def tell(error: Exception) -> int:
-    from megatron_eopd.run_log import tell_torchrun
-
     tell_torchrun(f"error: {error}")
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)

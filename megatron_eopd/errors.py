@@ -1,6 +1,11 @@
 """What a user can act on: told as one message without a traceback. Everybody may import this."""
 
+import json
+import os
+import time
+from contextlib import suppress
 from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS, ESTALE
+from pathlib import Path
 
 
 class ExpectedError(Exception):
@@ -73,3 +78,17 @@ class SpikeError(ExpectedError, RuntimeError):
 
 class ReplicaError(ExpectedError, RuntimeError):
     """Data-parallel ranks hold different weights. Raised on every rank, before a save."""
+
+
+def tell_torchrun(reason: str) -> None:
+    """Why this rank ends: torchrun closes with it, below the noise of the ranks that it stops.
+
+    The file's form is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler, whose
+    own writer would put a traceback there.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"timestamp": str(int(time.time()))}
+        content = json.dumps({"message": {"message": reason, "extraInfo": extra}})
+        with suppress(OSError):  # it says the same above
+            Path(path).write_text(content)

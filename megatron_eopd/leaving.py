@@ -11,12 +11,12 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_eopd.errors import ExpectedError, disk_error
+from megatron_eopd.errors import ExpectedError, disk_error, tell_torchrun
 from megatron_eopd.interruption import EXIT_STOPPED
 from megatron_eopd.parallel.collectives import lost_rank, tells_of_lost_rank
 from megatron_eopd.parallel.init import ParallelContext, own_rank
 from megatron_eopd.parallel.meeting import note_stop, stopped_before
-from megatron_eopd.run_log import RunLog, tell_torchrun
+from megatron_eopd.run_log import RunLog
 
 TOGETHER = timedelta(seconds=15)
 

@@ -8,7 +8,8 @@ from megatron_eopd.build import Session
 from megatron_eopd.checkpoints import files
 from megatron_eopd.config import Config, changed_options
 from megatron_eopd.engines import make_exporter
-from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
+from megatron_eopd.metrics.rows import read_metrics
+from megatron_eopd.metrics.writer import MetricsWriter
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.reporting.lines import step_line

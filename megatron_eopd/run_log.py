@@ -1,6 +1,5 @@
 """What a run says: lines on the terminal and in RUN_DIR/log/, and the time its stages take."""
 
-import json
 import os
 import sys
 import time
@@ -26,20 +25,6 @@ def seconds_since_start() -> float:
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime, field 22 of proc(5)
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-
-
-def tell_torchrun(reason: str) -> None:
-    """Why this rank ends: torchrun closes with it, below the noise of the ranks that it stops.
-
-    The file's form is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler, whose
-    own writer would put a traceback there.
-    """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        extra = {"timestamp": str(int(time.time()))}
-        content = json.dumps({"message": {"message": reason, "extraInfo": extra}})
-        with suppress(OSError):  # it says the same above
-            Path(path).write_text(content)
 
 
 class RunLog:

@@ -12,7 +12,8 @@ import threading
 import time
 from types import FrameType
 
-from megatron_eopd.run_log import RunLog, tell_torchrun
+from megatron_eopd.errors import tell_torchrun
+from megatron_eopd.run_log import RunLog
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_S = 2.0

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_eopd import loop, milestones, report, step_faults
+from megatron_eopd import loop, milestones, step_faults
 from megatron_eopd.build import Session
 from megatron_eopd.config import Config, TrainingConfig
 from megatron_eopd.data.prompts import PromptSet
 from megatron_eopd.data.tokenizer import load_tokenizer
 from megatron_eopd.errors import ConfigError, EngineError, NonFiniteError, ReplicaError, SpikeError
 from megatron_eopd.evaluation.evaluate import Evaluation
-from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
+from megatron_eopd.metrics.rows import read_metrics
+from megatron_eopd.metrics.writer import MetricsWriter
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import Bins, Histogram, Prompt, Rollout, StepFault, StepReport
 from megatron_eopd.rollout.engine import SyncReport
@@ -122,6 +123,7 @@ def run(tmp_path, monkeypatch):
             },
             "checkpoint": {"save_interval": 2},
             "evaluation": {"interval": 2, "tasks": ["countdown"]},
+            "logging": {"record_tokens_interval": 0},
         }
         for section, own in sections.items():
             options[section] |= own
@@ -158,7 +160,7 @@ def run(tmp_path, monkeypatch):
         )
         figures = Evaluation({"eval/countdown/pass@1": 0.5}, [], [])
         monkeypatch.setattr(loop, "train_step", noting_step(events, faults or {}))
-        monkeypatch.setattr(report, "memory_scalars", lambda *_: {"memory/host_peak_gib": 1.0})
+        monkeypatch.setattr(loop, "memory_scalars", lambda *_: {"memory/host_peak_gib": 1.0})
         monkeypatch.setattr(step_faults, "from_rank_zero", lambda compute, group: compute())
         monkeypatch.setattr(
             milestones, "evaluate_student", lambda *_, **__: events.append("evaluate") or figures

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.metrics.rows import read_metrics
 
 LEFT_OUT = re.compile(
     r"time/|memory/|engine/|throughput/(?!tokens_total$)|weight_sync/(seconds|\w+_s)$"

@@ -50,7 +50,7 @@ def compare(path_a: Path, path_b: Path) -> str:
             f"two evaluations of the same task."
         )
     for task in common:
-        _check_alike(a[task], b[task])
+        check_alike(a[task], b[task])
     alone = [
         f"Only {label} has {', '.join(tasks)}."
         for label, tasks in (("A", sorted(a.keys() - b.keys())), ("B", sorted(b.keys() - a.keys())))
@@ -60,7 +60,7 @@ def compare(path_a: Path, path_b: Path) -> str:
     return "\n\n".join([*head, *(_compare_task(a[task], b[task]) for task in common)]) + "\n"
 
 
-def _check_alike(a: Report, b: Report) -> None:
+def check_alike(a: Report, b: Report) -> None:
     told_a, told_b = dict(a.settings), dict(b.settings)
     names = [n for n in {**told_a, **told_b} if n not in MAY_DIFFER]
     different = [n for n in names if told_a.get(n) != told_b.get(n)]
@@ -84,7 +84,7 @@ def _check_alike(a: Report, b: Report) -> None:
 # --- one task -----------------------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """One figure of both."""
 
     name: str
@@ -108,7 +108,7 @@ class _Row(NamedTuple):
 
 
 def _compare_task(a: Report, b: Report) -> str:
-    rows = _rows(a, b)
+    rows = rows_of(a, b)
     header = ("figure", "A", "B", "B − A", "95 % interval", "p", "smallest to be seen")
     parts = [
         f"## {a.task}",
@@ -125,7 +125,7 @@ def _compare_task(a: Report, b: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _rows(a: Report, b: Report) -> list[_Row]:
+def rows_of(a: Report, b: Report) -> list[Row]:
     ks = sorted(
         int(name.removeprefix("pass@"))
         for name in a.figures.keys() & b.figures.keys()
@@ -140,12 +140,12 @@ def _rows(a: Report, b: Report) -> list[_Row]:
     ]
 
 
-def _row(name: str, a_P: np.ndarray, b_P: np.ndarray, ceiling: float) -> _Row:
+def _row(name: str, a_P: np.ndarray, b_P: np.ndarray, ceiling: float) -> Row:
     pair = paired(a_P, b_P, SEED, highest=ceiling)
-    return _Row(name, float(np.nanmean(a_P)), float(np.nanmean(b_P)), pair)
+    return Row(name, float(np.nanmean(a_P)), float(np.nanmean(b_P)), pair)
 
 
-def _verdict(rows: Sequence[_Row], num_problems: int) -> str:
+def _verdict(rows: Sequence[Row], num_problems: int) -> str:
     told_rows = [row for row in rows if row.is_shown]
     up = [r for r in told_rows if r.paired.difference > 0]
     down = [r for r in told_rows if r.paired.difference < 0]
@@ -160,7 +160,7 @@ def _verdict(rows: Sequence[_Row], num_problems: int) -> str:
     return f"{sentence} {_limit(rows, num_problems)}"
 
 
-def _limit(rows: Sequence[_Row], num_problems: int) -> str:
+def _limit(rows: Sequence[Row], num_problems: int) -> str:
     if isinf(rows[0].paired.smallest_detectable):
         return f"{num_problems} problems are too few to show any."
     limits = [

@@ -17,8 +17,8 @@ from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.evaluation.grading_pool import GradingPool
 from megatron_eopd.evaluation.problems import ProblemSet, grading_pool
 from megatron_eopd.evaluation.recorder import Recorder
-from megatron_eopd.evaluation.report_file import make_report, scalars_of, write_report
-from megatron_eopd.evaluation.reports import Report
+from megatron_eopd.evaluation.report_file import make_report, write_report
+from megatron_eopd.evaluation.reports import Report, scalars_of
 from megatron_eopd.evaluation.sample_file import Json, Measured, SampleFile
 from megatron_eopd.evaluation.settings import measuring_settings, sampling_settings
 from megatron_eopd.models.causal_lm import CausalLM

@@ -14,7 +14,13 @@ from megatron_eopd.evaluation.estimators import Outcome, highest, per_problem
 from megatron_eopd.evaluation.intervals import intervals
 from megatron_eopd.evaluation.problems import ProblemSet
 from megatron_eopd.evaluation.report_text import report_markdown
-from megatron_eopd.evaluation.reports import ProblemReport, Report, Settings, read_reports
+from megatron_eopd.evaluation.reports import (
+    BOUNDS,
+    ProblemReport,
+    Report,
+    Settings,
+    read_reports,
+)
 from megatron_eopd.metrics.means import Sums, divide
 from megatron_eopd.training.token_loss import NUM_POSITIONS
 
@@ -28,7 +34,6 @@ DIVERGENCES = {
     "student_above_threshold": "above/student",
 }
 """Figure → its mean over response tokens."""
-BOUNDS = ("accuracy_low", "accuracy_high")
 
 
 def make_report(
@@ -67,12 +72,6 @@ def names_of_figures(samples_per_problem: int) -> set[str]:
     n = samples_per_problem
     outcome = Outcome(("right",) * n, ("x",) * n, (True,) * n, (1,) * n, (False,) * n, num_right=1)
     return {*per_problem([outcome], [k for k in REPORTED_K if k <= n]), *DIVERGENCES, *BOUNDS}
-
-
-def scalars_of(report: Report) -> dict[str, float]:
-    """What curves over a run show: the figures, and the interval of the mean accuracy."""
-    low, high = report.intervals[f"avg@{report.settings.num_samples}"]
-    return report.figures | dict(zip(BOUNDS, (low, high), strict=True))
 
 
 def _curves(means: Mapping[str, float]) -> dict[str, list[float | None]]:

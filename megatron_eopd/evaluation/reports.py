@@ -13,6 +13,8 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.estimators import Outcome
 from megatron_eopd.tasks.task import Verdict
 
+BOUNDS = ("accuracy_low", "accuracy_high")
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -80,6 +82,12 @@ class Report(_Record):
                 f"say {self.settings.num_problems} with {self.settings.num_samples}"
             )
         return self
+
+
+def scalars_of(report: Report) -> dict[str, float]:
+    """What curves over a run show: the figures, and the interval of the mean accuracy."""
+    low, high = report.intervals[f"avg@{report.settings.num_samples}"]
+    return report.figures | dict(zip(BOUNDS, (low, high), strict=True))
 
 
 def read_report(path: Path) -> Report:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_eopd.metrics.rows import read_metrics
 from megatron_eopd.metrics.trackers import TRACKERS
 from megatron_eopd.records import Histogram
 
@@ -81,14 +82,3 @@ def _is_evaluation(row: Mapping[str, Any]) -> bool:
 def rounded(value: float) -> float:
     """To 12 significant digits: the mean of a constant is then the constant."""
     return float(f"{value:.12g}")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a crash cut short is dropped."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from megatron_eopd.evaluation.report_file import BOUNDS
+from megatron_eopd.evaluation.reports import BOUNDS
 
 WIDTH = 100
 """Columns."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.metrics.rows import read_metrics
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = """examples:

@@ -13,7 +13,7 @@ from torch.multiprocessing import ProcessExitedException
 from megatron_eopd.checkpoints.files import complete
 from megatron_eopd.config import load_config
 from megatron_eopd.interruption import EXIT_STOPPED, Interruption
-from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.metrics.rows import read_metrics
 from megatron_eopd.parallel.init import free_port
 from tests.ranks import start_ranks
 

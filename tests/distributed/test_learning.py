@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_eopd.config import load_config
-from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.metrics.rows import read_metrics
 from tests.ranks import start_ranks
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_eopd.checkpoints.files import complete
-from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.metrics.rows import read_metrics
 from tests.e2e.jobs import SEPARATE, Job, job, repeat_recorded
 from tests.living import is_alive, wait_until_gone
 

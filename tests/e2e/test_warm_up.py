@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.metrics.rows import read_metrics
 from megatron_eopd.tasks import countdown
 from tests.e2e.test_train import QUICKSTART, ROOT, command, timeless, train
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.metrics.rows import read_metrics
 from tests.e2e.jobs import job
 
 ROOT = Path(__file__).parents[2]
