@@ -1,5 +1,9 @@
 from setuptools import find_packages, setup
 
+# mlflow-skinny alone keeps a local store only in files, which MLflow has given up; with the last
+# two it is in SQLite.
+trackers = ["wandb==0.31.0", "mlflow-skinny==3.17.2", "sqlalchemy>=2,<3", "alembic>=1.13,<2"]
+
 # Each range spans the versions that were run; README.md says which on what.
 setup(
     name="megatron-eopd",
@@ -34,7 +38,10 @@ setup(
         # TransformerEngine is not here: it is built for one torch, so torch comes first, and then
         # tools/install_transformer_engine.py. Nor is Apex: PyPI's apex is another project.
         "cuda": ["vllm>=0.32,<0.33"],
+        # Weights & Biases and MLflow, for logging.trackers.
+        "trackers": trackers,
         "dev": [
+            *trackers,
             *("pytest>=8", "hypothesis>=6", "psutil>=5", "ruff==0.17.6"),
             # What the loss benchmark compares with, and draws with. ModelOpt wants setuptools 80,
             # vLLM at most 80.

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from megatron_eopd.build import Session
 from megatron_eopd.checkpoints.files import EVALUATIONS, checkpoint_dir, evaluation_dir
+from megatron_eopd.config import Config
 from megatron_eopd.evaluation.evaluate import Evaluation
 from megatron_eopd.evaluation.settings import model_identity
 from megatron_eopd.loop import push_first_weights
-from megatron_eopd.metrics.trackers import TRACKERS
+from megatron_eopd.metrics.sinks.choice import open_sink
 from megatron_eopd.milestones import evaluate_student, model_of_run
 from megatron_eopd.reporting.scalars import memory_scalars
 from megatron_eopd.run_log import gauge_of, seconds_since_start
@@ -35,7 +36,7 @@ def into(output: Path | None) -> Callable[[Session], None]:
                 f"\n{(directory / 'report.md').read_text()}\n{told} of the fullest rank; "
                 f"{seconds_since_start():.0f} s; written to {directory}"
             )
-            if is_of_run and (session.config.run_dir / "tensorboard").is_dir():
+            if is_of_run and _has_tensorboard(session.config):
                 _show(session, result)
 
     return evaluate
@@ -55,9 +56,14 @@ def _directory(session: Session) -> Path:
     return session.config.run_dir / EVALUATIONS / f"{source.parents[1].name}-{source.name}"
 
 
+def _has_tensorboard(config: Config) -> bool:
+    return "tensorboard" in config.logging.trackers and (config.run_dir / "tensorboard").is_dir()
+
+
 def _show(session: Session, result: Evaluation) -> None:
-    """Beside the curves of the run that the figures belong to, which may still go on."""
-    for name in session.config.logging.trackers:
-        tracker = TRACKERS[name](session.config.run_dir, None)
-        tracker.scalars(session.first_iteration, result.figures)
-        tracker.close()
+    """Beside the curves of the run that the figures belong to, which may still go on: of the
+    trackers, TensorBoard alone lets two write of one run."""
+    sink = open_sink("tensorboard", session.config.run_dir, None, session.log.line)
+    if sink is not None:
+        sink.write(session.first_iteration, result.figures, {})
+        sink.close(is_complete=False)

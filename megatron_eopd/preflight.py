@@ -31,6 +31,7 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.grading_pool import check_answers as check_gold
 from megatron_eopd.evaluation.problems import ProblemSet, grading_pool, load_problem_sets
 from megatron_eopd.evaluation.report_file import names_of_figures
+from megatron_eopd.metrics.sinks.choice import check_packages
 from megatron_eopd.models.fit import check_student, check_teacher, check_vllm
 from megatron_eopd.models.hf_config import read_hf_config, unknown_keys
 from megatron_eopd.models.load import check_files
@@ -60,10 +61,11 @@ class Inputs:
     problem_sets: list[ProblemSet]
     """To evaluate on."""
     max_sequence_length: int
-    """Longest prompt and response together, in tokens, of training and evaluation."""
+    """Longest prompt and response together, in tokens, of training and evaluation; 0 where there is
+    neither."""
     engine: EngineChoice
     recording: Recording | None
-    """What a run with `rollout.replay` trains on."""
+    """What a run with `rollout.replay` trains on, or a scoring scores."""
     candidates: Candidates
     warnings: list[str]
     """What nobody can tell to be wrong, and a person should look at; the candidates have more."""
@@ -71,7 +73,7 @@ class Inputs:
 
 def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     """An evaluation alone does not train: it needs no teacher, and reads neither prompts nor
-    recordings.
+    recordings; without problems to evaluate on it is a scoring, which reads a recording.
 
     Raises:
         ConfigError, CheckpointError: naming the option, its value and what would be right.
@@ -80,6 +82,8 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     if trains:
         config.check_has_teacher()
     _check_writable(config.run_dir)
+    if trains:
+        check_packages(config.logging.trackers)
     layout = student_layout(config, world_size)
     uses_transformer_engine(config.model)
     student = read_hf_config(config.student.hf_path)
@@ -107,15 +111,19 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         "evaluation": [len(prompt.prompt_ids) for prompt in held_out],
     }
     longest = max(
-        _check_lengths(section, max(lengths), config, layout)
-        for section, lengths in sections.items()
-        if lengths
+        (
+            _check_lengths(section, max(lengths), config, layout)
+            for section, lengths in sections.items()
+            if lengths
+        ),
+        default=0,
     )
     candidates = _candidates(config, prompts, tokenizer.digest)
     begins_at = candidates.directories[0] if candidates.directories else None
     first_iteration = read_position(begins_at).iteration if begins_at else 0
-    recording = _recording(config, tokenizers.vocab_size, layout) if trains else None
-    if recording is not None:
+    reads_recording = trains or not problem_sets
+    recording = recording_of(config, tokenizers.vocab_size, layout) if reads_recording else None
+    if trains and recording is not None:
         recording.check_files(range(first_iteration, config.training.train_iters))
     return Inputs(
         tokenizers=tokenizers,
@@ -150,7 +158,7 @@ def _unknown_keys(config: Config) -> list[str]:
     return [warning for path in paths if (warning := unknown_keys(path)) is not None]
 
 
-def _recording(config: Config, vocab_size: int, layout: Layout) -> Recording | None:
+def recording_of(config: Config, vocab_size: int, layout: Layout) -> Recording | None:
     """What `rollout.replay` names."""
     if config.rollout.replay is None:
         return None
@@ -348,8 +356,11 @@ def _describe_evaluation(config: Config, problem_sets: Sequence[ProblemSet]) -> 
 
 
 def preview(inputs: Inputs) -> str:
-    """The first prompt as student and teachers read it: what a person would look at first."""
-    prompts = inputs.prompts or inputs.problem_sets[0].prompts
+    """The first prompt as student and teachers read it: what a person would look at first. Empty
+    where the prompts are those of a recording."""
+    prompts = inputs.prompts or [p for problems in inputs.problem_sets for p in problems.prompts]
+    if not prompts:
+        return ""
     tokenizers, prompt_ids = inputs.tokenizers, prompts[0].prompt_ids
     everybody = {"student": tokenizers.student, **tokenizers.teachers}
     shown = [render_preview(tokenizer, prompt_ids, who) for who, tokenizer in everybody.items()]

@@ -9,7 +9,7 @@ from megatron_eopd.checkpoints import files
 from megatron_eopd.config import Config, changed_options
 from megatron_eopd.engines import make_exporter
 from megatron_eopd.metrics.rows import read_metrics
-from megatron_eopd.metrics.writer import MetricsWriter
+from megatron_eopd.metrics.writer import MetricsWriter, simple_options
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.reporting.lines import step_line
@@ -37,6 +37,8 @@ def open_files(session: Session) -> MetricsWriter | None:
         session.first_iteration if session.resumed_from is not None else None,
         config.logging.trackers,
         is_evaluated=session.resumes_evaluated,
+        options=simple_options(config.model_dump(mode="json")),
+        tell=session.log.line,
     )
 
 
@@ -104,6 +106,7 @@ def finish(session: Session, writer: MetricsWriter | None) -> None:
         export(session, config.run_dir / "hf")
     if writer is None:
         return
+    writer.complete()
     hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
     table = before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
     minutes = seconds_since_start() / 60

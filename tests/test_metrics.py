@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_eopd.comparison.parts import LEFT_OUT
 from megatron_eopd.config import describe_options
 from megatron_eopd.metrics.means import Means, divide
-from megatron_eopd.metrics.trackers import TRACKERS
-from megatron_eopd.metrics.writer import MetricsWriter, read_metrics
+from megatron_eopd.metrics.rows import read_metrics
+from megatron_eopd.metrics.sinks.choice import SINKS
+from megatron_eopd.metrics.writer import MetricsWriter
 from megatron_eopd.records import Bins, Histogram, Prompt, Rollout
 from megatron_eopd.reporting.lines import evaluation_line
 from megatron_eopd.reporting.run_report import before_after_table
@@ -196,7 +197,7 @@ def test_tensorboard_shows_the_counts_of_a_histogram(tmp_path):
 def test_every_tracker_has_its_word():
     words = describe_options()
     (values,) = (option.values for option in words if option.name == "logging.trackers")
-    assert set(values) == TRACKERS.keys()
+    assert set(values) == SINKS.keys()
 
 
 def test_engines_are_measured_over_the_calls_of_an_iteration():

@@ -116,9 +116,9 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """What shows the metrics, beside metrics.jsonl, which is always written. A list, `[]` for no
-    tracker."""
+    tracker. `wandb` and `mlflow` need packages of the extra `trackers`."""
     log_interval: int = Field(1, gt=0)
     """Iterations between step lines on the terminal. metrics.jsonl has every iteration."""
     text_interval: int = Field(10, gt=0)

@@ -1,19 +1,22 @@
-"""metrics.jsonl: a line for each iteration and each evaluation, and the trackers beside it."""
+"""metrics.jsonl: a line for each iteration and each evaluation, and the sinks beside it."""
 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_eopd.errors import ConfigError
+from megatron_eopd.metrics import guide, names
 from megatron_eopd.metrics.rows import read_metrics
-from megatron_eopd.metrics.trackers import TRACKERS
+from megatron_eopd.metrics.sinks.choice import open_sink
+from megatron_eopd.metrics.sinks.sink import Options, Sink, is_evaluation
 from megatron_eopd.records import Histogram
 
 
 class MetricsWriter:
-    """metrics.jsonl of a run and its trackers, written on one rank.
+    """metrics.jsonl of a run and its sinks, written on one rank.
 
     A run that resumes at iteration i forgets what a broken-off run wrote after i, so that all of
     them tell one story.
@@ -26,16 +29,33 @@ class MetricsWriter:
         trackers: Sequence[str] = ("tensorboard",),
         *,
         is_evaluated: bool = True,
+        options: Options | None = None,
+        tell: Callable[[str], None] = print,
     ) -> None:
         """`resumed_at`: None of a run that begins. `is_evaluated`: whether the evaluation there was
-        made before; otherwise a broken-off run may have made it after its checkpoint."""
+        made before; otherwise a broken-off run may have made it after its checkpoint. `options`: of
+        the run, for the sinks to show. `tell`: of a sink that is left out.
+
+        Raises:
+            ConfigError: a run that begins cannot open one of its trackers.
+        """
         self._path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
         self.tokens_total = self._truncate_after(resumed_at, is_evaluated)
         """Response tokens that the run has trained on."""
+        self._is_complete = False
         self._file = self._path.open("a")
         first = 0 if resumed_at is None else resumed_at + 1
-        self._trackers = [TRACKERS[name](run_dir, first) for name in trackers]
+        self._sinks: list[Sink] = []
+        try:
+            for name in trackers:
+                if (sink := open_sink(name, run_dir, first, tell)) is not None:
+                    self._sinks.append(sink)
+        except ConfigError:
+            self.close()
+            raise
+        if options is not None:
+            self._introduce(first, options)
 
     def _truncate_after(self, iteration: int | None, is_evaluated: bool) -> int:
         """Returns the tokens of the rows that are kept."""
@@ -44,11 +64,19 @@ class MetricsWriter:
         rows = read_metrics(self._path) if iteration is not None else []
         kept = [row for row in rows if row["iteration"] <= iteration]
         if not is_evaluated:
-            kept = [row for row in kept if row["iteration"] < iteration or not _is_evaluation(row)]
+            kept = [row for row in kept if row["iteration"] < iteration or not is_evaluation(row)]
         unfinished = self._path.with_suffix(".unfinished")
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(unfinished, self._path)
         return max((int(row.get("throughput/tokens_total", 0)) for row in kept), default=0)
+
+    def _introduce(self, first: int, options: Options) -> None:
+        """What the run is, what to watch, and what the names mean."""
+        for sink in self._sinks:
+            sink.about(options)
+        self.text(first, "about/run", _options_table(options))
+        self.text(first, "about/first_50_steps", guide.page())
+        self.text(first, "about/metrics", names.page())
 
     def write(
         self,
@@ -61,22 +89,40 @@ class MetricsWriter:
         finite = {n: rounded(value) for n, value in scalars.items() if math.isfinite(value)}
         self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
         self._file.flush()
-        for tracker in self._trackers:
-            tracker.scalars(iteration, finite)
-            tracker.histograms(iteration, histograms or {})
+        for sink in self._sinks:
+            sink.write(iteration, finite, histograms or {})
 
     def text(self, iteration: int, name: str, markdown: str) -> None:
-        for tracker in self._trackers:
-            tracker.text(iteration, name, markdown)
+        for sink in self._sinks:
+            sink.text(iteration, name, markdown)
+
+    def complete(self) -> None:
+        """The run has come to its end; what is closed before was broken off."""
+        self._is_complete = True
 
     def close(self) -> None:
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        for sink in self._sinks:
+            sink.close(is_complete=self._is_complete)
 
 
-def _is_evaluation(row: Mapping[str, Any]) -> bool:
-    return any(name.startswith("eval/") for name in row)
+def simple_options(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`section.key` → value, of a configuration's options that are a word or a number."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= simple_options(value, f"{prefix}{key}.")
+        elif isinstance(value, str | int | float):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _options_table(options: Options) -> str:
+    """All values as code, which Markdown leaves alone."""
+    harmless = str.maketrans({"`": "'", "|": "/", "\n": "↵"})
+    shown = {name: str(value).translate(harmless) for name, value in options.items()}
+    rows = [f"| `{name}` | `{value or ' '}` |" for name, value in shown.items()]
+    return "\n".join(["| option | value |", "|---|---|", *rows])
 
 
 def rounded(value: float) -> float:

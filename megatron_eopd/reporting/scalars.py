@@ -82,9 +82,9 @@ def histograms(reports: Sequence[StepReport]) -> dict[str, Histogram]:
 def percentiles(reports: Sequence[StepReport]) -> dict[str, float]:
     """Those that metrics.jsonl has; where no step was sound, none."""
     scalars = {}
-    if (entropies := histograms(reports).get("entropy/teacher")) is not None:
-        scalars["entropy/teacher_p50"] = percentile(entropies, 0.5)
-        scalars["entropy/teacher_p90"] = percentile(entropies, 0.9)
+    for name, entropies in histograms(reports).items():
+        scalars[f"{name}_p50"] = percentile(entropies, 0.5)
+        scalars[f"{name}_p90"] = percentile(entropies, 0.9)
     # Of the first step alone, in which the student has the engine's weights.
     if (mismatch := reports[0].histograms.get("mismatch/logprob_abs")) is not None:
         scalars["mismatch/logprob_abs_p99"] = percentile(mismatch, 0.99)

@@ -1,0 +1,83 @@
+"""The sinks by the words of `logging.trackers`. To add one, write a class and give it a row."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_eopd.errors import ConfigError
+from megatron_eopd.metrics.sinks.background import Background
+from megatron_eopd.metrics.sinks.sink import Sink
+
+
+class Entry(NamedTuple):
+    module: str
+    name: str
+    """Its class there; imported only by runs that ask for it."""
+    packages: tuple[str, ...] = ()
+    """What it needs beside the trainer's own, as they are imported and installed."""
+    advice: str = ""
+    """What helps where the service does not answer."""
+
+
+_HERE = "megatron_eopd.metrics.sinks"
+SINKS = {
+    "tensorboard": Entry(f"{_HERE}.tensorboard", "TensorBoard"),
+    "wandb": Entry(
+        f"{_HERE}.wandb",
+        "Wandb",
+        ("wandb",),
+        "Log in (wandb login, or WANDB_API_KEY), or set WANDB_MODE=offline and send it later with "
+        "wandb sync.",
+    ),
+    "mlflow": Entry(
+        f"{_HERE}.mlflow",
+        "MLflow",
+        ("mlflow", "sqlalchemy", "alembic"),
+        "See to MLFLOW_TRACKING_URI, or unset it for a database in RUN_DIR/mlflow.",
+    ),
+}
+_INSTALLED_AS = {"mlflow": "mlflow-skinny"}
+
+
+def check_packages(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: a tracker's package is not installed.
+    """
+    for name in names:
+        missing = [package for package in SINKS[name].packages if not _is_installed(package)]
+        if missing:
+            installs = " ".join(_INSTALLED_AS.get(package, package) for package in missing)
+            raise ConfigError(
+                f"logging.trackers names {name}, and {', '.join(missing)} is not installed here. "
+                f"Run `pip install {installs}`, or take {name} out of the list."
+            )
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name in the working directory, such as wandb leaves there, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def open_sink(
+    name: str, run_dir: Path, first: int | None, tell: Callable[[str], None]
+) -> Sink | None:
+    """None where a run that resumes finds its tracker out of reach: it goes on all the same.
+
+    Raises:
+        ConfigError: a run that begins cannot open its tracker.
+    """
+    check_packages([name])
+    entry = SINKS[name]
+    try:
+        sink = getattr(import_module(entry.module), entry.name)(run_dir, first)
+    except Exception as error:  # of any library, and whatever its network says
+        message = f"logging.trackers names {name}, which cannot be opened: {error}. {entry.advice}"
+        if first == 0:
+            raise ConfigError(f"{message} Or take {name} out of the list.") from error
+        tell(f"WARNING: {message} This start goes on without it.")
+        return None
+    return Background(name, sink, tell)
