@@ -8,12 +8,11 @@ from megatron_eopd.build import Session
 from megatron_eopd.checkpoints import files
 from megatron_eopd.config import Config, changed_options
 from megatron_eopd.engines import make_exporter
-from megatron_eopd.metrics.rows import read_metrics
 from megatron_eopd.metrics.writer import MetricsWriter, simple_options
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.records import Rollout, StepReport
 from megatron_eopd.reporting.lines import step_line
-from megatron_eopd.reporting.run_report import before_after_table, write_report
+from megatron_eopd.reporting.run_report import finish_report
 from megatron_eopd.reporting.samples import samples_markdown
 from megatron_eopd.reporting.scalars import histograms, num_tokens
 from megatron_eopd.run_log import seconds_since_start
@@ -108,6 +107,5 @@ def finish(session: Session, writer: MetricsWriter | None) -> None:
         return
     writer.complete()
     hf_dir = config.run_dir / "hf" if config.checkpoint.export_hf else None
-    table = before_after_table(read_metrics(config.run_dir / "metrics.jsonl"))
     minutes = seconds_since_start() / 60
-    session.log.line("\n" + write_report(config, table, hf_dir, minutes))
+    session.log.line("\n" + finish_report(config, hf_dir, minutes))
