@@ -128,7 +128,7 @@ test-gpu: install
 # By the first letter of a file's name, so that both take about the same time.
 WITH_DEADLINES := tests/test_engine_process.py tests/test_weight_sync.py
 SMALL := $(filter-out $(WITH_DEADLINES),$(wildcard tests/test_*.py))
-SMALL_a := $(filter $(wildcard tests/test_[a-j]*.py),$(SMALL))
+SMALL_a := $(filter $(wildcard tests/test_[a-j]*.py),$(SMALL)) tests/browser
 SMALL_b := $(filter-out $(SMALL_a),$(SMALL))
 test-small-%:
 	$(BIN)/python -m pytest $(SMALL_$*)

@@ -25,6 +25,7 @@ setup(
         "pydantic>=2.12,<3",
         "numpy>=2,<2.4",
         "tensorboard>=2.20,<3",
+        "matplotlib>=3.9,<4",
         "sentencepiece>=0.2",
         "tqdm>=4.66",
         "datasets>=5.2,<6",
@@ -43,9 +44,10 @@ setup(
         "dev": [
             *trackers,
             *("pytest>=8", "hypothesis>=6", "psutil>=5", "ruff==0.17.6"),
-            # What the loss benchmark compares with, and draws with. ModelOpt wants setuptools 80,
-            # vLLM at most 80.
-            *("nvidia-modelopt==0.47.0", "liger-kernel==0.8.5", "matplotlib>=3.9"),
+            # Opens the token page in Debian's Chromium: tests, and the pictures of docs.
+            *("playwright==1.65.2", "pillow>=10"),
+            # What the loss benchmark compares with. ModelOpt wants setuptools 80, vLLM at most 80.
+            *("nvidia-modelopt==0.47.0", "liger-kernel==0.8.5"),
             "setuptools>=80,<81",
         ],
     },

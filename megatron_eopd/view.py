@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_eopd.cli import positive, tell
+from megatron_eopd.cli import positive, run_command, tell
 from megatron_eopd.errors import ConfigError, ExpectedError, disk_error
+from megatron_eopd.tokens.file import training_file
 from megatron_eopd.tokens.record import TokenRecord
 from megatron_eopd.viewing.beside import beside
 from megatron_eopd.viewing.index import index_html, summary_of
@@ -34,6 +35,10 @@ examples:
   python -m megatron_eopd.view runs/mine --iteration 120 --compare runs/mine@20
       the same prompts earlier, where the run has them twice
   python -m megatron_eopd.view runs/mine --text --signal forward_kl --limit 8 | less -R
+  torchrun --nproc_per_node=2 -m megatron_eopd.view runs/mine --iteration 100 --score \\
+      logging.record_tokens_samples=128 logging.record_top_tokens=all
+      both models score the rollouts that were kept of that iteration (rollout.record=true), with
+      the weights that wrote them; then its page
 
 Tokens are recorded by a run with logging.record_tokens_interval=N.
 """
@@ -73,12 +78,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="responses with --text (default: %(default)s)",
     )
-    return parser.parse_args(arguments)
+    add(
+        "--score",
+        action="store_true",
+        help="first record tokens of the rollouts that were kept of --iteration N",
+    )
+    add("overrides", nargs="*", metavar="section.key=value", help="of the run, with --score")
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
+        if args.overrides and not args.score:
+            raise ConfigError(f"{args.overrides[0]}: options of the run are for --score alone.")
+        if args.score and (failed := score_rollouts(args)):
+            return failed
+        if os.environ.get("RANK", "0") != "0":
+            return 0
         print_text(args) if args.text else write_pages(args)
     except ExpectedError as error:
         return tell(error)
@@ -90,6 +107,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return tell(told)
     return 0
+
+
+def score_rollouts(args: argparse.Namespace) -> int:
+    """The exit code."""
+    if args.iteration is None:
+        raise ConfigError("--score needs the iteration whose rollouts are scored: --iteration N.")
+    from megatron_eopd.scoring import score, scoring_config
+
+    path = training_file(args.run, args.iteration)
+    return run_command(
+        lambda: scoring_config(args.run, args.iteration, args.overrides),
+        lambda config: score(config, path, args.iteration),
+    )
 
 
 def print_text(args: argparse.Namespace) -> None:

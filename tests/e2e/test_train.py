@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
-from megatron_eopd.metrics.writer import read_metrics
+from megatron_eopd.metrics.rows import read_metrics
+from megatron_eopd.reporting.run_report import before_after_table
+from megatron_eopd.tokens.file import read_tokens
 from tests.tiny_models import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +78,11 @@ def test_a_run_leaves_everything_that_it_promises(first_run):
     run_dir, done = first_run
     assert len(re.findall(r"^step \d+/\d+ \| loss ", done.stdout, re.MULTILINE)) == 3
     assert "| countdown/reverse_kl |" in done.stdout and str(run_dir / "hf") in done.stdout
-    assert (run_dir / "report.md").read_text() in done.stdout
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert before_after_table(rows) in done.stdout
+    assert "WARNING (told once)" not in done.stdout
+    assert (run_dir / "report.html").is_file() and (run_dir / "report.md").is_file()
+    assert {path.name for path in (run_dir / "tokens").iterdir()} == {"000000.npz"}
     assert json.loads((run_dir / "config.json").read_text())["training"]["train_iters"] == 3
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload().Tags()
     assert {"loss/total", "eval/countdown/pass@1", "gate/fraction"} <= set(events["scalars"])
@@ -83,13 +90,44 @@ def test_a_run_leaves_everything_that_it_promises(first_run):
     assert "evaluation/text_summary" in events["tensors"]
     assert (run_dir / "checkpoints/000003/DONE").is_file()
     assert (run_dir / "rollouts/000002.jsonl").is_file()
-    rows = read_metrics(run_dir / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 3]
     names = (ROOT / "docs/metrics.md").read_text()
     for name in {name for row in rows for name in row} - {"iteration"}:
         documented = re.sub(r"(?<=[@^])\d+", "k", re.sub(r"eval/\w+/", "eval/<task>/", name))
         documented = re.sub(r"^engine/\d+/", "engine/N/", documented)
         assert f"`{documented}`" in names, f"{name} is not in docs/metrics.md"
+
+
+def test_recorded_tokens_are_shown_and_scored_again_the_same(first_run, tmp_path):
+    """Of training and evaluations; scored on another layout, from the rollouts that were kept, with
+    the weights that wrote them: those of a checkpoint, and the student as it came."""
+    run_dir = Path(shutil.copytree(first_run[0], tmp_path / "run"))
+    view = [sys.executable, "-m", "megatron_eopd.view", str(run_dir)]
+    shown = subprocess.run(view, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    names = {"index", "000000", "evaluation-000000-countdown", "evaluation-000003-countdown"}
+    assert {path.stem for path in (run_dir / "view").iterdir()} == names
+    evaluated = read_tokens(run_dir / "evaluations/000003/countdown.tokens.npz")
+    assert {r.verdict for r in evaluated.responses} <= {"right", "wrong", "no_answer"}
+    trained = read_tokens(run_dir / "tokens/000000.npz")
+    assert np.abs(trained.signals["engine_mismatch"]).max() < 1e-4
+    alone = ["--score", "parallel.tensor_model_parallel_size=1"]
+    for iteration in (0, 2):
+        done = subprocess.run(
+            [*view, "--iteration", str(iteration), *alone],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        scored = read_tokens(run_dir / f"tokens/00000{iteration}.npz")
+        assert np.abs(scored.signals["engine_mismatch"]).max() < 1e-4
+    again = read_tokens(run_dir / "tokens/000000.npz")
+    assert again.ids_T.tolist() == trained.ids_T.tolist()
+    for name, values_T in trained.signals.items():
+        assert again.signals[name] == pytest.approx(values_T, abs=1e-5), name
 
 
 def test_the_engine_had_the_trainers_weights_in_every_iteration(first_run):
