@@ -99,6 +99,9 @@ def test_every_curve_of_a_dashboard_exists():
     for tag in tags:
         assert any(re.match(tag, name) for name in names), tag
     assert list(dashboards([])) == [name for name in layout if name != "Evaluation"]
+    bare = dashboards(["loss/total", "memory/host_peak_gib"])
+    assert "by source" in layout["Loss"] and "by source" not in bare["Loss"]
+    assert list(layout["Memory"]) == ["device", "host"] and list(bare["Memory"]) == ["host"]
     assert layout["Evaluation"]["math: accuracy, 95 %"] == [
         "Margin",
         ["eval/math/avg@4", "eval/math/accuracy_low", "eval/math/accuracy_high"],

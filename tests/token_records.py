@@ -26,7 +26,7 @@ ABOUT = About(
     teachers={"teacher": "models/teacher"},
     temperature=1.0,
     payload="hidden",
-    top_tokens="gated",
+    top_tokens="notable",
 )
 END = 1
 WORDS = (
@@ -119,7 +119,7 @@ def _with_signals(draw, ids_T, prompts, responses, texts, about, words) -> Token
         "teacher_logprob": teacher_T,
         "loss": reverse_T + gate_T * forward_T,
     }
-    rows_G = np.flatnonzero(gate_T if about.top_tokens == "gated" else np.ones(count))
+    rows_G = np.flatnonzero(gate_T if about.top_tokens == "notable" else np.ones(count))
     tops = _tops(draw, ids_T[rows_G], words)
     return TokenRecord(
         about=about,

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--compare", type=Path, metavar="RUN2", help="for a page of two runs")
+    parser.add_argument("--compare", type=Path, metavar="RUN2", help="beside it in the report")
     parser.add_argument(*("-o", "--output"), type=Path, default=Path("docs/images"), metavar="DIR")
     parser.add_argument(
         "--prefix", default="", metavar="NAME", help="of the files, and the token page alone"
@@ -75,11 +75,12 @@ def pictures(
     yield "token_page", page
     if args.prefix:
         return
-    if args.compare is not None:
-        assert view.main([*asked, "--compare", str(args.compare)]) == 0
-        page = open_page(browser, next(folder.glob(f"{last.name}-with-*.html")))
-        page.keyboard.press("4")
-        yield "token_page_compare", page
+    before = f"{args.run}@{evaluations[0].iteration}"
+    assert view.main([*asked, "--compare", before]) == 0
+    page = open_page(browser, next(folder.glob(f"{last.name}-with-*.html")))
+    page.keyboard.press("4")
+    point_at_the_darkest(page)
+    yield "token_page_compare", page
     assert view.main([str(args.run), "--output", str(folder)]) == 0
     yield "token_index", open_page(browser, folder / "index.html")
     runs = [str(run) for run in (args.run, args.compare) if run is not None]

@@ -132,9 +132,9 @@ class LoggingConfig(Section):
     record_tokens_samples: int = Field(8, ge=0)
     """Responses in a recording: the first ones, and at most four to a prompt while there are
     others. Each costs one more pass over the logits of its tokens."""
-    record_top_tokens: Literal["gated", "all"] = "gated"
+    record_top_tokens: Literal["notable", "all"] = "notable"
     """At which tokens the five most probable of both models are kept: where the teacher's entropy
-    reaches `objective.entropy_threshold`, or at all."""
+    reaches `objective.entropy_threshold` or reverse KL 1 nat, or at all."""
 
     @field_validator("trackers")
     @classmethod

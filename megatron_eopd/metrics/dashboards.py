@@ -69,6 +69,14 @@ _TRAINING: dict[str, dict[str, Chart]] = {
 }
 
 
+_OF_SOME_RUNS = ("by source", "device")
+"""Charts of what a run has from its first iteration on, or never."""
+
+
+def _has(chart: Chart, names: Collection[str]) -> bool:
+    return any(re.fullmatch(tag, name) for tag in chart[1] for name in names)
+
+
 def dashboards(names: Collection[str]) -> dict[str, dict[str, Chart]]:
     """Category → title → chart. `names`: written so far; they say which tasks are evaluated."""
     found = (re.fullmatch(r"eval/([^/]+)/avg@(\d+)", name) for name in names)
@@ -85,7 +93,10 @@ def dashboards(names: Collection[str]) -> dict[str, dict[str, Chart]]:
             f"{task}: length": _lines(f"{own}/length_mean"),
             f"{task}: verdicts": _lines(f"{own}/verdict/.+"),
         }
-    first, *others = _TRAINING.items()
+    first, *others = (
+        (category, {t: c for t, c in own.items() if t not in _OF_SOME_RUNS or _has(c, names)})
+        for category, own in _TRAINING.items()
+    )
     return dict([first, *([("Evaluation", charts)] if charts else []), *others])
 
 

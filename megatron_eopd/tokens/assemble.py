@@ -9,6 +9,7 @@ from megatron_eopd.config import Config
 from megatron_eopd.records import LOWEST, Rollout
 from megatron_eopd.tokens.notes import Columns
 from megatron_eopd.tokens.record import (
+    NOTABLE_KL,
     SIGNALS,
     About,
     Piece,
@@ -40,8 +41,9 @@ def assemble(
     sorted_columns = {name: values[order] for name, values in columns.items()}
     prompts, numbers = _prompts(rollouts)
     has_top = np.ones(len(order), bool)
-    if about.top_tokens == "gated":
+    if about.top_tokens == "notable":
         has_top = sorted_columns["teacher_entropy"] >= about.threshold
+        has_top |= sorted_columns["reverse_kl"] >= NOTABLE_KL
     ids_T = np.array([i for r in rollouts for i in r.response_ids], np.int32)
     top_ids_GK = sorted_columns["top_ids_NK"][has_top].astype(np.int32)
     known = {*ids_T.tolist(), *top_ids_GK.flatten().tolist()} - {-1}

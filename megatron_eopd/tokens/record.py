@@ -12,6 +12,8 @@ import numpy as np
 
 TOP = 5
 """Most probable tokens of each model."""
+NOTABLE_KL = 1.0
+"""Nats of reverse KL: there the student goes where the teacher would not."""
 
 
 class Signal(NamedTuple):
@@ -90,9 +92,9 @@ class About:
     temperature: float
     """Of the rollouts."""
     payload: str
-    top_tokens: Literal["gated", "all"]
+    top_tokens: Literal["notable", "all"]
     """At which tokens the most probable ones are kept: where the teacher's entropy reaches the
-    threshold, or everywhere."""
+    threshold or reverse KL NOTABLE_KL, or everywhere."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ function countsText() {
 
 function alternativesText() {
   const kept = PAGE.alternatives_kept, recorded = PAGE.summary.num_alternatives;
-  const where = PAGE.sides[0].about.top_tokens === "gated" ? "where H ≥ τ" : "everywhere";
+  const isNotable = PAGE.sides[0].about.top_tokens === "notable";
+  const where = isNotable ? `where H ≥ τ or reverse KL ≥ ${PAGE.notable_kl} nats` : "everywhere";
   const text = `of ${kept.toLocaleString("en")} tokens, top ${PAGE.top} of each model, ${where}`;
   if (kept === recorded) return text;
   return `${text}; the highest teacher entropies of the ${recorded.toLocaleString("en")} recorded`;

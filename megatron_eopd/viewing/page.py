@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_eopd.tokens.record import SIGNALS, TOP, About, TokenRecord
+from megatron_eopd.tokens.record import NOTABLE_KL, SIGNALS, TOP, About, TokenRecord
 from megatron_eopd.viewing.columns import NATS, encode
 from megatron_eopd.viewing.summary import Summary, summarize
 
@@ -59,6 +59,7 @@ def page_html(
         "colours": COLOURS,
         "signal": signal,
         "top": TOP,
+        "notable_kl": NOTABLE_KL,
         "summary": summary._asdict(),
         "alternatives_kept": int(kept_G.sum()),
         "prompts": [prompt._asdict() | {"ids": None} for prompt in record.prompts],

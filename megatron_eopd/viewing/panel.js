@@ -105,9 +105,9 @@ function bar(who, logprob) {
 function whyNone(response, token) {
   const { threshold, top_tokens } = PAGE.sides[response.side].about;
   const entropy = COLUMNS.teacher_entropy[token];
-  if (top_tokens === "gated" && threshold !== null && entropy < threshold) {
+  if (top_tokens === "notable" && threshold !== null && entropy < threshold) {
     const told = figure("teacher_entropy", entropy);
-    return `No alternatives kept here: H = ${told} is below τ = ${threshold} nats.`;
+    return `No alternatives kept here: H = ${told} is below τ = ${threshold} nats, and reverse KL below ${PAGE.notable_kl}.`;
   }
   if (PAGE.alternatives_kept < PAGE.summary.num_alternatives) {
     const kept = PAGE.alternatives_kept.toLocaleString("en");

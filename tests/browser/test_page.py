@@ -119,7 +119,10 @@ def test_the_panel_has_both_models_most_probable_tokens(show):
     assert student[1].split() == ["12", "0.1", "%", "50.0", "%"]
     assert page.locator("#panel .sampled").count() == 2  # " of", in both tables
     token(page, 0, 0).hover()
-    assert "H = 0.1000 is below τ = 0.8" in page.locator("#panel .none").inner_text()
+    assert (
+        "H = 0.1000 is below τ = 0.8 nats, and reverse KL below 1"
+        in page.locator("#panel .none").inner_text()
+    )
 
 
 def test_what_a_page_has_left_out_is_said(show):
@@ -129,7 +132,7 @@ def test_what_a_page_has_left_out_is_said(show):
     assert "2 tokens of the highest teacher entropy" in page.locator("#panel .none").inner_text()
     page.locator("#facts summary").click()
     facts = page.locator("#facts").inner_text()
-    assert "of 2 tokens, top 5 of each model, where H ≥ τ" in facts
+    assert "of 2 tokens, top 5 of each model, where H ≥ τ or reverse KL ≥ 1" in facts
     assert "the highest teacher entropies of the 3 recorded" in facts
     for text in ("models/student", "models/teacher", "τ = 0.8", "temperature 1", "2 responses"):
         assert text in facts
