@@ -16,9 +16,13 @@ from megatron_eopd.reporting.run_report import finish_report
 from megatron_eopd.reporting.samples import samples_markdown
 from megatron_eopd.reporting.scalars import histograms, num_tokens
 from megatron_eopd.run_log import seconds_since_start
+from megatron_eopd.tokens.file import TOKENS
 
 RUN_CONFIG = "run_config.json"
 """In a checkpoint: the options of the run that wrote it."""
+
+_KINDS = {files.EVALUATIONS: "evaluation", TOKENS: "recording of tokens"}
+"""By the folder in RUN_DIR."""
 
 
 def open_files(session: Session) -> MetricsWriter | None:
@@ -28,7 +32,7 @@ def open_files(session: Session) -> MetricsWriter | None:
     _tell_changes(session)
     config = session.config
     for moved in files.set_aside_later(config.run_dir, session.first_place):
-        what = "evaluation" if moved.parent.name == files.EVALUATIONS else "checkpoint"
+        what = _KINDS.get(moved.parent.name, "checkpoint")
         session.log.line(f"WARNING: set aside a later {what}, {moved}")
     _save_provenance(config)
     return MetricsWriter(

@@ -2,13 +2,17 @@
 
 import re
 from math import nan
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_eopd import warning_rules as rules
 from megatron_eopd.config import Config
 from megatron_eopd.health import HealthCheck
+from megatron_eopd.metrics.rows import read_metrics
 from megatron_eopd.rollout.engine import SyncReport
+from megatron_eopd.warning_rules import RULES
 from megatron_eopd.weight_sync.verify import Probe
 
 HEALTHY = {
@@ -70,6 +74,36 @@ def test_each_sign_is_told_once_with_advice(health, values, said):
         check.look(HEALTHY | values, SYNC)
     assert len(told) == 1
     assert re.search(said, told[0], re.DOTALL), told[0]
+
+
+def test_the_quick_start_hears_nothing(health):
+    """A real run: every tenth iteration of 260, what the rules look at."""
+    check, told = health
+    rows = read_metrics(Path(__file__).parent / "golden/quickstart_watched.jsonl")
+    assert [row["iteration"] for row in rows] == [1, *range(10, 261, 10)]
+    looked_at = HEALTHY.keys() - {"iteration"}
+    for row in rows:
+        assert looked_at <= row.keys()
+        check.look(row, SYNC)
+    assert told == []
+
+
+def test_the_page_has_every_rule_and_its_bounds():
+    page = (Path(__file__).parents[1] / "docs/monitoring.md").read_text()
+    for rule in RULES:
+        assert f"| `{rule.__name__}` |" in page, rule
+    for name, bounds in {
+        "gate_open": [rules.OPEN_GATE],
+        "gate_closed": [rules.CLOSED_GATE],
+        "truncated": [rules.TRUNCATED],
+        "runaway_length": [rules.RUNAWAY_LENGTH, rules.RUNAWAY_TRUNCATED],
+        "repetition": [rules.REPETITION],
+        "entropy_collapse": [rules.COLLAPSED],
+        "end_tokens": [rules.END_LOGPROB],
+    }.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        for bound in bounds:
+            assert f" {bound} " in f"{row} ".replace(",", " "), (name, bound)
 
 
 def test_longer_answers_alone_are_no_sign(health):

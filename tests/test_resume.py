@@ -14,6 +14,7 @@ from megatron_eopd.checkpoints import files
 from megatron_eopd.checkpoints.resume import choose_checkpoints
 from megatron_eopd.config import Config, load_config
 from megatron_eopd.errors import CheckpointError, ConfigError
+from megatron_eopd.viewing.recordings import recordings_of
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples/quickstart/eopd.toml"
@@ -73,6 +74,16 @@ def test_later_checkpoints_are_set_aside_and_kept(tmp_path):
     finish_checkpoint(tmp_path, 4)
     assert files.set_aside_later(tmp_path, (3, 0))[0].name == "superseded-000004-2"
     assert files.set_aside_later(tmp_path, (3, 0)) == []
+
+
+def test_later_recordings_of_tokens_are_set_aside(tmp_path):
+    """That of the iteration which comes next is written anew. A half one counts for nothing."""
+    (tmp_path / "tokens").mkdir()
+    for name in ("000000.npz", "000010.npz", "000020.npz", "000030.unfinished"):
+        (tmp_path / "tokens" / name).write_text("")
+    moved = files.set_aside_later(tmp_path, (10, 0))
+    assert [path.name for path in moved] == ["superseded-000020.npz-1"]
+    assert [each.place for each in recordings_of(tmp_path)] == ["000000", "000010"]
 
 
 def test_a_million_iterations_are_newer_than_the_one_before(tmp_path):

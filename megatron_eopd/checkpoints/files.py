@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple, TextIO
 
 from megatron_eopd.checkpoints.pace import Pace
 from megatron_eopd.errors import CheckpointError
+from megatron_eopd.tokens.file import TOKENS
 
 DONE = "DONE"
 CHECKSUMS = "checksums.json"
@@ -67,12 +68,16 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def set_aside_later(run_dir: Path, place: tuple[int, int]) -> list[Path]:
-    """Where the complete checkpoints went that are of a later place, and the evaluations of such
-    weights, so that a run that starts again from an earlier one never takes them for its own."""
-    evaluations = sorted((run_dir / EVALUATIONS).glob("[0-9]*"))
+    """Where the complete checkpoints went that are of a later place, and evaluations and recordings
+    of tokens of such weights, so that a run that starts again from an earlier one never takes them
+    for its own."""
+    evaluations = filter(place_of, sorted((run_dir / EVALUATIONS).glob("[0-9]*")))
+    places = {path: place_of(path) for path in [*complete(run_dir), *evaluations]}
+    recordings = sorted((run_dir / TOKENS).glob("[0-9]*.npz"))
+    places |= {path: place_of(path.with_suffix("")) for path in recordings}
     moved = []
-    for path in [*complete(run_dir), *filter(place_of, evaluations)]:
-        if place_of(path) > place:
+    for path, own_place in places.items():
+        if own_place is not None and own_place > place:
             number = 1
             while (target := path.with_name(f"superseded-{path.name}-{number}")).exists():
                 number += 1

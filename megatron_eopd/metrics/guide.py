@@ -1,4 +1,4 @@
-"""What to watch in the first 50 steps, as the trackers and docs/metrics.md show it."""
+"""What to watch in the first 50 steps, as the trackers and docs/monitoring.md show it."""
 
 from typing import NamedTuple
 
