@@ -16,6 +16,7 @@ from megatron_eopd.checkpoints.files import checkpoint_dir
 from megatron_eopd.config import Config, config_of
 from megatron_eopd.data.packing import rounds_as_trained
 from megatron_eopd.errors import ConfigError
+from megatron_eopd.objectives import GATES
 from megatron_eopd.parallel.collectives import from_rank_zero
 from megatron_eopd.rollout.recording import rollout_file
 from megatron_eopd.tokens.assemble import about, assemble
@@ -38,7 +39,15 @@ def scoring_config(run_dir: Path, iteration: int, overrides: Sequence[str]) -> C
         tree = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: the configuration of no run ({error}).") from None
-    folder = Path(tree["rollout"]["replay"] or run_dir / "rollouts")
+    try:
+        replay, folder = tree["rollout"]["replay"], run_dir / "rollouts"
+    except (KeyError, TypeError):
+        raise ConfigError(f"{path}: the configuration of no run of this version.") from None
+    if replay is not None:
+        raise ConfigError(
+            f"{run_dir} trained on the rollouts of {replay}, which other weights wrote. Score them "
+            "in the run that sampled them."
+        )
     if not rollout_file(folder, iteration).is_file():
         raise ConfigError(
             f"{rollout_file(folder, iteration)}: no rollouts of iteration {iteration} were kept, "
@@ -57,7 +66,24 @@ def scoring_config(run_dir: Path, iteration: int, overrides: Sequence[str]) -> C
     tree["evaluation"]["tasks"] = []
     tree["checkpoint"] |= {"load": str(weights) if iteration else None, "resume": "none"}
     tree["checkpoint"] |= {"keep_best": None}
-    return config_of(tree, overrides)
+    config = config_of(tree, overrides)
+    _check_samples(config)
+    return config
+
+
+def _check_samples(config: Config) -> None:
+    options, size = config.logging, config.rollout.batch_size
+    if options.record_tokens_samples == 0:
+        raise ConfigError(
+            "logging.record_tokens_samples=0 scores nothing. Set it to the number of responses."
+        )
+    gate = config.objective.formula.gate
+    if GATES[gate].needs_whole_step and options.record_tokens_samples < size:
+        raise ConfigError(
+            f"objective.gate={gate} finds its threshold among all tokens of an optimizer step, and "
+            f"logging.record_tokens_samples={options.record_tokens_samples} are a part of them. "
+            f"Set it to {size}, all responses of the iteration."
+        )
 
 
 def _listed(paths: Iterable[Path]) -> str:
@@ -78,19 +104,27 @@ def _score(session: Session, *, path: Path, iteration: int) -> None:
     session.log.line(f"scoring {len(chosen)} of {len(rollouts)} responses of iteration {iteration}")
     rounds = rounds_as_trained(chosen, config, context.layout)
     microbatches = session.teachers.microbatches(rounds)
-    measure(session.token_loss, session.chunks, microbatches, context, notes, compare_engine=True)
-    gathered = notes.gather(context)
+    measure(
+        session.token_loss,
+        session.chunks,
+        microbatches,
+        context,
+        notes,
+        progress=session.progress(iteration),
+        compare_engine=True,
+    )
+    columns = notes.gather(context)
 
     def write() -> None:
-        columns, threshold = gathered
         record = assemble(
-            about(config, "training", iteration, threshold),
+            about(config, "training", iteration, columns),
             chosen,
             columns,
             session.tokenizer.piece,
             steps=[0] * len(chosen),
         )
+        before = " in place of what was recorded there" if path.exists() else ""
         write_tokens(path, record)
-        session.log.line(f"written to {path}")
+        session.log.line(f"written to {path}{before}")
 
     from_rank_zero(write, context.cpu_group)

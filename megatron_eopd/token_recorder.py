@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from megatron_eopd.build import Session
 from megatron_eopd.records import Rollout
-from megatron_eopd.tokens.assemble import about, assemble
-from megatron_eopd.tokens.file import training_file, write_tokens
+from megatron_eopd.tokens.assemble import about, assemble, keep_record
+from megatron_eopd.tokens.file import training_file
 from megatron_eopd.tokens.notes import TokenNotes, choose
+from megatron_eopd.tokens.record import TokenRecord
 
 
 class TokenRecorder:
@@ -40,20 +41,14 @@ class TokenRecorder:
         """Writes, once the last of the responses has been trained on. Collective where it does."""
         if step != max(self._steps, default=-1):
             return
-        gathered = self._notes.gather(self._session.context)
-        if gathered is None:
+        columns = self._notes.gather(self._session.context)
+        if columns is None:
             return
-        columns, threshold = gathered
-        config, tokenizer = self._session.config, self._session.tokenizer
-        record = assemble(
-            about(config, "training", self._iteration, threshold),
-            self._rollouts,
-            columns,
-            tokenizer.piece,
-            steps=self._steps,
-        )
+        config, piece = self._session.config, self._session.tokenizer.piece
+
+        def make() -> TokenRecord:
+            described = about(config, "training", self._iteration, columns)
+            return assemble(described, self._rollouts, columns, piece, steps=self._steps)
+
         path = training_file(config.run_dir, self._iteration)
-        try:
-            write_tokens(path, record)
-        except OSError as error:  # a full disk is no reason to lose the run
-            self._session.log.line(f"WARNING: {path} could not be written ({error}).")
+        keep_record(path, make, self._session.log.line)

@@ -47,7 +47,9 @@ class Seen:
 
     @property
     def is_gated(self) -> bool:
-        return GATES[self.config.objective.formula.gate].reads_entropy
+        """By a threshold that somebody has set; a quantile is as open as it is asked to be."""
+        gate = GATES[self.config.objective.formula.gate]
+        return gate.reads_entropy and not gate.needs_whole_step
 
 
 def probe(seen: Seen) -> str | None:

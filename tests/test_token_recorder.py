@@ -9,6 +9,7 @@ import torch
 from megatron_eopd.config import Config
 from megatron_eopd.losses.token_details import TokenDetails
 from megatron_eopd.records import Prompt, ResponseTokens, Rollout
+from megatron_eopd.rollout.recording import read_rollouts, write_rollouts
 from megatron_eopd.token_recorder import TokenRecorder
 from megatron_eopd.tokens import notes as notes_module
 from megatron_eopd.tokens.file import read_tokens, training_file
@@ -50,7 +51,10 @@ def details_of(part: slice) -> TokenDetails:
 
 
 def columns_of(first: int, size: int) -> dict[str, torch.Tensor]:
-    return {name: torch.arange(first, first + size).float() for name in SIGNALS}
+    columns = {name: torch.arange(first, first + size).float() for name in SIGNALS}
+    columns["reverse_kl"] = torch.zeros(size)
+    # It moves with every six tokens, a step of two responses.
+    return columns | {"threshold": torch.full((size,), 0.8 + first, dtype=torch.float64)}
 
 
 def test_of_each_chunk_what_is_wanted_is_taken_in_whole_pieces():
@@ -62,7 +66,7 @@ def test_of_each_chunk_what_is_wanted_is_taken_in_whole_pieces():
     for rows in (slice(0, 5), slice(5, 99)):
         size = min(rows.stop, 12) - rows.start
         asked = lambda part: (pieces.append(part), details_of(part))[1]  # noqa: E731
-        notes.take(batch, rows, columns_of(rows.start, size), asked, 0.8)
+        notes.take(batch, rows, columns_of(rows.start, size), asked)
     assert pieces == [slice(0, 5), slice(0, 1), slice(4, 7)]
     kept = [x for piece in notes._kept for x in piece["loss"].tolist()]
     assert kept == [0, 1, 2, 3, 4, 5, 9, 10, 11]
@@ -95,8 +99,7 @@ def alone(monkeypatch):
 
     def gather(self, _):
         names = self._kept[0]
-        whole = {name: notes_module._joined([kept[name] for kept in self._kept]) for name in names}
-        return whole, self._threshold
+        return {name: notes_module._joined([kept[name] for kept in self._kept]) for name in names}
 
     monkeypatch.setattr(TokenNotes, "gather", gather)
 
@@ -107,7 +110,7 @@ def train_on(recorder: TokenRecorder, rollouts: list[Rollout]) -> None:
         own = rollouts[2 * step : 2 * step + 2]
         batch = SimpleNamespace(responses=tuple(ResponseTokens(r, range(3)) for r in own))
         if (notes := recorder.notes(step)) is not None:
-            notes.take(batch, slice(0, 6), columns_of(6 * step, 6), details_of, 0.8)
+            notes.take(batch, slice(0, 6), columns_of(6 * step, 6), details_of)
         recorder.finish_step(step)
 
 
@@ -122,8 +125,8 @@ def test_a_recording_is_whole_once_its_last_response_was_trained_on(
     assert [r.step for r in record.responses] == steps and not told
     count = 3 * len(steps)
     assert record.signals["loss"].tolist() == list(range(count))
-    # A teacher's entropy from 0.8 on has alternatives.
-    assert record.top_rows_G.tolist() == list(range(1, count))
+    # Alternatives are where the teacher's entropy reaches the threshold of the token's own step.
+    assert record.top_rows_G.tolist() == [t for t in range(count) if t not in (0, 6)]
     assert [piece.content for piece in record.pieces.values()][:3] == [b"0", b"1", b"2"]
 
 
@@ -154,11 +157,35 @@ def test_a_disk_that_is_full_is_told_and_costs_a_recording(alone, tmp_path):
 
 
 def test_every_token_is_there_or_nothing_is_written(alone, tmp_path):
-    session, _ = session_of(tmp_path)
+    session, told = session_of(tmp_path)
     rollouts = rollouts_of(4, 1)
     recorder = TokenRecorder(session, 0, rollouts, 0)
     half = SimpleNamespace(responses=(ResponseTokens(rollouts[0], range(2)),))
-    recorder.notes(0).take(half, slice(0, 2), columns_of(0, 2), details_of, 0.8)
-    with pytest.raises(AssertionError, match="10 missing"):
-        recorder.finish_step(1)
-    assert not np.any([*(tmp_path.glob("tokens/*"))])
+    recorder.notes(0).take(half, slice(0, 2), columns_of(0, 2), details_of)
+    recorder.finish_step(1)
+    assert len(told) == 1 and "AssertionError: 10 missing" in told[0]
+    assert not [*tmp_path.glob("tokens/*")]
+
+
+def test_a_half_written_recording_is_taken_away(alone, tmp_path, monkeypatch):
+    """It would keep a full disk full."""
+
+    def fill_the_disk(file, **_):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", fill_the_disk)
+    session, told = session_of(tmp_path)
+    rollouts = rollouts_of(4, 1)
+    train_on(TokenRecorder(session, 0, rollouts, 0), rollouts)
+    assert len(told) == 1 and "No space left" in told[0]
+    assert not [*tmp_path.glob("tokens/*")]
+
+
+def test_recorded_rollouts_are_chosen_as_they_were(tmp_path):
+    """Read back each has a prompt object of its own."""
+    rollouts = rollouts_of(4, 8)
+    tokenizer = SimpleNamespace(decode=lambda ids: "")
+    write_rollouts(tmp_path / "r.jsonl", rollouts, tokenizer)
+    again = [rollout for _, rollout in read_rollouts(tmp_path / "r.jsonl")]
+    assert choose(again, 8) == choose(rollouts, 8)

@@ -131,7 +131,8 @@ class LoggingConfig(Section):
     0: none."""
     record_tokens_samples: int = Field(8, ge=0)
     """Responses in a recording: the first ones, and at most four to a prompt while there are
-    others. Each costs one more pass over the logits of its tokens."""
+    others. Costs one more pass over both models' logits of their tokens, and one over the
+    student's."""
     record_top_tokens: Literal["notable", "all"] = "notable"
     """At which tokens the five most probable of both models are kept: where the teacher's entropy
     reaches `objective.entropy_threshold` or reverse KL 1 nat, or at all."""

@@ -100,7 +100,7 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def _content(self, token_id: int) -> bytes:
-        added = self.library.added_tokens_decoder.get(token_id)
+        added = self._added.get(token_id)
         if added is not None:
             return added.content.encode()
         token = self.library.convert_ids_to_tokens(token_id) or ""
@@ -111,8 +111,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return bytes(_BYTES[sign] for sign in token if sign in _BYTES)
 
     def _is_special(self, token_id: int) -> bool:
-        added = self.library.added_tokens_decoder.get(token_id)
+        added = self._added.get(token_id)
         return added is not None and added.special
+
+    @cached_property
+    def _added(self) -> dict[int, tokenizers.AddedToken]:
+        """The library makes it anew whenever it is asked, in milliseconds where there are many."""
+        return self.library.added_tokens_decoder
 
     @cached_property
     def _decoder(self) -> str | None:

@@ -5,10 +5,9 @@ The same stages as training: generate, score, measure; then grade. Samples go th
 was drawn before an interruption is not drawn again, and memory does not grow with their number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megatron_eopd.config import Config
@@ -21,6 +20,7 @@ from megatron_eopd.evaluation.report_file import make_report, write_report
 from megatron_eopd.evaluation.reports import Report, scalars_of
 from megatron_eopd.evaluation.sample_file import Json, Measured, SampleFile
 from megatron_eopd.evaluation.settings import measuring_settings, sampling_settings
+from megatron_eopd.evaluation.token_keeper import TokenKeeper
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise_together
 from megatron_eopd.parallel.init import ParallelContext
@@ -28,9 +28,6 @@ from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.engine import RolloutEngine, Sampling
 from megatron_eopd.run_log import RunLog
 from megatron_eopd.teacher.pool import TeacherPool
-from megatron_eopd.tokens.assemble import about, assemble
-from megatron_eopd.tokens.file import evaluation_file, write_tokens
-from megatron_eopd.tokens.notes import TokenNotes, choose
 from megatron_eopd.training.step import measure
 from megatron_eopd.training.token_loss import TokenLoss
 
@@ -118,13 +115,13 @@ class Evaluator:
                         told = measuring_settings(self.config, size) | {"samples": drawn}
                         measured = Measured(path, told, anew=anew)
             raise_together(errors, self.context.cpu_group)
+            keeper = self._keeper(problems, directory, model)
+            if anew and pool is not None:
+                keeper.path.unlink(missing_ok=True)  # of other samples
             for number, prompts in enumerate(problems.chunks(size)):
                 self._draw(prompts, recorder)
                 if self.token_loss is not None:
-                    keep = (
-                        None if number else partial(self._keep_tokens, problems, directory, model)
-                    )
-                    self._measure(number, prompts, recorder, measured, keep)
+                    self._measure(number, prompts, recorder, measured, keeper)
 
             def reported() -> tuple[Report, list[tuple[Rollout, bool]]]:
                 sums = measured.sums() if measured is not None else []
@@ -134,6 +131,17 @@ class Evaluator:
                 return report, _shown(problems, recorder)
 
             return from_rank_zero(reported, self.context.cpu_group)
+
+    def _keeper(self, problems: ProblemSet, directory: Path, model: Json) -> TokenKeeper:
+        return TokenKeeper(
+            task=problems.name,
+            directory=directory,
+            iteration=model.get("iteration", 0),
+            config=self.config,
+            tokenizer=self.tokenizer,
+            context=self.context,
+            tell=self.log.line,
+        )
 
     def _settings(self, problems: ProblemSet) -> Json:
         return sampling_settings(problems, self.config, self.tokenizer, self.engine_name)
@@ -181,53 +189,26 @@ class Evaluator:
         prompts: list[Prompt],
         recorder: Recorder | None,
         measured: Measured | None,
-        keep: Callable[[list[Rollout], Recorder | None, TokenNotes], None] | None,
+        keeper: TokenKeeper,
     ) -> None:
-        """The divergences from the teacher on the student's own answers. `keep`: writes what was
-        taken down of single tokens, where that is wanted."""
+        """The divergences from the teacher on the student's own answers."""
         group = self.context.cpu_group
         if from_rank_zero(lambda: measured.of(number) is not None, group):
+            if number == 0 and keeper.count and measured and not keeper.path.is_file():
+                self.log.line(
+                    f"tokens of {keeper.task} are not recorded: its samples were measured before, "
+                    f"without a recording"
+                )
             return
         rollouts = from_rank_zero(lambda: recorder.rollouts(prompts), group)
-        options = self.config.logging
-        count = options.record_tokens_samples if options.record_tokens_interval else 0
-        chosen = choose(rollouts, count) if keep is not None else []
-        notes = TokenNotes(chosen) if chosen else None
+        notes = keeper.notes(rollouts) if number == 0 else None
         rounds = self.teachers.microbatches(
             rounds_as_trained(rollouts, self.config, self.context.layout)
         )
         sums = measure(self.token_loss, self.chunks, rounds, self.context, notes).sums
         if notes is not None:
-            keep(chosen, recorder, notes)
+            keeper.keep(notes, recorder)
         from_rank_zero(lambda: measured.add(number, sums), group)
-
-    def _keep_tokens(
-        self,
-        problems: ProblemSet,
-        directory: Path,
-        model: Json,
-        rollouts: list[Rollout],
-        recorder: Recorder | None,
-        notes: TokenNotes,
-    ) -> None:
-        gathered = notes.gather(self.context)
-
-        def write() -> None:
-            columns, threshold = gathered
-            iteration = model.get("iteration", 0)
-            record = assemble(
-                about(self.config, "evaluation", iteration, threshold, problems.name),
-                rollouts,
-                columns,
-                self.tokenizer.piece,
-                steps=[0] * len(rollouts),
-                verdicts=[
-                    recorder.file.read(r.prompt.index)[r.sample_index].verdict for r in rollouts
-                ],
-            )
-            write_tokens(evaluation_file(directory, problems.name), record)
-
-        from_rank_zero(write, self.context.cpu_group)
 
 
 def _shown(problems: ProblemSet, recorder: Recorder) -> list[tuple[Rollout, bool]]:

@@ -113,7 +113,8 @@ def perform_student(
     vocab_size = vocab_size_of(config)
     with watch.kind("teacher weights"):
         pool = _open_teachers(config, vocab_size, context)
-    token_loss = TokenLoss(chunks[-1], pool.heads, config, vocab_size, context)
+    # Any end token costs what the real one does.
+    token_loss = TokenLoss(chunks[-1], pool.heads, config, vocab_size, context, stop_ids=(0,))
     rounds = rounds_of(plan, exchange_size(config))
     train_step(
         student,

@@ -1,12 +1,15 @@
 """A TokenRecord from what all ranks have taken down. In: columns in no order, their rollouts."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from megatron_eopd.config import Config
 from megatron_eopd.records import LOWEST, Rollout
+from megatron_eopd.tokens.file import unfinished_of, write_tokens
 from megatron_eopd.tokens.notes import Columns
 from megatron_eopd.tokens.record import (
     NOTABLE_KL,
@@ -42,7 +45,7 @@ def assemble(
     prompts, numbers = _prompts(rollouts)
     has_top = np.ones(len(order), bool)
     if about.top_tokens == "notable":
-        has_top = sorted_columns["teacher_entropy"] >= about.threshold
+        has_top = sorted_columns["teacher_entropy"] >= sorted_columns["threshold"]
         has_top |= sorted_columns["reverse_kl"] >= NOTABLE_KL
     ids_T = np.array([i for r in rollouts for i in r.response_ids], np.int32)
     top_ids_GK = sorted_columns["top_ids_NK"][has_top].astype(np.int32)
@@ -78,11 +81,21 @@ def assemble(
     )
 
 
+def keep_record(path: Path, make: Callable[[], TokenRecord], tell: Callable[[str], None]) -> None:
+    """Onto the disk. Whatever is wrong with a recording is told, and costs the run nothing else."""
+    try:
+        write_tokens(path, make())
+    except Exception as error:
+        with suppress(OSError):
+            unfinished_of(path).unlink(missing_ok=True)
+        tell(f"WARNING: {path} could not be written ({type(error).__name__}: {error}).")
+
+
 def about(
     config: Config,
     kind: Literal["training", "evaluation"],
     iteration: int,
-    threshold: float,
+    columns: Columns,
     task: str = "",
 ) -> About:
     objective, in_training = config.objective, kind == "training"
@@ -91,7 +104,7 @@ def about(
         iteration=iteration,
         task=task,
         objective=objective.name,
-        threshold=threshold,
+        threshold=float(np.median(columns["threshold"])),
         gate=objective.formula.gate,
         student=str(config.student.hf_path),
         teachers={name: str(each.hf_path) for name, each in config.all_teachers.items()},

@@ -4,7 +4,9 @@ RUN_DIR/tokens/000120.npz of training, RUN_DIR/evaluations/000120/TASK.tokens.np
 Texts are JSON, in the column `about`. The file appears whole or not at all.
 """
 
+import io
 import json
+import struct
 import zipfile
 import zlib
 from dataclasses import asdict
@@ -28,6 +30,11 @@ FORMAT = 1
 TOKENS = "tokens"
 SUFFIX = ".tokens.npz"
 """Of the file of an evaluation's task."""
+UNREADABLE = (
+    *(ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RuntimeError),
+    *(MemoryError, OverflowError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What numpy and zipfile raise at bytes that are no recording."""
 
 
 def training_file(run_dir: Path, iteration: int) -> Path:
@@ -36,6 +43,11 @@ def training_file(run_dir: Path, iteration: int) -> Path:
 
 def evaluation_file(directory: Path, task: str) -> Path:
     return directory / f"{task}{SUFFIX}"
+
+
+def unfinished_of(path: Path) -> Path:
+    """The name of a recording that is still being written."""
+    return path.with_suffix(".unfinished")
 
 
 def write_tokens(path: Path, record: TokenRecord) -> None:
@@ -48,7 +60,7 @@ def write_tokens(path: Path, record: TokenRecord) -> None:
     }
     ids = sorted(record.pieces)
     contents = [record.pieces[i].content for i in ids]
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = unfinished_of(path)
     with unfinished.open("wb") as file:
         np.savez_compressed(
             file,
@@ -72,20 +84,10 @@ def write_tokens(path: Path, record: TokenRecord) -> None:
 def read_tokens(path: Path) -> TokenRecord:
     """
     Raises:
-        ConfigError: there is none, it was cut short, another version wrote it, or its parts do not
-            fit each other.
+        ConfigError: there is none, it cannot be read, it was cut short, another version wrote it,
+            or its parts do not fit each other.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no recording of tokens.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name] for name in file.files}
-        texts = json.loads(columns.pop("about").tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(
-            f"{path}: no whole recording of tokens ({error}). It was cut short or is another "
-            f"file: remove it."
-        ) from None
+    texts, columns = _parts(path, _bytes(path))
     found = texts.get("format") if isinstance(texts, dict) else None
     if found != FORMAT:
         raise ConfigError(
@@ -94,10 +96,40 @@ def read_tokens(path: Path) -> TokenRecord:
         )
     try:
         record = _record(texts, columns)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fits = _fits(record)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigError(f"{path}: damaged ({error!r}). Remove it.") from None
-    _check(path, record)
+    if not fits:
+        raise ConfigError(f"{path}: damaged (columns that do not fit each other). Remove it.")
     return record
+
+
+def _bytes(path: Path) -> bytes:
+    """All of it before any is looked into: what the disk says is no damage of the recording."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{path}: there is no recording of tokens.") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}). Ask for the right to read it, or see to "
+            f"the disk; the recording itself may be whole."
+        ) from None
+
+
+def _parts(path: Path, content: bytes) -> tuple[Any, dict[str, np.ndarray]]:
+    """The texts, and the columns by name."""
+    try:
+        file = np.load(io.BytesIO(content), allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        columns = {name: file[name] for name in file.files}
+        return json.loads(columns.pop("about").tobytes()), columns
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"{path}: no whole recording of tokens ({error}). It was cut short or is another "
+            f"file: remove it."
+        ) from None
 
 
 def _record(texts: dict[str, Any], columns: dict[str, np.ndarray]) -> TokenRecord:
@@ -129,7 +161,8 @@ def _pieces(columns: dict[str, np.ndarray]) -> dict[int, Piece]:
     return {i: Piece(content[start:end], special) for i, start, end, special in rows}
 
 
-def _check(path: Path, record: TokenRecord) -> None:
+def _fits(record: TokenRecord) -> bool:
+    """Whether everything that is named is there."""
     count, rows = record.starts[-1], len(record.top_rows_G)
     arrays = [record.ids_T, record.student_rank_T, record.teacher_rank_T, *record.signals.values()]
     tops = [
@@ -141,5 +174,5 @@ def _check(path: Path, record: TokenRecord) -> None:
     fits &= all(each.shape == (rows, 2 * TOP) for each in tops)
     fits &= all(0 <= r.prompt < len(record.prompts) for r in record.responses)
     fits &= bool(((record.top_rows_G >= 0) & (record.top_rows_G < count)).all())
-    if not fits:
-        raise ConfigError(f"{path}: damaged (columns of different lengths). Remove it.")
+    named = {*np.unique(record.ids_T).tolist(), *np.unique(record.top_ids_GK).tolist()}
+    return fits and named - {-1} <= record.pieces.keys()

@@ -5,8 +5,8 @@ Nothing here waits for the device before the step is done.
 """
 # Shapes: N valid tokens of a microbatch, C of them in a chunk, P of a piece that is taken down.
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -26,12 +26,12 @@ response), and what was taken down."""
 
 def choose(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
     """The first ones, but SIBLINGS of each prompt before any more of it; in their order."""
-    seen: dict[int, int] = {}
+    seen: Counter[tuple[int, tuple[int, ...]]] = Counter()
     turns = []
     for rollout in rollouts:
-        before = seen.get(id(rollout.prompt), 0)
-        seen[id(rollout.prompt)] = before + 1
-        turns.append(before // SIBLINGS)
+        prompt = rollout.prompt.index, rollout.prompt.prompt_ids
+        turns.append(seen[prompt] // SIBLINGS)
+        seen[prompt] += 1
     first = sorted(range(len(rollouts)), key=lambda n: turns[n])[:count]
     return [rollouts[n] for n in sorted(first)]
 
@@ -42,7 +42,6 @@ class TokenNotes:
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         self._numbers = {id(rollout): n for n, rollout in enumerate(rollouts)}
         self._kept: list[dict[str, torch.Tensor | np.ndarray]] = []
-        self._threshold: float | torch.Tensor = float("nan")
 
     def take(
         self,
@@ -50,55 +49,65 @@ class TokenNotes:
         rows: slice,
         columns: Mapping[str, torch.Tensor],
         details: Callable[[slice], TokenDetails],
-        threshold: float | torch.Tensor,
     ) -> None:
         """What is wanted of a chunk.
 
         Collective over tensor-parallel ranks, which have the same tokens. `rows`: which tokens of
         the microbatch the chunk has; `columns`: each [C]; `details`: of a part of the chunk.
         """
-        for part, numbers, tokens in self._wanted(batch, rows):
+        for part, owners in self._wanted(batch, rows):
             own = {name: values_C[part].detach().clone() for name, values_C in columns.items()}
             own |= details(part)._asdict()
-            self._kept.append(own | {"response": numbers, "token": tokens})
-            self._threshold = threshold
+            numbers = [number for number, tokens in owners for _ in tokens]
+            tokens = [token for _, tokens in owners for token in tokens]
+            own |= {"response": np.array(numbers, np.int32), "token": np.array(tokens, np.int32)}
+            self._kept.append(own)
 
     def _wanted(
         self, batch: MicroBatch, rows: slice
-    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Pieces of the chunk as long as possible, and of which responses' tokens they are."""
-        owners = [
-            (self._numbers.get(id(part.rollout), -1), token)
-            for part in batch.responses
-            for token in part.tokens
-        ][rows]
-        place = 0
-        for is_wanted, run in groupby(owners, lambda owner: owner[0] >= 0):
-            pairs = np.array(list(run), np.int32)
-            if is_wanted:
-                yield slice(place, place + len(pairs)), pairs[:, 0], pairs[:, 1]
-            place += len(pairs)
+    ) -> Iterator[tuple[slice, list[tuple[int, Sequence[int]]]]]:
+        """Pieces of the chunk as long as possible, and which responses' tokens they are."""
+        pieces: list[tuple[slice, list[tuple[int, Sequence[int]]]]] = []
+        first = 0
+        for part in batch.responses:
+            begin, end = max(first, rows.start or 0), first + len(part.tokens)
+            end = end if rows.stop is None else min(end, rows.stop)
+            number = self._numbers.get(id(part.rollout))
+            if number is not None and begin < end:
+                owner = (number, part.tokens[begin - first : end - first])
+                place = slice(begin - (rows.start or 0), end - (rows.start or 0))
+                if pieces and pieces[-1][0].stop == place.start:
+                    before, owners = pieces.pop()
+                    pieces.append((slice(before.start, place.stop), [*owners, owner]))
+                else:
+                    pieces.append((place, [owner]))
+            first += len(part.tokens)
+        yield from pieces
 
-    def gather(self, context: ParallelContext) -> tuple[Columns, float] | None:
-        """All tokens that were taken down, in no order, and τ; on rank 0, None on the others.
+    def gather(self, context: ParallelContext) -> Columns | None:
+        """All tokens that were taken down, in no order; on rank 0, None on the others.
 
-        Collective over all ranks of the student, through host memory.
+        Collective over all ranks of the student, through host memory: one after the other those
+        that have some send them, so that rank 0 never holds more than there is.
         """
-        own = None
+        own: Columns | None = None
         if self._kept and context.layout.tp_rank == 0:  # the others have the same
-            names = self._kept[0]
-            own = {name: _joined([kept[name] for kept in self._kept]) for name in names}
-            own = (own, float(self._threshold))
-        is_first = context.layout.rank == 0
-        told = [None] * dist.get_world_size(context.cpu_group) if is_first else None
-        dist.gather_object(own, told, dst=0, group=context.cpu_group)
+            own = {name: _joined([kept[name] for kept in self._kept]) for name in self._kept[0]}
+        group = context.cpu_group
+        is_first = dist.get_rank(group) == 0
+        told = [False] * dist.get_world_size(group) if is_first else None
+        dist.gather_object(own is not None, told, group=group, group_dst=0)
         if not is_first:
+            if own is not None:
+                dist.send_object_list([own], group=group, group_dst=0)
             return None
-        found = [each for each in told if each is not None]
-        if not found:
-            return None
-        parts = [columns for columns, _ in found]
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, found[0][1]
+        parts = [] if own is None else [own]
+        for rank in (n for n, has_some in enumerate(told) if has_some and n):
+            box: list = [None]
+            dist.recv_object_list(box, group=group, group_src=rank)
+            parts += box
+        names = parts[0] if parts else ()
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
 def _joined(values: Sequence[torch.Tensor | np.ndarray]) -> np.ndarray:

@@ -33,7 +33,8 @@ SIGNALS = {
     "engine_mismatch": Signal(
         "engine mismatch",
         "nats",
-        "log-probability of the token: the trainer's minus the engine's, of the same weights",
+        "log-probability of the token: the trainer's minus the engine's, in the first optimizer "
+        "step of an iteration, where both have the same weights unless the rollout was replayed",
     ),
     "student_logprob": Signal("log q", "nats", "the student's log-probability of the token"),
     "teacher_logprob": Signal("log p", "nats", "the teacher's log-probability of the token"),

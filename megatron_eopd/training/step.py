@@ -150,14 +150,16 @@ def measure(
     context: ParallelContext,
     notes: TokenNotes | None = None,
     *,
+    progress: Progress = START,
     compare_engine: bool = False,
 ) -> Reduced:
-    """The loss metrics of the batch without a step, on every rank, and entropies over the position;
-    α and τ as at the start. `notes`, `compare_engine`: as in train_step."""
+    """The loss metrics of the batch without a step, on every rank, and entropies over the position.
+    `progress`: of the run, which α and τ may depend on; evaluations of all iterations are made with
+    those of the start. `notes`, `compare_engine`: as in train_step."""
     means = Means()
     for microbatches in rounds:
         settings = token_loss.settings(
-            microbatches, START, compare_engine, by_position=True, notes=notes
+            microbatches, progress, compare_engine, by_position=True, notes=notes
         )
 
         def at_last_stage(

@@ -161,9 +161,9 @@ class TokenLoss:
                 )
                 _add_mismatch(means, difference_C, batch.sampled_N[rows])
             if settings.notes is not None:
-                columns = _columns(losses, terms, difference_C)
                 threshold = settings.coefficients.entropy_threshold
-                settings.notes.take(batch, rows, columns, details, threshold)
+                columns = _columns(losses, terms, difference_C, threshold)
+                settings.notes.take(batch, rows, columns, details)
         return losses.loss_N.sum()
 
     def _signals(
@@ -352,10 +352,14 @@ def _add_mismatch(means: Means, difference_N: torch.Tensor, sampled_N: torch.Ten
 
 
 def _columns(
-    losses: TokenLosses, terms: TokenTerms | TopKTerms, difference_N: torch.Tensor
+    losses: TokenLosses,
+    terms: TokenTerms | TopKTerms,
+    difference_N: torch.Tensor,
+    threshold: float | torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """By the names of tokens.record.SIGNALS."""
+    """By the names of tokens.record.SIGNALS, and τ, which moves from step to step."""
     return {
+        "threshold": torch.zeros_like(losses.gate_N, dtype=torch.float64) + threshold,
         "loss": losses.loss_N,
         "gate": losses.gate_N,
         "student_logprob": terms.picked.sampled_student_logprobs,

@@ -26,8 +26,8 @@ from tests.ranks import context_for, leave_groups, run_ranks
 # Shapes: N tokens, W whole vocabulary.
 
 K = 5
-# (TP, PP, CP), of 4 ranks
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+# (TP, PP, CP, VPP), of 4 ranks; DP 4 has ranks without a wanted token
+LAYOUTS = [(1, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 1), (1, 2, 1, 2)]
 
 
 def dense_ranks(logits: torch.Tensor, ids: torch.Tensor) -> list[int]:
@@ -98,23 +98,25 @@ def test_likely_tokens_and_ranks_match_dense_float64(tp, tmp_path):
 
 
 def record_steps(configs, rollouts, directory: Path):
-    for tp, pp, cp in LAYOUTS:
-        context = context_for(tp, pp, cp=cp)
-        for number, config in enumerate(configs):
+    for tp, pp, cp, vpp in LAYOUTS:
+        context = context_for(tp, pp, cp=cp, vpp=vpp)
+        sizes = {"pipeline_model_parallel_size": pp, "virtual_pipeline_model_parallel_size": vpp}
+        for number, base in enumerate(configs):
+            parallel = base.parallel.model_copy(update=sizes)  # rounds are of groups of stages
+            config = base.model_copy(update={"parallel": parallel})
             chosen = choose(rollouts, 5)
             notes = TokenNotes(chosen)
             student, pool, token_loss = build(config, context)
             options = {"notes": notes, "compare_engine": True}
             take_step(student, token_loss, pool, rollouts, config, context, 0, **options)
-            gathered = notes.gather(context)
-            assert (gathered is not None) == (context.layout.rank == 0)
-            if gathered is not None:
-                columns, threshold = gathered
-                described = about(config, "training", 0, threshold)
+            columns = notes.gather(context)
+            assert (columns is not None) == (context.layout.rank == 0)
+            if columns is not None:
+                described = about(config, "training", 0, columns)
                 record = assemble(
                     described, chosen, columns, lambda i: (b"%d" % i, False), steps=[0] * 5
                 )
-                write_tokens(directory / f"{number}-{tp}-{pp}-{cp}.npz", record)
+                write_tokens(directory / f"{number}-{tp}-{pp}-{cp}-{vpp}.npz", record)
         leave_groups()
 
 
@@ -173,6 +175,7 @@ def test_a_recording_equals_transformers_in_float64_on_every_layout(
     whole = make_config(qwen3_dir, teacher_dir)
     configs = [
         whole,
+        make_config(qwen3_dir, teacher_dir, teacher={"hf_path": teacher_dir, "payload": "logits"}),
         make_config(
             qwen3_dir,
             teacher_dir,
@@ -193,6 +196,6 @@ def test_a_recording_equals_transformers_in_float64_on_every_layout(
     monkeypatch.setattr(assemble_module, "NOTABLE_KL", notable_kl)
     run_ranks(4, tmp_path, record_steps, configs, rollouts, tmp_path, timeout_s=120)
     for number, config in enumerate(configs):
-        for tp, pp, cp in LAYOUTS:
-            record = read_tokens(tmp_path / f"{number}-{tp}-{pp}-{cp}.npz")
+        for tp, pp, cp, vpp in LAYOUTS:
+            record = read_tokens(tmp_path / f"{number}-{tp}-{pp}-{cp}-{vpp}.npz")
             check_record(record, config, chosen, expected, notable_kl)

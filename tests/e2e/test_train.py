@@ -127,7 +127,7 @@ def test_recorded_tokens_are_shown_and_scored_again_the_same(first_run, tmp_path
     again = read_tokens(run_dir / "tokens/000000.npz")
     assert again.ids_T.tolist() == trained.ids_T.tolist()
     for name, values_T in trained.signals.items():
-        assert again.signals[name] == pytest.approx(values_T, abs=1e-5), name
+        assert again.signals[name] == pytest.approx(values_T, abs=1e-4), name
 
 
 def test_the_engine_had_the_trainers_weights_in_every_iteration(first_run):
