@@ -8,10 +8,13 @@ goes on.
 """
 
 import argparse
+import hashlib
+import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,7 +24,7 @@ from megatron_eopd.errors import ConfigError, ExpectedError, disk_error
 from megatron_eopd.tokens.file import training_file
 from megatron_eopd.tokens.record import TokenRecord
 from megatron_eopd.viewing.beside import beside
-from megatron_eopd.viewing.index import index_html, summary_of
+from megatron_eopd.viewing.index import BESIDE, index_html, summary_of
 from megatron_eopd.viewing.page import COLOURS, Side, page_html
 from megatron_eopd.viewing.recordings import Recording, choose, counterpart
 from megatron_eopd.viewing.terminal import Choice, text_form, wants_colour
@@ -43,6 +46,8 @@ examples:
 Tokens are recorded by a run with logging.record_tokens_interval=N.
 """
 INDEX = "index.html"
+PLAIN_NAME = re.compile(r"[\w.+-]+")
+"""Of a run: with it a page's name cannot be taken for that of another pair of runs."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,9 +72,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--signal",
         choices=COLOURS,
-        default=COLOURS[0],
         metavar="NAME",
-        help=f"colour tokens by this one first: {', '.join(COLOURS)} (default: {COLOURS[0]})",
+        help=f"colour tokens by this one first, also on pages that there are: {', '.join(COLOURS)} "
+        f"(default: {COLOURS[0]})",
     )
     add(
         "--limit",
@@ -89,6 +94,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.overrides and not args.score:
             raise ConfigError(f"{args.overrides[0]}: options of the run are for --score alone.")
@@ -102,10 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        told = disk_error(error, "writing pages")
-        if told is None:
+        told = disk_error(error, "printing")
+        if told is None and error.filename is None:
             raise
-        return tell(told)
+        return tell(told or ConfigError(f"{error.filename}: {error.strerror}."))
     return 0
 
 
@@ -129,10 +136,17 @@ def print_text(args: argparse.Namespace) -> None:
     found = choose(args.run, args.iteration, args.evaluation)
     training = [each for each in found if each.kind == "training"]
     recordings = found if args.evaluation is not None else (training or found)[-1:]
-    choice = Choice(args.signal, wants_colour(sys.stdout), args.limit)
+    choice = Choice(args.signal or COLOURS[0], wants_colour(sys.stdout), args.limit)
+    errors = []
     for recording in recordings:
-        for line in text_form(recording.read(), args.run.resolve().name, choice):
+        try:
+            record = recording.read()
+        except ConfigError as error:
+            errors.append(error)
+            continue
+        for line in text_form(record, args.run.resolve().name, choice):
             print(line)
+    raise_all(errors)
 
 
 def write_pages(args: argparse.Namespace) -> None:
@@ -143,7 +157,8 @@ def write_pages(args: argparse.Namespace) -> None:
     output = args.output or args.run / "view"
     all_of_run = choose(args.run)
     chosen = to_show(args, output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     errors = []
     for recording in tqdm(chosen, unit="page", disable=None if len(chosen) > 1 else True):
         try:
@@ -152,21 +167,27 @@ def write_pages(args: argparse.Namespace) -> None:
             errors.append(error)
             continue
         path = output / f"{page_name(recording, args)}.html"
-        write_whole(path, page_html(record, sides, args.signal))
+        write_whole(path, page_html(record, sides, args.signal or COLOURS[0]))
         tqdm.write(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     write_whole(output / INDEX, index_html(args.run.resolve().name, all_of_run, output))
     print(output / INDEX)
+    raise_all(errors)
+
+
+def raise_all(errors: Sequence[ConfigError]) -> None:
+    """As one, if there are any."""
     if errors:
         raise ConfigError("\n".join(map(str, errors)))
 
 
 def to_show(args: argparse.Namespace, output: Path) -> list[Recording]:
-    """What is named; else what both runs have; else what has no page yet."""
+    """What is named; else what both runs have; else what has no page yet, or not in the colours
+    that are asked for."""
     chosen = choose(args.run, args.iteration, args.evaluation)
     if args.iteration is not None or args.evaluation is not None:
         return chosen
     if args.compare is None:
-        return [each for each in chosen if not is_shown(each, output)]
+        return [each for each in chosen if args.signal or not is_shown(each, output)]
     run_dir, number = other_run(args.compare)
     if number is not None:
         raise ConfigError(
@@ -182,9 +203,8 @@ def to_show(args: argparse.Namespace, output: Path) -> list[Recording]:
 def load(recording: Recording, args: argparse.Namespace) -> tuple[TokenRecord, list[Side]]:
     """What a page shows, and whose it is."""
     record = recording.read()
-    sides = [Side(args.run.resolve().name, record.about, len(record.responses))]
     if args.compare is None:
-        return record, sides
+        return record, [Side(args.run.resolve().name, record.about, len(record.responses))]
     run_dir, number = other_run(args.compare)
     other = counterpart(recording, run_dir, number).read()
     try:
@@ -192,7 +212,16 @@ def load(recording: Recording, args: argparse.Namespace) -> tuple[TokenRecord, l
     except ConfigError as error:
         raise ConfigError(f"{args.run} and {run_dir}, {recording.where}: {error}") from None
     added = len(both.responses) - len(record.responses)
-    return both, [*sides, Side(run_dir.resolve().name, other.about, added)]
+    name, other_name = names_of_both(args.run.resolve(), run_dir.resolve())
+    own = Side(name, record.about, len(record.responses))
+    return both, [own, Side(other_name, other.about, added)]
+
+
+def names_of_both(run: Path, other: Path) -> tuple[str, str]:
+    """With the folders that they are in, where two runs have the same name."""
+    if run == other or run.name != other.name:
+        return run.name, other.name
+    return str(Path(*run.parts[-2:])), str(Path(*other.parts[-2:]))
 
 
 def other_run(text: str) -> tuple[Path, int | None]:
@@ -208,7 +237,10 @@ def is_shown(recording: Recording, output: Path) -> bool:
     page = output / f"{recording.name}.html"
     if summary_of(page) is None:
         return False
-    return page.stat().st_mtime >= recording.path.stat().st_mtime
+    try:
+        return page.stat().st_mtime >= recording.path.stat().st_mtime
+    except OSError:  # one of them is gone meanwhile; reading it says so
+        return False
 
 
 def page_name(recording: Recording, args: argparse.Namespace) -> str:
@@ -216,14 +248,45 @@ def page_name(recording: Recording, args: argparse.Namespace) -> str:
         return recording.name
     run_dir, number = other_run(args.compare)
     at = f"@{number}" if number is not None else ""
-    return f"{recording.name}-with-{run_dir.resolve().name}{at}"
+    return f"{recording.name}{BESIDE}{name_of_other(args.run.resolve(), run_dir.resolve())}{at}"
+
+
+def name_of_other(run: Path, other: Path) -> str:
+    """One that no other run has: its folder's, if that stands beside `run`; else with a digest of
+    the way there, so that it stays when both are moved."""
+    if other.parent == run.parent and PLAIN_NAME.fullmatch(other.name):
+        return other.name
+    way = os.fsencode(os.path.relpath(other, run.parent))
+    return f"{other.parent.name}-{other.name}-{hashlib.sha256(way).hexdigest()[:8]}"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        DiskError, ConfigError: nothing can be written there.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, "writing pages") or ConfigError(
+            f"{path}: cannot be written ({error.strerror}). Name a folder that can be, with "
+            f"--output DIR."
+        ) from None
 
 
 def write_whole(path: Path, text: str) -> None:
     """Whoever opens it meanwhile sees the one before."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(path)
+    with writing(path):
+        try:
+            # Names of files may be no text.
+            unfinished.write_text(text, "utf-8", errors="replace")
+            unfinished.replace(path)
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Recordings as pages and as lines: what they hold, how large they are, what they refuse."""
 
 import base64
+import builtins
+import errno
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -11,6 +15,7 @@ from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -21,7 +26,7 @@ from megatron_eopd.tokens.file import evaluation_file, training_file, write_toke
 from megatron_eopd.tokens.record import TOP, Piece
 from megatron_eopd.viewing import page as pages
 from megatron_eopd.viewing.beside import beside
-from megatron_eopd.viewing.columns import encode
+from megatron_eopd.viewing.columns import FARTHEST, encode
 from megatron_eopd.viewing.index import summary_of
 from megatron_eopd.viewing.page import Side, page_html
 from megatron_eopd.viewing.recordings import recordings_of
@@ -31,6 +36,7 @@ from tests.token_records import (
     big_record,
     hostile_record,
     make_record,
+    with_infinite_values,
     written_by_hand,
 )
 
@@ -48,12 +54,15 @@ def data_of(html: str) -> dict:
 
 
 def decode(column: dict) -> np.ndarray:
-    """As data.js does: code 0 is unknown, odd codes from 0 on, even ones below."""
+    """As data.js does: code 0 is unknown, odd codes from 0 on, even ones below; what is told in
+    steps of less than 1 is infinite at the farthest."""
     plane_bytes = np.frombuffer(zlib.decompress(base64.b64decode(column["data"])), np.uint8)
     planes = plane_bytes.reshape(column["planes"], -1).astype(np.float64)
     codes = sum(plane * 256.0**n for n, plane in enumerate(planes))
     steps = np.where(codes % 2 == 1, (codes - 1) / 2, -codes / 2)
-    return np.where(codes == 0, np.nan, steps * column["step"])
+    is_infinite = (np.abs(steps) >= FARTHEST) & (column["step"] != 1)
+    values = np.where(is_infinite, np.copysign(np.inf, steps), steps * column["step"])
+    return np.where(codes == 0, np.nan, values)
 
 
 @pytest.fixture
@@ -110,7 +119,7 @@ def test_codes_of_columns_go_and_come_back(step):
     values = np.array([0, 1, -1, 127, 128, -128, 32768, 99999, np.nan, -1e5])
     np.testing.assert_allclose(decode(encode(values, step)), values, atol=step / 2, rtol=0)
     far = decode(encode(np.array([-np.inf, np.inf, -1e30]), step))
-    assert np.all(np.abs(far) > 1e5) and np.isfinite(far).all()
+    assert far.tolist() == ([-np.inf, np.inf, -np.inf] if step < 1 else [-(2**30), 2**30, -(2**30)])
     assert len(decode(encode(np.array([]), step))) == 0
 
 
@@ -188,6 +197,65 @@ def test_pages_that_are_newer_than_their_recording_stay(run, capsys):
     assert summary_of(old).iteration == 20
 
 
+def rows_of_index(output: Path) -> list[str]:
+    """Of recordings, without the headings."""
+    rows = re.findall("<tr>(.*?)</tr>", (output / "index.html").read_text())
+    return [row for row in rows if "<td>" in row]
+
+
+def test_the_index_lists_what_has_no_page_but_beside_another_run(run, tmp_path):
+    """With the figures of the run's own responses, whatever the other one's are."""
+    other = make_record(((40, 40, 40), (50, 50)), iteration=20, seed=3)
+    write_tokens(training_file(tmp_path / "other", 20), other)
+    assert view.main([str(run), "--iteration", "20", "--compare", str(tmp_path / "other")]) == 0
+    (row,) = rows_of_index(run / "view")
+    assert 'href="000020-with-other.html">beside other<' in row and "iteration 20" in row
+    own = make_record(iteration=20)
+    assert f"<td>{len(own.responses)}</td><td>{len(own.ids_T)}</td>" in row
+    assert f"<td>{own.signals['forward_kl'].mean(dtype=np.float64):.3f}</td>" in row
+    view.main([str(run)])
+    assert len(rows_of_index(run / "view")) == 3
+
+
+def test_the_index_tells_tasks_apart_of_which_one_begins_as_the_other(run):
+    write_tokens(
+        evaluation_file(run / "evaluations/000120", "countdown-with-care"),
+        make_record(kind="evaluation", iteration=120, task="countdown-with-care"),
+    )
+    view.main([str(run), "--evaluation", "120"])
+    rows = rows_of_index(run / "view")
+    assert len(rows) == 2 and sum("countdown-with-care.html" in row for row in rows) == 1
+
+
+def test_runs_of_one_name_get_pages_of_their_own(run, tmp_path):
+    """Named by the folders that they are in, in their pages too; the names stay when all move."""
+    for moved in ("here", "there"):
+        home = tmp_path / moved
+        for n, folder in enumerate(("a", "b", "deep/b")):
+            path = training_file(home / folder / "mine", 20)
+            write_tokens(path, make_record(iteration=20, seed=n))
+        for folder in ("b", "deep/b"):
+            command = ["--iteration", "20", "--compare", str(home / folder / "mine")]
+            assert view.main([str(home / "a/mine"), *command]) == 0
+    here, there = (
+        {
+            path.name: path.read_text()
+            for path in (tmp_path / moved / "a/mine/view").glob("*-*.html")
+        }
+        for moved in ("here", "there")
+    )
+    assert len(here) == 2 and here.keys() == there.keys()
+    assert all(re.fullmatch(r"000020-with-b-mine-[0-9a-f]{8}\.html", name) for name in here)
+    assert all("<title>20 · a/mine and b/mine</title>" in text for text in here.values())
+
+
+def test_another_colour_is_taken_by_pages_that_there_are(run):
+    view.main([str(run)])
+    assert view.main([str(run), "--signal", "forward_kl"]) == 0
+    for name in ("000020", "000120", "evaluation-000120-countdown"):
+        assert data_of((run / f"view/{name}.html").read_text())["signal"] == "forward_kl"
+
+
 def test_one_recording_and_another_place(run, tmp_path):
     assert view.main([str(run), "--evaluation", "120", "--output", str(tmp_path / "out")]) == 0
     found = {path.name for path in (tmp_path / "out").iterdir()}
@@ -208,6 +276,32 @@ def age(run: Path) -> None:
     np.savez(path, **columns)
 
 
+def put_array(run: Path) -> None:
+    path = training_file(run, 120)
+    np.save(path.with_suffix(".npy"), np.arange(3))
+    path.with_suffix(".npy").rename(path)
+
+
+def rewrite(run: Path, **changed: np.ndarray) -> None:
+    path = training_file(run, 120)
+    with np.load(path) as file:
+        columns = {name: file[name] for name in file.files}
+    np.savez(path, **columns | changed)
+
+
+def lose_piece(run: Path) -> None:
+    rewrite(run, ids=np.full(51, 77_777, np.int32))
+
+
+def shorten(run: Path) -> None:
+    rewrite(run, ids=np.full(50, 1, np.int32))
+
+
+def put_folder(run: Path) -> None:
+    training_file(run, 120).unlink()
+    training_file(run, 120).mkdir()
+
+
 def forget(run: Path) -> None:
     for recording in recordings_of(run):
         recording.path.unlink()
@@ -219,6 +313,13 @@ def forget(run: Path) -> None:
         (["--iteration", "7"], None, r"training 20, 120; evaluations 120.*record_tokens_interval"),
         (["--evaluation", "20"], None, r"training 20, 120; evaluations 120"),
         (["--iteration", "120"], damage, r"000120\.npz: no whole recording"),
+        (["--iteration", "120"], put_array, r"000120\.npz: no whole recording.*a single array"),
+        (["--iteration", "120"], lose_piece, r"000120\.npz: damaged"),
+        (["--iteration", "120"], shorten, r"000120\.npz: damaged"),
+        (["--iteration", "120"], put_folder, r"000120\.npz: cannot be read \(Is a directory\)"),
+        (["--output", "{run}/tokens/000120.npz"], None, r"000120\.npz: cannot be written"),
+        (["--output", "{run}/tokens/000120.npz/x"], None, r"/x: cannot be written.*--output"),
+        (["--output", "{run}/" + "x" * 300], None, r"x: cannot be written \(File name too long"),
         (["--iteration", "120"], age, r"format 99, and this version reads"),
         ([], forget, r"no tokens were recorded\. .*logging\.record_tokens_interval"),
         (["--text"], forget, r"no tokens were recorded"),
@@ -236,11 +337,76 @@ def test_what_cannot_be_shown_is_said(run, arguments, prepare, told, capsys):
     assert re.search(told, capsys.readouterr().err)
 
 
-def test_what_is_whole_is_shown_beside_what_is_damaged(run, capsys):
-    damage(run)
+@pytest.mark.parametrize("spoil", [damage, put_array, lose_piece, put_folder])
+def test_what_is_whole_is_shown_beside_what_is_damaged(run, spoil, capsys):
+    spoil(run)
     assert view.main([str(run)]) == 1
     assert (run / "view/000020.html").is_file() and not (run / "view/000120.html").exists()
+    assert len(rows_of_index(run / "view")) == 2
     assert "000120.npz" in capsys.readouterr().err
+
+
+def test_the_text_form_of_other_tasks_is_shown_beside_what_is_damaged(run, capsys):
+    evaluation_file(run / "evaluations/000120", "aime").write_bytes(b"PK")
+    assert view.main([str(run), "--evaluation", "120", "--text"]) == 1
+    told = capsys.readouterr()
+    assert "aime.tokens.npz" in told.err and "evaluation 120, countdown" in told.out
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_the_disk_says_is_no_damage_of_a_recording(run, monkeypatch, capsys, code):
+    """Nobody is told to remove a file that may be whole."""
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(code, os.strerror(code), str(path))
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((io, "open"), (builtins, "open")):
+            patch.setattr(owner, name, refuse)
+        status = view.main([str(run), "--iteration", "120", "--text"])
+    told = capsys.readouterr().err
+    assert status == 1 and f"000120.npz: cannot be read ({os.strerror(code)})" in told
+    assert "emove" not in told
+
+
+def test_a_folder_that_may_not_be_read_is_not_an_empty_one(run, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for name in ("scandir", "listdir"):  # of glob and of iterdir
+        monkeypatch.setattr(os, name, refuse)
+    assert view.main([str(run)]) == 1
+    assert "tokens: cannot be read (Permission denied)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["mkdir", "write_text", "replace"])
+def test_a_folder_that_may_not_be_written_is_said(run, monkeypatch, capsys, method):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, method, refuse)
+    assert view.main([str(run)]) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"view.*: cannot be written \(Permission denied\)\. .*--output", told)
+    assert not list(run.rglob("*.unfinished"))
+
+
+def test_a_folder_whose_name_is_no_text_is_shown(run, tmp_path):
+    """In a process of its own, with a terminal's strict encoding."""
+    odd = tmp_path / os.fsdecode(b"m\xffine")
+    shutil.copytree(run, odd)
+    command = [sys.executable, "-m", "megatron_eopd.view", os.fsencode(odd)]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    for more in ([], ["--evaluation", "120", "--compare", os.fsencode(run)], ["--text"]):
+        done = subprocess.run([*command, *more], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr.decode()
+    assert "<title>20 · m?ine</title>" in (odd / "view/000020.html").read_text()
+    beside_odd = ["--iteration", "20", "--compare", os.fsencode(odd)]
+    command = [sys.executable, "-m", "megatron_eopd.view", str(run), *beside_odd]
+    assert subprocess.run(command, capture_output=True, env=environment).returncode == 0
+    (row,) = rows_of_index(run / "view")
+    linked = os.fsencode(run / "view") + b"/" + unquote_to_bytes(re.search('href="(.*?)"', row)[1])
+    assert os.path.isfile(linked)
 
 
 def test_a_file_that_is_being_written_is_no_recording(run):
@@ -329,6 +495,55 @@ def test_the_text_form_takes_every_signal(signal, unknown):
     if unknown:
         record.signals[signal][:] = np.nan
     assert "sample 0" in lines_of(record, has_colour=True, signal=signal)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("signal", pages.COLOURS)
+def test_the_text_form_takes_values_that_are_not_finite(signal, value):
+    """Few of them, and nothing else."""
+    for places in (slice(3, 5), slice(None)):
+        record = make_record()
+        record.signals[signal][places] = value
+        coloured = lines_of(record, has_colour=True, signal=signal)
+        assert "nan" not in re.sub(r"\x1b\[[\d;]*m", "", coloured) and "inf " not in coloured
+
+
+def test_infinite_values_are_told_beside_the_others():
+    """As such at their token, and in means as a count, so that these still tell of the others."""
+    record = with_infinite_values()
+    text = lines_of(record, signal="reverse_kl")
+    finite = record.signals["reverse_kl"][[0, 1, 2, 3, 4, 7, 8]].mean(dtype=np.float64)
+    assert f"reverse KL {finite:.3f} (1 infinite)" in text.splitlines()[3]
+    worst = text.partition("the largest by reverse KL")[2].splitlines()
+    assert worst[1].startswith("« the»  prompt 0, sample 1, token 0:")
+    assert "reverse KL ∞, forward KL 3.500" in worst[1]
+    record.signals["reverse_kl"][:] = np.inf
+    assert "reverse KL none finite (9 infinite)" in lines_of(record)
+
+
+def test_the_index_counts_infinite_values(run):
+    record = replace(with_infinite_values(), about=make_record(iteration=140).about)
+    write_tokens(training_file(run, 140), record)
+    view.main([str(run), "--iteration", "140"])
+    (row,) = rows_of_index(run / "view")
+    finite = record.signals["reverse_kl"][[0, 1, 2, 3, 4, 7, 8]].mean(dtype=np.float64)
+    assert f"<td>{finite:.3f}<small>1 infinite</small></td>" in row
+
+
+def test_divergences_from_a_teachers_top_k_are_told_as_bounds(run):
+    """Of k + 1 parts; entropies are exact."""
+    record = make_record(iteration=140, payload="topk")
+    text = lines_of(record, has_colour=True, signal="forward_kl")
+    assert re.search("^forward KL, at least: ", text, re.MULTILINE)
+    bounds, others = "(reverse KL|forward KL)", "(teacher entropy|gate|student entropy)"
+    assert len(re.findall(rf"{bounds} at least \d", text)) == 2 * (1 + 4 + 5)
+    assert not re.search(rf"{bounds} \d|{others} at least", text)
+    assert "at least" not in lines_of(make_record(), has_colour=True)
+    write_tokens(training_file(run, 140), record)
+    view.main([str(run), "--iteration", "140"])
+    (row,) = rows_of_index(run / "view")
+    for name, bound in (("reverse_kl", "≥ "), ("forward_kl", "≥ "), ("teacher_entropy", "")):
+        assert f"<td>{bound}{record.signals[name].mean(dtype=np.float64):.3f}</td>" in row
 
 
 def test_the_command_writes_without_colours_into_a_pipe(run):

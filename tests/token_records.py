@@ -211,3 +211,19 @@ def written_by_hand() -> TokenRecord:
         top_student_logprobs_GK=student_GK,
         top_teacher_logprobs_GK=teacher_GK,
     )
+
+
+def with_infinite_values() -> TokenRecord:
+    """That of written_by_hand, whose second response begins with a token that the teacher cannot
+    write, while the student's prediction of the token after it is not known at all."""
+    record = written_by_hand()
+    first, second = record.starts[1], record.starts[1] + 1
+    for name in ("reverse_kl", "loss"):
+        record.signals[name][first] = np.inf
+    record.signals["teacher_logprob"][first] = -np.inf
+    record.signals["engine_mismatch"][first] = -np.inf
+    for name in ("reverse_kl", "forward_kl", "student_entropy", "loss"):
+        record.signals[name][second] = np.nan
+    record.top_teacher_logprobs_GK[0, TOP] = -np.inf
+    record.top_student_logprobs_GK[0, 3:5] = -np.inf
+    return record

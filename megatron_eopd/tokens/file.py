@@ -31,8 +31,8 @@ TOKENS = "tokens"
 SUFFIX = ".tokens.npz"
 """Of the file of an evaluation's task."""
 UNREADABLE = (
-    *(ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RuntimeError),
-    *(MemoryError, OverflowError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
+    *(ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, OverflowError),
+    *(SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
 )
 """What numpy and zipfile raise at bytes that are no recording."""
 
@@ -174,5 +174,5 @@ def _fits(record: TokenRecord) -> bool:
     fits &= all(each.shape == (rows, 2 * TOP) for each in tops)
     fits &= all(0 <= r.prompt < len(record.prompts) for r in record.responses)
     fits &= bool(((record.top_rows_G >= 0) & (record.top_rows_G < count)).all())
-    named = {*np.unique(record.ids_T).tolist(), *np.unique(record.top_ids_GK).tolist()}
-    return fits and named - {-1} <= record.pieces.keys()
+    named = {*np.unique(record.top_ids_GK).tolist()} - {-1} | {*np.unique(record.ids_T).tolist()}
+    return fits and named <= record.pieces.keys()

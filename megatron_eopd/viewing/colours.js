@@ -40,16 +40,20 @@ function stepsOf(stops, count) {
   });
 }
 
-// The 99.5th percentile of the sizes, rounded up: single tokens beyond it do not pale the others.
+function isInfinite(value) {
+  return Math.abs(value) === Infinity;
+}
+
+// The 99.5th percentile of the finite sizes, rounded up: single tokens beyond it do not pale the others.
 function topOf(name) {
   if (name === "gate") return 1;
   const values = COLUMNS[name];
   const stride = Math.max(1, Math.floor(values.length / 50_000));
   const sizes = [];
   for (let n = 0; n < values.length; n += stride) {
-    if (!Number.isNaN(values[n])) sizes.push(Math.abs(values[n]));
+    if (Number.isFinite(values[n])) sizes.push(Math.abs(values[n]));
   }
-  if (!sizes.length) return NaN;
+  if (!sizes.length) return values.some(isInfinite) ? 1 : NaN;
   sizes.sort((a, b) => a - b);
   let top = sizes[Math.floor(0.995 * (sizes.length - 1))];
   if (hasThreshold(name)) top = Math.max(top, 1.25 * THRESHOLD);
@@ -73,17 +77,49 @@ function makeScale(name) {
     const part = isSigned ? (place(value) + 1) / 2 : place(value);
     return colours[Math.round(part * STEPS)];
   };
-  return { name, top, shape, isSigned, place, colour, colours };
+  const hasInfinite = COLUMNS[name].some(isInfinite);
+  return { name, top, shape, isSigned, place, colour, colours, hasInfinite };
 }
 
 // As many digits as a signal is told with.
 function figure(name, value) {
   if (value === undefined || Number.isNaN(value)) return "unknown";
+  if (isInfinite(value)) return value > 0 ? "∞" : "−∞";
   if (name === "gate") return Number.isInteger(value) ? `${value}` : value.toFixed(3);
   if (name === "engine_mismatch" && value !== 0 && Math.abs(value) < 1e-3) {
     return value.toExponential(2).replace("-", "−").replace("e-", "e−");
   }
   return value.toFixed(4).replace("-", "−");
+}
+
+// Whether a run's values of a signal are at least so large, and not just so large.
+function isBound(name, side) {
+  return PAGE.sides[side].lower_bounds.includes(name);
+}
+
+// A value, as `form` tells it; "unknown" and "∞" are no bounds.
+function bounded(name, side, value, form = figure) {
+  return isBound(name, side) && Number.isFinite(value) ? `at least ${form(name, value)}` : form(name, value);
+}
+
+function meanText(name, side, found, form = figure) {
+  if (!found.infinite) return bounded(name, side, found.mean, form);
+  const told = Number.isNaN(found.mean) ? "none finite" : bounded(name, side, found.mean, form);
+  return `${told} (${found.infinite.toLocaleString("en")} infinite)`;
+}
+
+// Of all runs on the page.
+function labelOf(name) {
+  const { label } = PAGE.signals[name];
+  const bounds = PAGE.sides.map((_, side) => side).filter((side) => isBound(name, side));
+  if (!bounds.length) return label;
+  return bounds.length === PAGE.sides.length ? `${label}, at least` : `${label}, of ${sideName(bounds[0])} at least`;
+}
+
+function explanationOf(name) {
+  const { text } = PAGE.signals[name];
+  const parts = "; at least: of the teacher's top k and one part of all other tokens";
+  return labelOf(name) === PAGE.signals[name].label ? text : text + parts;
 }
 
 function brief(value) {
@@ -93,14 +129,15 @@ function brief(value) {
 function paintToken(span, value, scale) {
   const isKnown = !Number.isNaN(value);
   span.classList.toggle("unknown", !isKnown);
+  span.classList.toggle("infinite", isInfinite(value));
   const { back, front } = isKnown ? scale.colour(value) : { back: "", front: "" };
   span.style.backgroundColor = back;
   span.style.color = front;
 }
 
 function drawLegend(element, scale) {
-  const { label, unit, text } = PAGE.signals[scale.name];
-  element.replaceChildren(make("b", {}, label), ` (${unit}${SHAPE_TEXTS[scale.shape]}) `);
+  const { unit } = PAGE.signals[scale.name];
+  element.replaceChildren(make("b", {}, labelOf(scale.name)), ` (${unit}${SHAPE_TEXTS[scale.shape]}) `);
   if (Number.isNaN(scale.top)) {
     element.append("unknown on this page");
   } else {
@@ -123,7 +160,8 @@ function drawLegend(element, scale) {
   }
   const hatch = make("span", { class: "unknown swatch" });
   element.append(hatch, " unknown ", make("span", { class: "gated swatch" }, "ab"), " gate > 0");
-  element.title = text;
+  if (scale.hasInfinite) element.append(make("span", { class: "infinite swatch" }, "∞"), " infinite");
+  element.title = explanationOf(scale.name);
 }
 
 // Columns of a strip → [lowest, highest] value of the tokens in each; null of none.

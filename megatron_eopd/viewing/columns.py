@@ -13,7 +13,7 @@ import numpy as np
 NATS = 1e-4
 """A step, of what is told in nats: no value is moved by more than half of it."""
 FARTHEST = 2**30
-"""Steps from zero; infinite values are put there."""
+"""Steps from zero; what is there or beyond, data.js reads as infinite."""
 
 
 def encode(values: np.ndarray, step: float = 1.0) -> dict[str, Any]:

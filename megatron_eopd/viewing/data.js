@@ -5,6 +5,7 @@ const PAGE = JSON.parse(DATA_BLOCK.textContent);
 const SIGNALS = Object.keys(PAGE.signals);
 const COLUMNS = {};  // name → Int32Array (−1: none) or, of values in steps, Float32Array (NaN: unknown)
 const PIECES = new Map();  // id → {bytes, special}
+const FARTHEST = 2 ** 30;  // steps from zero, as in columns.py: from there on a value is infinite
 const THRESHOLD = PAGE.sides[0].about.threshold;  // null: no number
 
 async function inflated(base64) {
@@ -24,9 +25,13 @@ async function decode({ step, planes, data }) {
     let code = bytes[n];
     for (let p = 1; p < planes; p++) code += bytes[p * count + n] * 256 ** p;
     if (code === 0) values[n] = isWhole ? -1 : NaN;
-    else values[n] = (code % 2 ? (code - 1) / 2 : -code / 2) * step;
+    else values[n] = valueOf(code % 2 ? (code - 1) / 2 : -code / 2, step);
   }
   return values;
+}
+
+function valueOf(steps, step) {
+  return step !== 1 && Math.abs(steps) >= FARTHEST ? Math.sign(steps) * Infinity : steps * step;
 }
 
 async function readColumns() {
@@ -80,7 +85,7 @@ function alternativesOf(token) {
   const known = all.filter((each) => !Number.isNaN(each.student));
   return {
     teacher: all.filter((each) => each.isTeachers),
-    student: known.sort((a, b) => b.student - a.student).slice(0, PAGE.top),
+    student: known.sort((a, b) => b.student - a.student || 0).slice(0, PAGE.top),  // −∞ − −∞ is NaN
   };
 }
 
@@ -102,10 +107,15 @@ function makeResponses() {
   return responses;
 }
 
+// {mean, infinite}: over the finite values, NaN of none; and how many are infinite, which would hide
+// the others in a mean.
 function meanOf(values) {
-  let sum = 0, count = 0;
-  for (const value of values) if (!Number.isNaN(value)) { sum += value; count++; }
-  return count ? sum / count : NaN;
+  let sum = 0, count = 0, infinite = 0;
+  for (const value of values) {
+    if (Number.isFinite(value)) { sum += value; count++; }
+    else if (!Number.isNaN(value)) infinite++;
+  }
+  return { mean: count ? sum / count : NaN, infinite };
 }
 
 function idsOf(response) {

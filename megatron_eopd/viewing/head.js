@@ -10,7 +10,7 @@ const KEYS = [
 // Over the tokens of a run's responses.
 function meanOfSide(side, name) {
   const own = responses.filter((response) => response.side === side);
-  if (!own.length) return NaN;
+  if (!own.length) return meanOf([]);
   const from = own[0].start, to = own.at(-1).start + own.at(-1).length;
   return meanOf(COLUMNS[name].subarray(from, to));
 }
@@ -38,7 +38,8 @@ function alternativesText() {
 // Term → text, of one run.
 function factsOfSide({ about }, side) {
   const teachers = Object.entries(about.teachers).map(([name, model]) => `${name}: ${model}`);
-  const means = SIGNALS.map((name) => `${PAGE.signals[name].label} ${figure(name, meanOfSide(side, name))}`);
+  const mean = (name) => meanText(name, side, meanOfSide(side, name));
+  const means = SIGNALS.map((name) => `${PAGE.signals[name].label} ${mean(name)}`);
   return {
     objective: `${about.objective}, gate ${about.gate}, τ = ${about.threshold ?? "none"} nats, `
       + `payload ${about.payload}`,
@@ -57,7 +58,8 @@ function drawHead() {
   if (other) $("title").append(small(" beside B: ", `${other.name}, ${other.about.iteration}`));
   const megabytes = `${(DATA_BLOCK.dataset.bytes / 1e6).toFixed(1)} MB`;
   const brief = PAGE.sides.map((_, side) => {
-    const mean = (name) => `${PAGE.signals[name].label} ${figureBrief(meanOfSide(side, name))}`;
+    const told = (name) => meanText(name, side, meanOfSide(side, name), figureBrief);
+    const mean = (name) => `${PAGE.signals[name].label} ${told(name)}`;
     return `${sideName(side)} ${["gate", "reverse_kl", "forward_kl"].map(mean).join(" · ")}`;
   });
   const first = addParts(make("span"), partsOfText(`${about.objective} · τ ${about.threshold ?? "none"}`));
@@ -65,7 +67,7 @@ function drawHead() {
   const facts = PAGE.sides.flatMap((side, n) =>
     Object.entries(factsOfSide(side, n)).map(([term, text]) => [`${term} ${sideName(n)}`, text]));
   facts.push(["counts", countsText()], ["alternatives", alternativesText()]);
-  facts.push(["page", `${megabytes}; values to 0.0001`]);
+  facts.push(["page", `${megabytes}; values to 0.0001; means over the tokens at which a value is known and finite`]);
   for (const [term, text] of facts) {
     $("facts").querySelector("dl").append(make("dt", {}, term), addParts(make("dd"), partsOfText(text)));
   }
@@ -77,9 +79,8 @@ function keyButton(key, text, attributes) {
 
 function drawControls() {
   PAGE.colours.forEach((name, n) => {
-    const { label, text } = PAGE.signals[name];
-    const attributes = { "data-signal": name, title: text, click: () => colourBy(name) };
-    $("signals").append(keyButton(`${n + 1}`, label, attributes));
+    const attributes = { "data-signal": name, title: explanationOf(name), click: () => colourBy(name) };
+    $("signals").append(keyButton(`${n + 1}`, labelOf(name), attributes));
   });
   const ids = { id: "ids", "aria-pressed": "false", title: "ids of the tokens", click: toggleIds };
   const compare = { id: "compare", "aria-pressed": "true", title: "the other run's responses", click: toggleB };

@@ -20,9 +20,10 @@ const $ = (id) => document.getElementById(id);
 let responses = [];
 let groups = [];
 
-// Unknown last.
+// Means: with most infinite values first, unknown last.
 function falling(a, b) {
-  return (Number.isNaN(b) ? -Infinity : b) - (Number.isNaN(a) ? -Infinity : a) || 0;
+  const size = ({ mean }) => (Number.isNaN(mean) ? -Infinity : mean);
+  return b.infinite - a.infinite || size(b) - size(a) || 0;
 }
 
 function isShown(response) {
@@ -73,8 +74,8 @@ function refresh() {
 }
 
 function listItem(response) {
-  const { gate, reverse_kl, forward_kl } = response.means;
-  const means = `gate ${figureBrief(gate)} · rkl ${figureBrief(reverse_kl)} · fkl ${figureBrief(forward_kl)}`;
+  const short = { gate: "gate", reverse_kl: "rkl", forward_kl: "fkl" };
+  const means = Object.entries(short).map(([name, word]) => `${word} ${meanBrief(name, response)}`).join(" · ");
   const show = () => { choose(response); scrollTo(response); };
   const item = make("li", { "data-n": response.n, click: show },
     make("span", {}, `${PAGE.prompts[response.prompt].index}.${response.sample_index}`), ...badgesOf(response),
@@ -83,8 +84,16 @@ function listItem(response) {
   return item;
 }
 
-function figureBrief(value) {
+function figureBrief(name, value) {
   return Number.isNaN(value) ? "?" : value.toFixed(2);
+}
+
+// In the little room of the list.
+function meanBrief(name, { means, side }) {
+  const { mean, infinite } = means[name];
+  const told = `${isBound(name, side) && !Number.isNaN(mean) ? "≥" : ""}${figureBrief(name, mean)}`;
+  if (!infinite) return told;
+  return Number.isNaN(mean) ? `${infinite}×∞` : `${told} ${infinite}×∞`;
 }
 
 function choose(response) {

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_eopd.tokens.record import NOTABLE_KL, SIGNALS, TOP, About, TokenRecord
 from megatron_eopd.viewing.columns import NATS, encode
-from megatron_eopd.viewing.summary import Summary, summarize
+from megatron_eopd.viewing.summary import Summary, lower_bounds, summarize
 
 COLOURS = (
     "teacher_entropy",
@@ -52,22 +52,25 @@ def page_html(
     """`sides`: whose the responses are, in their order; `signal`: the colour to begin with;
     `most`: tokens with alternatives, MOST_ALTERNATIVES unless told."""
     kept_G = most_unsure(record, MOST_ALTERNATIVES if most is None else most)
-    summary = summarize(record)
     data = {
-        "sides": [side._asdict() | {"about": _told(side.about)} for side in sides],
+        "sides": [
+            side._asdict() | {"about": _told(side.about), "lower_bounds": lower_bounds(side.about)}
+            for side in sides
+        ],
         "signals": {name: signal._asdict() for name, signal in SIGNALS.items()},
         "colours": COLOURS,
         "signal": signal,
         "top": TOP,
         "notable_kl": NOTABLE_KL,
-        "summary": summary._asdict(),
+        "summary": summarize(record)._asdict(),
         "alternatives_kept": int(kept_G.sum()),
         "prompts": [prompt._asdict() | {"ids": None} for prompt in record.prompts],
         "prompt_lengths": [len(prompt.ids) for prompt in record.prompts],
         "responses": [response._asdict() for response in record.responses],
         "columns": _columns(record, kept_G),
     }
-    return _filled(_title(sides), summary, data)
+    own = summarize(record, sides[0].num_responses)  # for the index, which has a row of each run
+    return _filled(_title(sides), own, data)
 
 
 def _told(about: About) -> dict[str, Any]:

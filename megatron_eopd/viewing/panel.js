@@ -56,10 +56,10 @@ function valuesTable(response, position) {
     if (position === twin.length) table.append(row("token", ...names, ""));
   }
   for (const name of SIGNALS) {
-    const { label, unit, text } = PAGE.signals[name];
-    const cells = places.map((at) => figure(name, COLUMNS[name][at]));
+    const { label, unit } = PAGE.signals[name];
+    const cells = places.map((at, n) => bounded(name, isShared ? n : response.side, COLUMNS[name][at]));
     const line = row(label, ...cells, name === "gate" ? "" : unit);
-    line.title = text;
+    line.title = explanationOf(name);
     line.dataset.signal = name;
     line.classList.toggle("chosen", name === state.signal);
     table.append(line);
@@ -105,7 +105,8 @@ function bar(who, logprob) {
 function whyNone(response, token) {
   const { threshold, top_tokens } = PAGE.sides[response.side].about;
   const entropy = COLUMNS.teacher_entropy[token];
-  if (top_tokens === "notable" && threshold !== null && entropy < threshold) {
+  const isTame = entropy < threshold && COLUMNS.reverse_kl[token] < PAGE.notable_kl;
+  if (top_tokens === "notable" && threshold !== null && isTame) {
     const told = figure("teacher_entropy", entropy);
     return `No alternatives kept here: H = ${told} is below τ = ${threshold} nats, and reverse KL below ${PAGE.notable_kl}.`;
   }

@@ -1,6 +1,7 @@
 """Which recordings of tokens a run has. In: its directory. Out: where each is, and of what."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,7 +35,9 @@ class Recording(NamedTuple):
 
     @property
     def where(self) -> str:
-        return f"evaluation {self.place}, {self.task}" if self.task else f"iteration {self.place}"
+        number, dash, steps = self.place.partition("-")
+        place = f"{int(number)}{dash}{steps}"
+        return f"evaluation {place}, {self.task}" if self.task else f"iteration {place}"
 
     def read(self) -> TokenRecord:
         """
@@ -49,22 +52,37 @@ def recordings_of(run_dir: Path) -> list[Recording]:
     another name.
 
     Raises:
-        ConfigError: there is no such directory.
+        ConfigError: there is no such directory, or it cannot be read.
     """
-    if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such directory. Name the run_dir of a run.")
-    training = [
-        Recording(path, "training", path.stem, "")
-        for path in (run_dir / TOKENS).glob("*.npz")
-        if path.stem.isdecimal()
-    ]
-    evaluations = [
-        Recording(path, "evaluation", path.parent.name, path.name.removesuffix(SUFFIX))
-        for path in (run_dir / EVALUATIONS).glob(f"*/*{SUFFIX}")
-        if place_of(path.parent)
-    ]
+    try:
+        if not run_dir.is_dir():
+            raise ConfigError(f"{run_dir}: no such directory. Name the run_dir of a run.")
+        training = [
+            Recording(path, "training", path.stem, "")
+            for path in _files(run_dir / TOKENS)
+            if path.suffix == ".npz" and path.stem.isdecimal()
+        ]
+        evaluations = [
+            Recording(path, "evaluation", directory.name, path.name.removesuffix(SUFFIX))
+            for directory in _files(run_dir / EVALUATIONS)
+            if place_of(directory)
+            for path in _files(directory)
+            if path.name.endswith(SUFFIX)
+        ]
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or run_dir}: cannot be read ({error.strerror}). Ask for the right to "
+            f"read it, or see to the disk."
+        ) from None
     in_order = sorted(evaluations, key=lambda each: (place_of(each.path.parent), each.task))
     return sorted(training, key=lambda each: each.iteration) + in_order
+
+
+def _files(directory: Path) -> list[Path]:
+    """None of what is no directory. Unlike glob it raises where the directory may not be read."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return list(directory.iterdir())
+    return []
 
 
 def choose(

@@ -141,7 +141,7 @@ function responseElement(response) {
 }
 
 function headOf(response) {
-  const mean = (name) => `${PAGE.signals[name].label} ${figure(name, response.means[name])}`;
+  const mean = (name) => `${PAGE.signals[name].label} ${meanText(name, response.side, response.means[name])}`;
   const means = ["gate", "reverse_kl", "forward_kl"].map(mean).join(" · ");
   const steps = response.step ? ` · ${response.step} steps old` : "";
   const facts = ` ${response.length.toLocaleString("en")} tokens${steps} · means: ${means} `;

@@ -1,11 +1,19 @@
 """A recording in a few figures, for the head of its page, the index and the terminal."""
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 
-from megatron_eopd.tokens.record import TokenRecord
+from megatron_eopd.tokens.record import About, TokenRecord
+
+
+class Mean(NamedTuple):
+    """Of a signal over tokens. One infinite value would make the mean infinite and tell nothing
+    of the others, so these are counted apart."""
+
+    mean: float | None
+    """Over the tokens at which it is finite; None where there are none."""
+    num_infinite: int
 
 
 class Summary(NamedTuple):
@@ -22,29 +30,43 @@ class Summary(NamedTuple):
     num_alternatives: int
     """Tokens of which the recording has the most probable alternatives."""
     means: dict[str, float | None]
-    """Signal → its mean over the tokens at which it is known; None where it nowhere is."""
+    """By signal, as Mean has them."""
+    num_infinite: dict[str, int]
+    lower_bounds: list[str]
+    """As the function of this name."""
 
 
-def summarize(record: TokenRecord) -> Summary:
-    responses = record.responses
+def summarize(record: TokenRecord, num_responses: int | None = None) -> Summary:
+    """`num_responses`: of the first ones alone, as those of one of two runs."""
+    responses = record.responses[:num_responses]
+    num_tokens = record.starts[len(responses)]
+    means = {name: mean_of(values_T[:num_tokens]) for name, values_T in record.signals.items()}
     return Summary(
         kind=record.about.kind,
         iteration=record.about.iteration,
         task=record.about.task,
         num_prompts=len(record.prompts),
         num_responses=len(responses),
-        num_tokens=record.starts[-1],
+        num_tokens=num_tokens,
         num_truncated=sum(r.finish_reason == "length" for r in responses),
         num_references=sum(r.source == "reference" for r in responses),
         num_graded=sum(r.verdict != "" for r in responses),
         num_right=sum(r.verdict == "right" for r in responses),
-        num_alternatives=len(record.top_rows_G),
-        means={name: _mean(values_T) for name, values_T in record.signals.items()},
+        num_alternatives=int((record.top_rows_G < num_tokens).sum()),
+        means={name: each.mean for name, each in means.items()},
+        num_infinite={name: each.num_infinite for name, each in means.items()},
+        lower_bounds=lower_bounds(record.about),
     )
 
 
-def _mean(values: np.ndarray) -> float | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of nothing but NaN
-        mean = float(np.nanmean(values, dtype=np.float64))
-    return mean if np.isfinite(mean) else None
+def mean_of(values: np.ndarray) -> Mean:
+    """NaN is unknown, and left out."""
+    finite = values[np.isfinite(values)]
+    mean = float(finite.mean(dtype=np.float64)) if len(finite) else None
+    return Mean(mean, int(np.isinf(values).sum()))
+
+
+def lower_bounds(about: About) -> list[str]:
+    """Signals that are at least as large as recorded. A teacher that hands over its top k knows
+    the distribution as k + 1 parts, and to join tokens to a part never raises a divergence."""
+    return ["reverse_kl", "forward_kl"] if about.payload == "topk" else []

@@ -11,7 +11,7 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 from megatron_eopd.tokens.record import SIGNALS, TOP, RecordedResponse, TokenRecord
-from megatron_eopd.viewing.summary import summarize
+from megatron_eopd.viewing.summary import Mean, lower_bounds, mean_of, summarize
 from megatron_eopd.viewing.visible import Reader, plain
 
 PLAIN = (None, 17, 24, 30, 36, 71, 143, 221)
@@ -21,6 +21,7 @@ LIGHT = {36, 39, 71, 143, 208, 221}
 """Of them, those on which black can be read."""
 RESET = "\x1b[0m"
 WORST = 5
+UNKNOWN = Mean(None, 0)
 
 
 class Choice(NamedTuple):
@@ -57,14 +58,16 @@ def _head(record: TokenRecord, run: str) -> Iterator[str]:
     what = f"evaluation {about.iteration}, {about.task}" if about.task else f"{about.iteration}"
     yield plain(f"{run}, {about.kind if not about.task else 'recording of'} {what}")
     teachers = ", ".join(about.teachers.values())
-    yield plain(f"{about.objective}, τ = {about.threshold} nats, {teachers} → {about.student}")
+    threshold = f"{about.threshold} nats" if np.isfinite(about.threshold) else "none"
+    yield plain(f"{about.objective}, τ = {threshold}, {teachers} → {about.student}")
     yield (
         f"{summary.num_responses} responses to {summary.num_prompts} prompts, "
         f"{summary.num_tokens:,} tokens, {summary.num_truncated} cut off, "
         f"{summary.num_references} references"
     )
-    means = ((name, value) for name, value in summary.means.items() if value is not None)
-    yield "means: " + ", ".join(f"{SIGNALS[n].label} {_figure(n, value)}" for n, value in means)
+    means = {name: Mean(summary.means[name], summary.num_infinite[name]) for name in SIGNALS}
+    known = (name for name, mean in means.items() if mean != UNKNOWN)
+    yield "means: " + ", ".join(_told_mean(record, name, means[name]) for name in known)
 
 
 def _prompt(record: TokenRecord, prompt: int) -> Iterator[str]:
@@ -79,10 +82,7 @@ def _facts(record: TokenRecord, n: int) -> str:
     rows = slice(record.starts[n], record.starts[n + 1])
     facts = [f"{response.length} tokens", *_marks(response)]
     for name in ("gate", "reverse_kl", "forward_kl"):
-        values = record.signals[name][rows]
-        known = values[~np.isnan(values)]
-        mean = _figure(name, float(known.mean(dtype=np.float64))) if len(known) else "unknown"
-        facts.append(f"{SIGNALS[name].label} {mean}")
+        facts.append(_told_mean(record, name, mean_of(record.signals[name][rows])))
     return f"─ sample {response.sample_index}: {', '.join(facts)}"
 
 
@@ -128,17 +128,18 @@ def _colour(signal: str, value: float, top: float) -> int | None:
 def _top(record: TokenRecord, signal: str) -> float:
     """The value that has the last colour: few tokens are beyond it."""
     sizes = np.abs(record.signals[signal])
-    known = sizes[~np.isnan(sizes)]
-    return max(float(np.quantile(known, 0.995)), 1e-6) if len(known) else 1.0
+    finite = sizes[np.isfinite(sizes)]
+    return max(float(np.quantile(finite, 0.995)), 1e-6) if len(finite) else 1.0
 
 
 def _legend(record: TokenRecord, choice: Choice) -> str:
-    top, signal = _top(record, choice.signal), SIGNALS[choice.signal]
+    top, unit = _top(record, choice.signal), SIGNALS[choice.signal].unit
     low = -top if choice.signal == "engine_mismatch" else 0.0
     swatches = "".join(
         f"{_style(choice.signal, low + (top - low) * k / 7, top, False)}  {RESET}" for k in range(8)
     )
-    return f"{signal.label}: {low:.2g} {swatches} {top:.2g} {signal.unit}; underlined: gate > 0"
+    scale = f"{low:.2g} {swatches} {top:.2g} {unit}"
+    return f"{_label(record, choice.signal)}: {scale}; underlined: gate > 0"
 
 
 def _worst(record: TokenRecord, choice: Choice) -> Iterator[str]:
@@ -147,7 +148,7 @@ def _worst(record: TokenRecord, choice: Choice) -> Iterator[str]:
     worst = [int(t) for t in np.argsort(-values_T, kind="stable")[:WORST] if values_T[t] >= 0]
     if not worst:
         return
-    yield f"\n── the largest by {SIGNALS[choice.signal].label}"
+    yield f"\n── the largest by {_label(record, choice.signal)}"
     for t in worst:
         n = int(np.searchsorted(record.starts, t, side="right")) - 1
         response = record.responses[n]
@@ -156,7 +157,7 @@ def _worst(record: TokenRecord, choice: Choice) -> Iterator[str]:
             f"token {t - record.starts[n]}"
         )
         figures = ", ".join(
-            f"{SIGNALS[name].label} {_figure(name, float(record.signals[name][t]))}"
+            _told(record, name, float(record.signals[name][t]))
             for name in ("teacher_entropy", "reverse_kl", "forward_kl")
         )
         yield f"{_name(record, int(record.ids_T[t]))}  {place}: {figures}"
@@ -197,7 +198,27 @@ def _share(logprob: float) -> str:
     return "unknown" if np.isnan(logprob) else f"{np.exp(logprob):.3f}"
 
 
+def _label(record: TokenRecord, name: str) -> str:
+    bound = ", at least" if name in lower_bounds(record.about) else ""
+    return f"{SIGNALS[name].label}{bound}"
+
+
+def _told(record: TokenRecord, name: str, value: float) -> str:
+    is_bound = name in lower_bounds(record.about) and np.isfinite(value)
+    return f"{SIGNALS[name].label} {'at least ' if is_bound else ''}{_figure(name, value)}"
+
+
+def _told_mean(record: TokenRecord, name: str, mean: Mean) -> str:
+    if not mean.num_infinite:
+        return _told(record, name, np.nan if mean.mean is None else mean.mean)
+    is_known = mean.mean is not None
+    told = _told(record, name, mean.mean) if is_known else f"{SIGNALS[name].label} none finite"
+    return f"{told} ({mean.num_infinite:,} infinite)"
+
+
 def _figure(name: str, value: float) -> str:
     if np.isnan(value):
         return "unknown"
+    if np.isinf(value):
+        return "∞" if value > 0 else "−∞"
     return f"{value:.1e}" if name == "engine_mismatch" else f"{value:.3f}"

@@ -3,16 +3,26 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_eopd import view
+from megatron_eopd.tokens.file import evaluation_file, read_tokens, training_file, write_tokens
 from megatron_eopd.tokens.record import SIGNALS, Piece
 from megatron_eopd.viewing.beside import beside
 from megatron_eopd.viewing.page import COLOURS, Side, page_html
 from megatron_eopd.viewing.visible import Reader
-from tests.token_records import HOSTILE, big_record, hostile_record, make_record, written_by_hand
+from tests.token_records import (
+    HOSTILE,
+    big_record,
+    hostile_record,
+    make_record,
+    with_infinite_values,
+    written_by_hand,
+)
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -83,6 +93,10 @@ def background(page, response: int, position: int) -> str:
     return token(page, response, position).evaluate("e => e.style.backgroundColor")
 
 
+def lightness(page, response: int, position: int) -> int:
+    return sum(map(int, background(page, response, position)[4:-1].replace(",", " ").split()))
+
+
 def test_hovering_shows_every_signal_as_recorded(show):
     record = written_by_hand()
     page = show(html_of(record))
@@ -109,7 +123,9 @@ def test_hovering_shows_every_signal_as_recorded(show):
 
 def test_the_panel_has_both_models_most_probable_tokens(show):
     """The student's are put together from both lists; where there are none, it says why."""
-    page = show(html_of(written_by_hand()))
+    record = written_by_hand()
+    record.signals["reverse_kl"] -= 2  # below what is notable by itself
+    page = show(html_of(record))
     token(page, 0, 2).hover()
     teacher = page.locator('#panel table[data-of="teacher"] tr').all_inner_texts()
     student = page.locator('#panel table[data-of="student"] tr').all_inner_texts()
@@ -156,9 +172,7 @@ def test_six_keys_and_buttons_colour_tokens(show):
     unknown = token(page, 1, 3)
     assert "unknown" in unknown.get_attribute("class") and background(page, 1, 3) == ""
     page.locator('[data-signal="reverse_kl"]').first.click()
-    light = [
-        sum(map(int, background(page, 0, t)[4:-1].replace(",", " ").split())) for t in range(5)
-    ]
+    light = [lightness(page, 0, t) for t in range(5)]
     assert light == sorted(light, reverse=True) and light[0] > light[4]
 
 
@@ -169,8 +183,122 @@ def test_dark_pages_grow_lighter_with_the_value(show):
     page.emulate_media(color_scheme="dark")
     page.wait_for_function("() => DARK.matches")
     assert background(page, 0, 2) != before
-    dark, light = (sum(map(int, background(page, 0, t)[4:-1].split(", "))) for t in (0, 2))
-    assert dark < light
+    assert lightness(page, 0, 0) < lightness(page, 0, 2)
+
+
+def test_values_that_are_not_finite_are_shown_as_such(show):
+    """At the token, in colours and legend, in means, and as the worst in the order."""
+    record = with_infinite_values()
+    page = show(html_of(record, signal="reverse_kl"))
+    token(page, 1, 0).hover()
+    shown = panel_values(page)
+    assert (shown["reverse_kl"], shown["teacher_logprob"]) == ("∞", "−∞")
+    assert (shown["engine_mismatch"], shown["forward_kl"]) == ("−∞", "3.5000")
+    classes = [token(page, 1, t).get_attribute("class").split() for t in range(4)]
+    assert ["infinite" in each for each in classes] == [True, False, False, False]
+    assert ["unknown" in each for each in classes] == [False, True, False, False]
+    light = [lightness(page, n, t) for n, t in ((1, 0), (1, 3), (0, 4), (0, 0))]
+    assert light == sorted(light) and light[0] < light[1]  # darker than the largest other
+    assert "infinite" in page.locator("#legend").inner_text() and "≥ 3" in legend_of(page)
+    page.keyboard.press("6")
+    assert background(page, 1, 0) and "∞" in page.locator("#legend").inner_text()
+    page.keyboard.press("4")
+    assert "∞" not in page.locator("#legend").inner_text()
+    values = record.signals["reverse_kl"]
+    means = [np.mean(values[:5]), np.mean(values[7:9])]
+    items = page.locator("#list li").all_inner_texts()
+    assert f"rkl {means[0]:.2f} ·" in items[0] and f"rkl {means[1]:.2f} 1×∞ ·" in items[1]
+    head = page.locator('article[data-n="1"] h3').inner_text()
+    assert f"reverse KL {means[1]:.4f} (1 infinite)" in head
+    record.signals["reverse_kl"][:5] = 9.0
+    page = show(html_of(record))
+    page.select_option("#sort", "worst reverse KL")
+    assert listed(page) == [1, 0]
+    token(page, 0, 2).hover()
+    student = page.locator('#panel table[data-of="student"] tr').all_inner_texts()
+    assert [line.split()[0] for line in student[1:]] == ["12", "sum", "the", "of", "both"]
+    assert student[1].split() == ["12", "0.0", "%", "50.0", "%"]
+
+
+def legend_of(page) -> str:
+    return page.locator("#legend .ramp").inner_text()
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_page_on_which_nothing_is_finite_opens(show, value):
+    """In all colours, with strips and orders."""
+    record = written_by_hand()
+    for values_T in record.signals.values():
+        values_T[:] = value
+    page = show(html_of(record))
+    for n in range(len(COLOURS)):
+        page.keyboard.press(str(n + 1))
+        marked = "unknown" if np.isnan(value) else "infinite"
+        assert marked in token(page, 0, 0).get_attribute("class").split()
+    page.select_option("#sort", "worst forward KL")
+    token(page, 0, 0).hover()
+    told = "unknown" if np.isnan(value) else "∞" if value > 0 else "−∞"
+    assert panel_values(page)["student_entropy"] == told
+
+
+def test_divergences_from_a_teachers_top_k_are_shown_as_bounds(show):
+    """On the buttons, in legend, panel, means; of two runs of the one alone that has them so."""
+    exact = written_by_hand()
+    record = replace(exact, about=replace(exact.about, payload="topk"))
+    page = show(html_of(record))
+    for key, name in (("3", "reverse_kl"), ("4", "forward_kl")):
+        page.keyboard.press(key)
+        label = f"{SIGNALS[name].label}, at least"
+        assert page.locator("#legend b").inner_text() == label
+        assert label in page.locator(f'#signals [data-signal="{name}"]').inner_text()
+    token(page, 0, 0).hover()
+    assert panel_values(page)["reverse_kl"] == "at least 2.0000"
+    assert panel_values(page)["student_entropy"] == "4.0000"
+    assert "reverse KL at least 2.2000" in page.locator('article[data-n="0"] h3').inner_text()
+    assert "rkl ≥2.20" in page.locator("#list li").first.inner_text()
+    assert "reverse KL at least 2.40" in page.locator("#facts summary").inner_text()
+    both = page_html(
+        beside(exact, record), [Side("mine", exact.about, 2), Side("other", record.about, 2)]
+    )
+    page = show(both)
+    page.keyboard.press("3")
+    assert page.locator("#legend b").inner_text() == "reverse KL, of B at least"
+    token(page, 0, 0).hover()
+    assert panel_values(page, 0)["reverse_kl"] == "2.0000"
+    assert panel_values(page, 1)["reverse_kl"] == "at least 2.0000"
+
+
+def test_the_table_of_the_index_is_as_wide_as_a_screen(browser, tmp_path):
+    """Of a run with long names, two tasks and several runs beside them: 1200 px, and only the first
+    column is broken into lines."""
+    run = tmp_path / "a_run_with_a_rather_long_name_2026-11-27"
+    for iteration in (20, 120):
+        write_tokens(training_file(run, iteration), make_record(((900,) * 8,), iteration=iteration))
+    for task in ("countdown", "a_task_with_a_rather_long_name_of_its_own"):
+        record = make_record(((900,) * 8,), kind="evaluation", iteration=120, task=task)
+        record.signals["reverse_kl"][0] = np.inf
+        verdicts = tuple(r._replace(verdict="right") for r in record.responses)
+        path = evaluation_file(run / "evaluations/000120", task)
+        write_tokens(path, replace(record, responses=verdicts))
+        for place in ("x", "another_folder_with_a_long_name"):
+            other = tmp_path / place / run.name
+            write_tokens(evaluation_file(other / "evaluations/000120", task), record)
+    view.main([str(run)])
+    for place in ("x", "another_folder_with_a_long_name"):
+        view.main([str(run), "--evaluation", "120", "--compare", str(tmp_path / place / run.name)])
+    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    page.goto((run / "view/index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+    assert page.locator("td small").count() == 2
+    heights = page.locator("td:not(:has(small))").evaluate_all(
+        "all => all.map(e => { const r = document.createRange(); r.selectNodeContents(e);"
+        " return r.getBoundingClientRect().height; })"
+    )
+    assert max(heights) < 30
+    assert page.locator("tbody a").count() == 4 + 4
+    page.locator("tbody a", has_text="beside").first.click()
+    page.wait_for_selector(READY)
+    page.close()
 
 
 def test_siblings_are_marked_where_they_part(show):
@@ -417,3 +545,70 @@ def test_a_page_of_a_real_run_opens(show):
     page.wait_for_timeout(300)
     assert 0 < page.locator(".t.pinned").bounding_box()["y"] < 800
     assert page.locator("article .t").count() < 8 * 4096
+
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+@pytest.mark.parametrize("name", ["quickstart_000260.tokens", "qwen3_vocabulary"])
+def test_recordings_of_real_runs_are_shown(show, name):
+    """Of the quick start, and of a run with Qwen3's 151,936 columns: all six colours, what is
+    pointed at, and every order."""
+    record = read_tokens(RECORDED / f"{name}.npz")
+    page = show(html_of(record))
+    row = int(record.top_rows_G[0])
+    response = max(n for n, start in enumerate(record.starts[:-1]) if start <= row)
+    position = row - record.starts[response]
+    for n, signal in enumerate(COLOURS):
+        page.keyboard.press(str(n + 1))
+        pressed = page.locator('[aria-pressed="true"][data-signal]')
+        assert pressed.get_attribute("data-signal") == signal
+        values_T = record.signals[signal]
+        if np.isnan(values_T).all():  # of an evaluation: nobody kept what the engine said
+            assert "unknown" in token(page, response, position).get_attribute("class")
+        else:
+            shades = {background(page, response, t) for t in range(16)}
+            assert len(shades) > 1 or signal == "gate", signal
+    token(page, response, position).hover()
+    values = panel_values(page)
+    for signal in SIGNALS:
+        expected = record.signals[signal][row]
+        if np.isnan(expected):
+            assert values[signal] == "unknown"
+        else:
+            assert float(values[signal].replace("−", "-")) == pytest.approx(expected, abs=1e-4)
+    assert page.locator('#panel table[data-of="teacher"] tr').count() == 6
+    means = {
+        label: [
+            float(record.signals[column][start:end].mean())
+            for start, end in pairwise(record.starts)
+        ]
+        for label, column in (
+            ("worst reverse KL", "reverse_kl"),
+            ("worst forward KL", "forward_kl"),
+        )
+    }
+    for label, each in means.items():
+        page.select_option("#sort", label)
+        assert listed(page) == sorted(range(len(each)), key=lambda n: -each[n])
+
+
+def test_the_quick_start_stands_beside_its_beginning(show):
+    """The same seeds on the same problems, with 260 iterations between them."""
+    first, last = (
+        read_tokens(RECORDED / f"quickstart_{n}.tokens.npz") for n in ("000000", "000260")
+    )
+    both = beside(last, first)
+    sides = [
+        Side("end", last.about, len(last.responses)),
+        Side("begin", first.about, len(both.responses) - len(last.responses)),
+    ]
+    page = show(page_html(both, sides))
+    assert len(listed(page)) == 16
+    token(page, 0, 0).hover()
+    for column, record in enumerate((last, first)):
+        value = panel_values(page, column)["student_entropy"]
+        expected = record.signals["student_entropy"][0]
+        assert float(value) == pytest.approx(expected, abs=1e-4)
+    page.keyboard.press("c")
+    assert len(listed(page)) == 8
