@@ -9,7 +9,7 @@ from megatron_eopd.config import Config
 from megatron_eopd.evaluation.evaluate import Evaluation
 from megatron_eopd.evaluation.settings import model_identity
 from megatron_eopd.loop import push_first_weights
-from megatron_eopd.metrics.sinks.choice import open_sink
+from megatron_eopd.metrics.sinks.choice import open_sinks
 from megatron_eopd.milestones import evaluate_student, model_of_run
 from megatron_eopd.reporting.scalars import memory_scalars
 from megatron_eopd.run_log import gauge_of, seconds_since_start
@@ -63,7 +63,6 @@ def _has_tensorboard(config: Config) -> bool:
 def _show(session: Session, result: Evaluation) -> None:
     """Beside the curves of the run that the figures belong to, which may still go on: of the
     trackers, TensorBoard alone lets two write of one run."""
-    sink = open_sink("tensorboard", session.config.run_dir, None, session.log.line)
-    if sink is not None:
-        sink.write(session.first_iteration, result.figures, {})
-        sink.close(is_complete=False)
+    (sink,) = open_sinks(["tensorboard"], session.config.run_dir, None, session.log.line)
+    sink.write(session.first_iteration, result.figures, {})
+    sink.close(is_complete=False)

@@ -31,11 +31,12 @@ from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.grading_pool import check_answers as check_gold
 from megatron_eopd.evaluation.problems import ProblemSet, grading_pool, load_problem_sets
 from megatron_eopd.evaluation.report_file import names_of_figures
-from megatron_eopd.metrics.sinks.choice import check_packages
+from megatron_eopd.metrics.sinks.choice import check_logins, check_packages
 from megatron_eopd.models.fit import check_student, check_teacher, check_vllm
 from megatron_eopd.models.hf_config import read_hf_config, unknown_keys
 from megatron_eopd.models.load import check_files
 from megatron_eopd.models.megatron_config import uses_transformer_engine
+from megatron_eopd.parallel.init import own_rank
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import student_layout, teacher_layout
 from megatron_eopd.planning.activations import Lengths, Load, Platform
@@ -84,6 +85,8 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
     _check_writable(config.run_dir)
     if trains:
         check_packages(config.logging.trackers)
+        if own_rank()[0] == 0:  # no other opens them
+            check_logins(config.logging.trackers)
     layout = student_layout(config, world_size)
     uses_transformer_engine(config.model)
     student = read_hf_config(config.student.hf_path)

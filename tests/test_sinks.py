@@ -8,9 +8,15 @@ import dataclasses
 import json
 import math
 import os
+import pty
+import socket
 import struct
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -27,12 +33,13 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.metrics import names
-from megatron_eopd.metrics.sinks import choice
+from megatron_eopd.metrics.sinks import background, choice
 from megatron_eopd.metrics.sinks.background import MOST_WAITING, Background
 from megatron_eopd.metrics.sinks.ledger import Ledger
 from megatron_eopd.metrics.writer import MetricsWriter, simple_options
 from megatron_eopd.records import Bins, Histogram
 
+ROOT = Path(__file__).parents[1]
 OPTIONS = {
     "seed": 7,
     "objective.name": "eopd",
@@ -48,6 +55,15 @@ def offline(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+@pytest.fixture
+def silent_url():
+    """Of a host that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def start(run_dir: Path, resumed_at: int | None, trackers: tuple[str, ...], iterations, **more):
@@ -138,6 +154,8 @@ def test_wandb_has_each_row_once_over_restarts(tmp_path, offline):
     assert evaluated == [(2, 0.25), (4, 0.5), (6, 0.75)]
     steps = [row["_step"] for row in rows]
     assert steps == sorted(set(steps))
+    assert len(rows) == 6 + 3 + 6 + 3  # the pages about the run are in its first row
+    assert "about/metrics._type" in rows[0] and rows[0]["loss/total"] == 10
     (row,) = [row for row in rows if row.get("loss/total") == 50]
     assert row["entropy/teacher.values"] == [1, 0, 3]
     assert row["entropy/teacher.bins"] == [1, 2, 3, 4]
@@ -145,6 +163,22 @@ def test_wandb_has_each_row_once_over_restarts(tmp_path, offline):
     assert "&lt;b&gt;sample&lt;/b&gt; of 5" in html and "<b>sample" not in html
     left = [child.name() for child in psutil.Process().children(recursive=True)]
     assert not [name for name in left if "wandb" in name]
+
+
+def test_what_wandb_is_sent_again_after_a_kill_has_the_steps_that_it_had(tmp_path, offline):
+    """And what is new has higher ones: of others W&B takes no notice."""
+    start(tmp_path, None, ("wandb",), range(1, 4)).close()
+    sent = tmp_path / "wandb/sent.json"
+    before = rows_for_wandb(tmp_path)
+    # As SIGKILL leaves it: what was sent in the last seconds was not noted.
+    sent.write_text(json.dumps(json.loads(sent.read_text()) | {"place": [-1, False], "rows": 0}))
+    start(tmp_path, 2, ("wandb",), range(3, 7)).close()
+    again = rows_for_wandb(tmp_path)[len(before) :]
+    step_of = {(row["iteration"], "loss/total" in row): row["_step"] for row in before}
+    assert again[0]["_step"] == step_of[3, True] and again[0]["loss/total"] == 30
+    new = [row["_step"] for row in again if row["iteration"] > 3]
+    assert len(new) == 3 + 2 + 3 + 2 and min(new) > max(row["_step"] for row in before)
+    assert new == sorted(set(new))
 
 
 def test_mlflow_has_each_row_once_over_restarts(tmp_path, offline):
@@ -171,18 +205,17 @@ def test_a_run_that_begins_is_another_one_for_a_service(tmp_path):
     assert not resumed.is_new((3, False)) and resumed.is_new((3, True)) and anew.is_new((0, False))
 
 
-def test_what_a_kill_may_have_lost_is_sent_again_with_its_number(tmp_path):
+def test_what_a_kill_may_have_lost_is_sent_again(tmp_path):
     """Until it has settled, or the service was closed."""
     killed = Ledger(tmp_path / "sent.json", begins=True, settles_s=100.0)
     killed.save()
     killed.note((1, False))
     again = Ledger(tmp_path / "sent.json", begins=False, settles_s=100.0)
-    assert again.known == dataclasses.replace(killed.known, rows=0, place=(-1, False))
+    assert again.known == dataclasses.replace(killed.known, place=(-1, False))
     assert again.is_new((1, False))
     again.note((1, False))
     again.save()
     assert not Ledger(tmp_path / "sent.json", begins=False).is_new((1, False))
-    assert Ledger(tmp_path / "sent.json", begins=False).known.rows == 1
 
 
 def test_tensorboard_says_what_its_curves_are(tmp_path):
@@ -253,11 +286,12 @@ class Recorder:
 def test_a_sink_that_fails_is_told_once_and_left_out():
     told: list[str] = []
     sink = Recorder(fails_at=3)
-    shown = Background("wandb", sink, told.append)
+    shown = Background("wandb", lambda: sink, told.append)
     for n in range(1, 6):
         shown.write(n, {}, {})
         shown.text(n, "rollouts", "")
     shown.close(is_complete=True)
+    shown.join(10.0)
     assert sink.iterations == [1, 2] and sink.closed == [False]
     (line,) = told
     assert "wandb" in line and "ConnectionError: network gone" in line
@@ -266,7 +300,7 @@ def test_a_sink_that_fails_is_told_once_and_left_out():
 def test_a_sink_without_faults_has_everything_in_order():
     told: list[str] = []
     sink = Recorder()
-    shown = Background("wandb", sink, told.append)
+    shown = Background("wandb", lambda: sink, told.append)
     for n in range(100):
         shown.write(n, {}, {})
     shown.close(is_complete=True)
@@ -274,16 +308,43 @@ def test_a_sink_without_faults_has_everything_in_order():
 
 
 @pytest.mark.parametrize("calls", [1, MOST_WAITING + 5])
-def test_a_sink_that_hangs_holds_nobody_up(calls):
-    """Neither while the run goes on nor at its end."""
+def test_a_sink_that_hangs_holds_nobody_up(calls, monkeypatch):
+    """Neither while the run goes on nor at its end; once it moves again, it is closed."""
+    monkeypatch.setattr(background, "COMPLETE_S", 0.1)
     told: list[str] = []
-    released = threading.Event()
-    shown = Background("mlflow", Recorder(hangs=released), told.append, close_s=0.1)
+    sink = Recorder(hangs=threading.Event())
+    shown = Background("mlflow", lambda: sink, told.append)
     for n in range(calls):
         shown.write(n, {}, {})
     shown.close(is_complete=True)
-    released.set()
     assert len(told) == 1 and "mlflow" in told[0]
+    sink.hangs.set()
+    shown.join(10.0)
+    assert sink.closed == [False]
+
+
+@pytest.mark.parametrize("is_complete,deadline_s", [(False, 0.4), (True, 0.8)])
+def test_all_sinks_close_within_one_deadline(is_complete, deadline_s, tmp_path, monkeypatch):
+    """A short one of a run that was broken off, a longer one of a complete run."""
+    monkeypatch.setattr(background, "BROKEN_OFF_S", 0.4)
+    monkeypatch.setattr(background, "COMPLETE_S", 0.8)
+    released = threading.Event()
+    monkeypatch.setattr(
+        f"{choice.SINKS['tensorboard'].module}.TensorBoard", lambda *_: Recorder(hangs=released)
+    )
+    names = [f"hangs_{n}" for n in range(4)]
+    for name in names:
+        monkeypatch.setitem(choice.SINKS, name, choice.SINKS["tensorboard"])
+    told: list[str] = []
+    writer = MetricsWriter(tmp_path, None, names, tell=told.append)
+    writer.write(1, {"loss/total": 1.0})
+    if is_complete:
+        writer.complete()
+    began = time.monotonic()
+    writer.close()
+    assert deadline_s <= time.monotonic() - began < 3 * deadline_s
+    released.set()
+    assert [line.split()[1] for line in told] == names
 
 
 def test_a_package_that_is_missing_is_told_before_the_run(monkeypatch, tmp_path):
@@ -309,7 +370,111 @@ def test_a_service_out_of_reach_ends_a_run_only_where_it_begins(tmp_path, offlin
     writer = MetricsWriter(tmp_path, 4, ("mlflow",), tell=told.append)
     writer.write(5, {"loss/total": 1.0})
     writer.close()
-    assert len(told) == 1 and "mlflow" in told[0]
+    assert len(told) == 1 and "mlflow" in told[0] and "MLFLOW_TRACKING_URI" in told[0]
+
+
+def test_a_service_that_never_answers_holds_no_run_up(tmp_path, offline, monkeypatch, silent_url):
+    """One that begins is refused when the time to open is over; one that resumes does not wait."""
+    monkeypatch.setattr(background, "OPEN_S", 1.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_url)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=r"not open after 1 s.*MLFLOW_TRACKING_URI"):
+        MetricsWriter(tmp_path, None, ("mlflow",))
+    assert time.monotonic() - began < 3
+    told: list[str] = []
+    began = time.monotonic()
+    writer = MetricsWriter(tmp_path, 4, ("mlflow",), tell=told.append)
+    writer.write(5, {"loss/total": 1.0})
+    assert time.monotonic() - began < 0.9 and not told
+    time.sleep(1.0)
+    writer.write(6, {"loss/total": 1.0})
+    writer.close()
+    assert len(told) == 1 and "not open after 1 s" in told[0]
+
+
+@pytest.mark.parametrize(
+    "environment,refusal",
+    [
+        ({}, "no login for https://wandb.invalid.*WANDB_API_KEY"),
+        ({"WANDB_MODE": "offline"}, None),
+        ({"WANDB_MODE": "disabled"}, None),
+        ({"WANDB_API_KEY": 40 * "a"}, None),
+        ({"WANDB_API_KEY": "short"}, "WANDB_API_KEY invalid"),
+        ({"NETRC": "netrc"}, None),
+    ],
+)
+def test_a_login_is_looked_for_without_the_network(
+    environment, refusal, tmp_path, offline, monkeypatch
+):
+    import wandb
+
+    wandb.teardown()  # else it keeps what it has read from the environment
+    monkeypatch.chdir(tmp_path)
+    Path("netrc").write_text(f"machine wandb.invalid login user password {40 * 'a'}")
+    monkeypatch.delenv("WANDB_MODE")
+    environment = {"HOME": str(tmp_path), "WANDB_BASE_URL": "https://wandb.invalid"} | environment
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with nullcontext() if refusal is None else pytest.raises(ConfigError, match=refusal):
+        choice.check_logins(["tensorboard", "wandb"])
+    wandb.teardown()
+
+
+ON_A_TERMINAL = """
+import os, sys, time
+from pathlib import Path
+import wandb
+from megatron_eopd.errors import ConfigError
+from megatron_eopd.metrics.sinks import background
+from megatron_eopd.metrics.writer import MetricsWriter
+
+try:
+    MetricsWriter(Path(sys.argv[1]), None, ("wandb",))
+except ConfigError as error:
+    print("refused:", error)
+wandb.teardown()  # else it keeps what it has read from the environment
+os.environ["WANDB_API_KEY"] = 40 * "a"
+background.BROKEN_OFF_S = 3.0
+writer = MetricsWriter(Path(sys.argv[1]), 4, ("wandb",))
+writer.write(5, {"loss/total": 1.0})
+writer.close()
+print("left at", time.time())
+sys.exit(3)
+"""
+
+
+def test_wandb_asks_for_nothing_and_holds_no_process_up(tmp_path, silent_url):
+    """On a terminal it would ask for a login; and at the end of a process it would wait for its
+    own, which waits for its service."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        "WANDB_BASE_URL": silent_url,
+        "WANDB_ERROR_REPORTING": "false",
+    }
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, tmp_path],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+    )
+    os.close(theirs)
+    try:
+        code = child.wait(timeout=60)
+        ended = time.time()
+    finally:
+        child.kill()
+        said = os.read(ours, 100_000).decode()
+        os.close(ours)
+    assert code == 3 and "choice" not in said and "Traceback" not in said, said
+    assert said.count("refused: logging.trackers names wandb") == said.count("no login for") == 1
+    assert "wandb shows no more of this run" in said
+    assert ended - float(said.split("left at ")[1].split()[0]) < 5
 
 
 def test_options_are_flat_and_simple():

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_eopd.errors import ConfigError
 from megatron_eopd.metrics import guide, names
 from megatron_eopd.metrics.rows import read_metrics
-from megatron_eopd.metrics.sinks.choice import open_sink
-from megatron_eopd.metrics.sinks.sink import Options, Sink, is_evaluation
+from megatron_eopd.metrics.sinks.background import close_all
+from megatron_eopd.metrics.sinks.choice import open_sinks
+from megatron_eopd.metrics.sinks.sink import Options, is_evaluation
 from megatron_eopd.records import Histogram
 
 
@@ -44,16 +44,9 @@ class MetricsWriter:
         self.tokens_total = self._truncate_after(resumed_at, is_evaluated)
         """Response tokens that the run has trained on."""
         self._is_complete = False
-        self._file = self._path.open("a")
         first = 0 if resumed_at is None else resumed_at + 1
-        self._sinks: list[Sink] = []
-        try:
-            for name in trackers:
-                if (sink := open_sink(name, run_dir, first, tell)) is not None:
-                    self._sinks.append(sink)
-        except ConfigError:
-            self.close()
-            raise
+        self._sinks = open_sinks(trackers, run_dir, first, tell)
+        self._file = self._path.open("a")
         if options is not None:
             self._introduce(first, options)
 
@@ -102,8 +95,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-        for sink in self._sinks:
-            sink.close(is_complete=self._is_complete)
+        close_all(self._sinks, is_complete=self._is_complete)
 
 
 def simple_options(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.metrics.sinks.background import Background
+from megatron_eopd.metrics.sinks.background import Background, close_all
 from megatron_eopd.metrics.sinks.sink import Sink
 
 
@@ -19,6 +19,8 @@ class Entry(NamedTuple):
     """What it needs beside the trainer's own, as they are imported and installed."""
     advice: str = ""
     """What helps where the service does not answer."""
+    login: str = ""
+    """A function beside the class that returns what its login lacks, without the network."""
 
 
 _HERE = "megatron_eopd.metrics.sinks"
@@ -30,6 +32,7 @@ SINKS = {
         ("wandb",),
         "Log in (wandb login, or WANDB_API_KEY), or set WANDB_MODE=offline and send it later with "
         "wandb sync.",
+        login="missing_login",
     ),
     "mlflow": Entry(
         f"{_HERE}.mlflow",
@@ -56,28 +59,49 @@ def check_packages(names: Sequence[str]) -> None:
             )
 
 
+def check_logins(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: a tracker would ask for a login, or has one that cannot be right.
+    """
+    for name in names:
+        entry = SINKS[name]
+        missing = entry.login and getattr(import_module(entry.module), entry.login)()
+        if missing:
+            raise ConfigError(
+                f"logging.trackers names {name}, and {missing}. {entry.advice} Or take {name} out "
+                f"of the list."
+            )
+
+
 def _is_installed(package: str) -> bool:
     """A folder of that name in the working directory, such as wandb leaves there, is none."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
 
-def open_sink(
-    name: str, run_dir: Path, first: int | None, tell: Callable[[str], None]
-) -> Sink | None:
-    """None where a run that resumes finds its tracker out of reach: it goes on all the same.
+def open_sinks(
+    names: Sequence[str], run_dir: Path, first: int | None, tell: Callable[[str], None]
+) -> list[Background]:
+    """A run that begins waits for them. One that resumes does not: what is out of reach then is
+    told, and left out.
 
     Raises:
-        ConfigError: a run that begins cannot open its tracker.
+        ConfigError: a package is missing, or a run that begins cannot open a tracker.
     """
-    check_packages([name])
-    entry = SINKS[name]
+    check_packages(names)
+    sinks = [
+        Background(name, _maker(name, run_dir, first), tell, SINKS[name].advice) for name in names
+    ]
     try:
-        sink = getattr(import_module(entry.module), entry.name)(run_dir, first)
-    except Exception as error:  # of any library, and whatever its network says
-        message = f"logging.trackers names {name}, which cannot be opened: {error}. {entry.advice}"
-        if first == 0:
-            raise ConfigError(f"{message} Or take {name} out of the list.") from error
-        tell(f"WARNING: {message} This start goes on without it.")
-        return None
-    return Background(name, sink, tell)
+        for sink in sinks if first == 0 else ():
+            sink.wait_until_open()
+    except ConfigError:
+        close_all(sinks, is_complete=False)
+        raise
+    return sinks
+
+
+def _maker(name: str, run_dir: Path, first: int | None) -> Callable[[], Sink]:
+    entry = SINKS[name]
+    return lambda: getattr(import_module(entry.module), entry.name)(run_dir, first)

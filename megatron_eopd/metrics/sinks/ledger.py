@@ -24,10 +24,8 @@ NOWHERE: Place = (-1, False)
 class Known:
     id: str
     """Of the run, at the service."""
-    rows: int = 0
-    """Sent so far, texts among them."""
     place: Place = NOWHERE
-    """Of the last iteration's or evaluation's."""
+    """Of the last row that was sent."""
 
 
 class Ledger:
@@ -41,7 +39,7 @@ class Ledger:
         self.is_resumed = not begins and path.is_file()
         if self.is_resumed:
             found = json.loads(path.read_text())
-            self.known = Known(found["id"], found["rows"], tuple(found["place"]))
+            self.known = Known(found["id"], tuple(found["place"]))
         self._sent_before = self.known.place
         self._recent: deque[tuple[float, Known]] = deque()
 
@@ -54,10 +52,9 @@ class Ledger:
         """Whether no earlier start has sent it."""
         return place > self._sent_before
 
-    def note(self, place: Place | None) -> None:
-        """Something was sent; None: a text, in front of its row or behind it."""
-        last = self.known.place if place is None else max(self.known.place, place)
-        self.known = replace(self.known, rows=self.known.rows + 1, place=last)
+    def note(self, place: Place) -> None:
+        """A row was sent."""
+        self.known = replace(self.known, place=max(self.known.place, place))
         now = time.monotonic()
         self._recent.append((now, self.known))
         settled = None

@@ -1,4 +1,7 @@
-"""What a place that shows metrics must be able to do. Everything is called on rank 0 alone."""
+"""What a place that shows metrics must be able to do.
+
+It is made and called on rank 0 alone, on a thread of its own: it may wait, and may fail.
+"""
 
 from collections.abc import Mapping
 from typing import Protocol
