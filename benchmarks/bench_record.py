@@ -113,10 +113,10 @@ def measure(config: Config, context: ParallelContext, path: Path) -> dict[int, l
             notes=notes,
         )
         if notes is not None:
-            columns, threshold = notes.gather(context)
-            described = about(config, "training", 0, threshold)
-            pieces = [0] * count
-            record = assemble(described, chosen, columns, lambda _: (b"", False), steps=pieces)
+            columns = notes.gather(context)
+            described = about(config, "training", 0, columns)
+            steps = [0] * count
+            record = assemble(described, chosen, columns, lambda _: (b"", False), steps=steps)
             write_tokens(path, record)
 
     step(0)

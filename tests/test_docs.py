@@ -33,18 +33,20 @@ PATH_ROOTS = [ROOT, ROOT / "megatron_eopd"]
 # What a run, or its user, makes: not in the repository.
 MADE_BY_USERS = re.compile(
     r"(RUN|RUN_DIR|OUT_DIR|runs|hf|tensorboard|rollouts|checkpoints|nonfinite|spikes|log|run\.toml)\b"
-    r"|view/"
+    r"|(view|report|wandb|mlflow)/"
 )
 DOTTED_BUT_NO_OPTIONS = {
     # libraries
     "torch.distributed.checkpoint",
     "shutil.copytree",
     "torch.compile",
+    "np.load",
     "dist_checkpointing.save",
     # columns of data sets
     "reward_model.ground_truth",
-    # a file
+    # files
     "model.safetensors",
+    "report.html",
 }
 MINIMAL = {"run_dir": "runs/x", "student": {"hf_path": "s"}, "teacher": {"hf_path": "t"}}
 
