@@ -17,11 +17,13 @@ from megatron_eopd.tokens.assemble import about, assemble
 from megatron_eopd.tokens.file import read_tokens, write_tokens
 from megatron_eopd.tokens.notes import TokenNotes, choose
 from megatron_eopd.tokens.record import SIGNALS, TOP, TokenRecord
+from megatron_eopd.viewing.page import Side, page_html
 from tests.distributed.test_losses import TEMPERATURES, case_logits, cut
 from tests.distributed.test_models import random_rollouts
 from tests.distributed.test_picked_tokens import top_ids
 from tests.distributed.test_step import VOCAB, build, make_config, take_step
 from tests.ranks import context_for, leave_groups, run_ranks
+from tests.test_viewing import data_of, decode
 
 # Shapes: N tokens, W whole vocabulary.
 
@@ -157,9 +159,12 @@ def dense_signals(config, rollouts) -> dict[str, np.ndarray]:
 def check_record(record: TokenRecord, config, rollouts, expected, notable_kl: float) -> None:
     assert record.ids_T.tolist() == [i for r in rollouts for i in r.response_ids]
     is_whole = config.teacher.payload != "topk"
+    html = page_html(record, [Side("run", record.about, len(record.responses))])
+    columns = data_of(html)["columns"]
     for name in SIGNALS:
         if is_whole or name not in ("reverse_kl", "forward_kl", "loss"):
-            assert np.abs(record.signals[name] - expected[name]).max() < 1e-4, name
+            assert np.abs(record.signals[name] - expected[name]).max() < 1e-5, name
+            assert np.abs(decode(columns[name]) - expected[name]).max() < 1e-4, name
     gated = expected["teacher_entropy"] >= config.objective.entropy_threshold
     rows = np.flatnonzero(gated | (record.signals["reverse_kl"] >= notable_kl))
     assert gated.sum() + is_whole <= len(rows) < len(record.ids_T)
@@ -171,7 +176,8 @@ def check_record(record: TokenRecord, config, rollouts, expected, notable_kl: fl
 def test_a_recording_equals_transformers_in_float64_on_every_layout(
     qwen3_dir, teacher_dir, tmp_path, monkeypatch
 ):
-    """Five responses of eight, with chunks that part them, and with either payload."""
+    """So does its page: five responses of eight, with chunks that part them, and with each
+    payload."""
     whole = make_config(qwen3_dir, teacher_dir)
     configs = [
         whole,
