@@ -127,24 +127,32 @@ _SYNC = (
         "the sync at the end of the iteration: until every engine that takes part has committed "
         "the version. A wait for an engine that starts is in it",
     ),
-    Metric("weight_sync/bytes", "bytes", "of the weights that the sync sent"),
-    Metric("weight_sync/version", "", "of the weights that the engines hold after the sync"),
+    Metric("weight_sync/bytes", "bytes", "size of the weights that the sync sent"),
+    Metric(
+        "weight_sync/version", "", "version of the weights that the engines hold after the sync"
+    ),
     Metric(
         "weight_sync/gather_s",
         "s",
-        "part of the sync: gathering tensors over the ranks that have parts of them; as the "
-        "next three, of the student's rank that took longest",
+        "part of the sync, of the student's rank that took longest: gathering tensors over the "
+        "ranks that have parts of them",
     ),
-    Metric("weight_sync/hop_s", "s", "part of the sync: sending tensors to other hosts"),
+    Metric(
+        "weight_sync/hop_s",
+        "s",
+        "part of the sync, of the student's rank that took longest: sending tensors to other hosts",
+    ),
     Metric(
         "weight_sync/hand_over_s",
         "s",
-        "part of the sync: copying tensors to the memory that engines read, with checksums",
+        "part of the sync, of the student's rank that took longest: copying tensors to the memory "
+        "that engines read, with checksums",
     ),
     Metric(
         "weight_sync/wait_s",
         "s",
-        "part of the sync: waiting for engines that load what they have read",
+        "part of the sync, of the student's rank that took longest: waiting for engines that load "
+        "what they have read",
     ),
     Metric(
         "weight_sync/load_s",
@@ -240,29 +248,36 @@ _OPTIMIZER = (
         "",
         "tokens of the fullest data-parallel rank over the mean; 1 is perfect",
     ),
-    Metric("packing/microbatches", "microbatches", "of each data-parallel rank and optimizer step"),
+    Metric(
+        "packing/microbatches",
+        "microbatches",
+        "microbatches of each data-parallel rank and optimizer step",
+    ),
 )
 
 _TIME = (
-    Metric("time/rollout", "s", "drawing responses; of rank 0, as all of these"),
-    Metric("time/score", "s", "the teachers' pass over the responses"),
-    Metric("time/train", "s", "the student's passes and the optimizer steps"),
-    Metric("time/sync", "s", "giving the engines the new weights, and the check of it"),
-    Metric("time/record", "s", "writing a recording of tokens, in iterations that have one"),
-    Metric("time/total", "s", "the whole iteration, with what is between its stages"),
+    Metric("time/rollout", "s", "rank 0's time for drawing responses"),
+    Metric("time/score", "s", "rank 0's time for the teachers' pass over the responses"),
+    Metric("time/train", "s", "rank 0's time for the student's passes and the optimizer steps"),
+    Metric(
+        "time/sync", "s", "rank 0's time for giving the engines the new weights and checking it"
+    ),
+    Metric("time/record", "s", "rank 0's time for writing a recording of tokens, where one is due"),
+    Metric("time/total", "s", "rank 0's time for the whole iteration, between its stages, too"),
     Metric("throughput/tokens_per_s", "tokens/s", "response tokens by `time/total`"),
     Metric("throughput/tokens_total", "tokens", "response tokens trained on so far, over resumes"),
     Metric(
         "memory/host_peak_gib",
         "GiB",
-        "of a student's process, since its start; as the next ones, of the rank that has most",
+        "the most memory that a process of the student has had since its start, of the rank that "
+        "has most",
     ),
     Metric(
         "memory/cuda_peak_gib",
         "GiB",
-        "on a GPU: the most that PyTorch had allocated at once in the iteration. Not in it: what "
-        "the allocator keeps in reserve, NCCL and CUDA themselves, and processes beside it, such "
-        "as vLLM",
+        "on a GPU: the most that PyTorch had allocated at once in the iteration, of the rank that "
+        "has most. Not in it: what the allocator keeps in reserve, NCCL and CUDA themselves, and "
+        "processes beside it, such as vLLM",
     ),
     *(
         Metric(

@@ -76,6 +76,7 @@ def finish_report(config: Config, hf_dir: Path | None, minutes: float) -> str:
         table = before_after_table(runs[0].evaluation_rows)
         told = [f"# {default_title(runs)}", "", table, "", *told]
         told += [f"- TensorBoard: {command}" for command in tensorboard_commands(runs)]
+        told.append(f"- every token, by both models: {module_command('view', quote(str(run_dir)))}")
         # First without pictures, so that something stays whatever happens to them.
         tests = paired_tests(runs)
         without = document_of(runs, tests, NO_PICTURES, minutes=minutes)
@@ -84,7 +85,7 @@ def finish_report(config: Config, hf_dir: Path | None, minutes: float) -> str:
         _, page = _write(document_of(runs, tests, draw(runs), minutes=minutes), run_dir)
         told.append(f"- report with pictures: {page}")
     except Exception as error:
-        again = f"python -m megatron_eopd.report {quote(str(run_dir))}"
+        again = module_command("report", quote(str(run_dir)))
         told.append(f"WARNING: {undone}: {error!r}. {again} tries again.")
     return "\n".join(told) + "\n"
 
@@ -199,19 +200,19 @@ def paired_tests(runs: Sequence[RunRecord]) -> dict[str, list[Part]]:
 
 
 def _paired(runs: Sequence[RunRecord], task: str) -> list[Part]:
-    """Each run's last evaluation against its first, then each run's against the first run's."""
+    """Each run's last evaluation against the first run's, then against its own first one."""
     own = [run for run in runs if task in run.evaluations]
     parts: list[Part] = []
-    for run in own:
-        (before, a), (after, b) = run.evaluations[task][0], run.evaluations[task][-1]
-        if before != after:
-            of = f"{run.label}, " if len(runs) > 1 else ""
-            parts += paired_parts(f"{of}iteration {before}", a, f"{of}iteration {after}", b)
     for other in own[1:]:
         (n, a), (m, b) = own[0].evaluations[task][-1], other.evaluations[task][-1]
         parts += paired_parts(
             f"{own[0].label}, iteration {n}", a, f"{other.label}, iteration {m}", b
         )
+    for run in own:
+        (before, a), (after, b) = run.evaluations[task][0], run.evaluations[task][-1]
+        if before != after:
+            of = f"{run.label}, " if len(runs) > 1 else ""
+            parts += paired_parts(f"{of}iteration {before}", a, f"{of}iteration {after}", b)
     return parts
 
 
@@ -252,9 +253,14 @@ def _commands(runs: Sequence[RunRecord]) -> list[str]:
     paths = [quote(str(run.path)) for run in runs]
     return [
         *tensorboard_commands(runs),
-        *(f"python -m megatron_eopd.view {path}" for path in paths),
-        f"python -m megatron_eopd.report {' '.join(paths)}",
+        *(module_command("view", path) for path in paths),
+        module_command("report", *paths),
     ]
+
+
+def module_command(name: str, *arguments: str) -> str:
+    """With the path of its Python: the environment need not be activated."""
+    return " ".join([quote(sys.executable), "-m", f"megatron_eopd.{name}", *arguments])
 
 
 def tensorboard_commands(runs: Sequence[RunRecord]) -> list[str]:

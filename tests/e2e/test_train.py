@@ -111,7 +111,7 @@ def test_recorded_tokens_are_shown_and_scored_again_the_same(first_run, tmp_path
     assert {r.verdict for r in evaluated.responses} <= {"right", "wrong", "no_answer"}
     trained = read_tokens(run_dir / "tokens/000000.npz")
     assert np.abs(trained.signals["engine_mismatch"]).max() < 1e-4
-    alone = ["--score", "parallel.tensor_model_parallel_size=1"]
+    alone = ["--score", "--overwrite", "parallel.tensor_model_parallel_size=1"]
     for iteration in (0, 2):
         done = subprocess.run(
             [*view, "--iteration", str(iteration), *alone],
