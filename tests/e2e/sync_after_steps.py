@@ -33,7 +33,7 @@ def train_once(session: Session, iteration: int) -> None:
     loop.optimize(
         session,
         loop.plan_steps(session, rollouts),
-        Unfinished(iteration),
+        Unfinished(iteration, rollouts=rollouts),
         loop.stage_times(session, iteration),
     )
 
