@@ -12,9 +12,11 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from errno import EROFS
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,9 +26,14 @@ from megatron_eopd.errors import ConfigError, ExpectedError, disk_error
 from megatron_eopd.tokens.file import training_file
 from megatron_eopd.tokens.record import TokenRecord
 from megatron_eopd.viewing.beside import beside
-from megatron_eopd.viewing.index import BESIDE, index_html, summary_of
+from megatron_eopd.viewing.index import BESIDE, address, index_html, summary_of
 from megatron_eopd.viewing.page import COLOURS, Side, page_html
-from megatron_eopd.viewing.recordings import Recording, choose, counterpart
+from megatron_eopd.viewing.recordings import (
+    Recording,
+    choose,
+    counterpart,
+    neighbours,
+)
 from megatron_eopd.viewing.terminal import Choice, text_form, wants_colour
 
 EXAMPLES = """\
@@ -35,9 +42,9 @@ examples:
       pages of all recordings that have none yet, and runs/mine/view/index.html
   python -m megatron_eopd.view runs/mine --evaluation 50 --compare runs/other
       with the responses of another run to the same prompts, where they differ marked
-  python -m megatron_eopd.view runs/mine --iteration 120 --compare runs/mine@20
-      the same prompts earlier, where the run has them twice
-  python -m megatron_eopd.view runs/mine --text --signal forward_kl --limit 8 | less -R
+  python -m megatron_eopd.view runs/mine --evaluation 120 --compare runs/mine@0
+      the same prompts earlier; training iterations share some only where the run saw them twice
+  FORCE_COLOR=1 python -m megatron_eopd.view runs/mine --text --signal forward_kl | less -R
   torchrun --nproc_per_node=2 -m megatron_eopd.view runs/mine --iteration 100 --score \\
       logging.record_tokens_samples=128 logging.record_top_tokens=all
       both models score the rollouts that were kept of that iteration (rollout.record=true), with
@@ -68,7 +75,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="another run's responses to the same prompts beside them (default N: the same)",
     )
     add("--output", type=Path, metavar="DIR", help="of the pages (default: RUN/view)")
-    add("--text", action="store_true", help="for the terminal: the newest, unless one is named")
+    add(
+        "--text",
+        action="store_true",
+        help="for the terminal: the newest, unless one is named; in colour on a terminal or with "
+        "FORCE_COLOR=1, never with NO_COLOR=1",
+    )
     add(
         "--signal",
         choices=COLOURS,
@@ -88,7 +100,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="first record tokens of the rollouts that were kept of --iteration N",
     )
-    add("overrides", nargs="*", metavar="section.key=value", help="of the run, with --score")
+    add("--overwrite", action="store_true", help="with --score, what is recorded already")
+    overrides = "of the run, with --score"
+    # With a default argparse does not call them required.
+    add("overrides", nargs="*", default=[], metavar="section.key=value", help=overrides)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -123,6 +138,11 @@ def score_rollouts(args: argparse.Namespace) -> int:
     from megatron_eopd.scoring import score, scoring_config
 
     path = training_file(args.run, args.iteration)
+    if path.exists() and not args.overwrite:
+        raise ConfigError(
+            f"{path}: tokens of this iteration are recorded already. --overwrite takes their place "
+            f"with those that are scored now."
+        )
     return run_command(
         lambda: scoring_config(args.run, args.iteration, args.overrides),
         lambda config: score(config, path, args.iteration),
@@ -136,7 +156,8 @@ def print_text(args: argparse.Namespace) -> None:
     found = choose(args.run, args.iteration, args.evaluation)
     training = [each for each in found if each.kind == "training"]
     recordings = found if args.evaluation is not None else (training or found)[-1:]
-    choice = Choice(args.signal or COLOURS[0], wants_colour(sys.stdout), args.limit)
+    width = shutil.get_terminal_size().columns
+    choice = Choice(args.signal or COLOURS[0], wants_colour(sys.stdout), args.limit, width)
     errors = []
     for recording in recordings:
         try:
@@ -155,6 +176,7 @@ def write_pages(args: argparse.Namespace) -> None:
         ConfigError: of the recordings that could not be shown, after all others were.
     """
     output = args.output or args.run / "view"
+    refuse_itself(args)
     all_of_run = choose(args.run)
     chosen = to_show(args, output)
     with writing(output):
@@ -167,7 +189,8 @@ def write_pages(args: argparse.Namespace) -> None:
             errors.append(error)
             continue
         path = output / f"{page_name(recording, args)}.html"
-        write_whole(path, page_html(record, sides, args.signal or COLOURS[0]))
+        links = links_of(recording, args, all_of_run, chosen, output)
+        write_whole(path, page_html(record, sides, args.signal or COLOURS[0], links=links))
         tqdm.write(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     write_whole(output / INDEX, index_html(args.run.resolve().name, all_of_run, output))
     print(output / INDEX)
@@ -198,6 +221,43 @@ def to_show(args: argparse.Namespace, output: Path) -> list[Recording]:
     both = [each for each in chosen if each.name in others]
     # Of none: say which there are.
     return both or [counterpart(chosen[-1], run_dir, None)]
+
+
+def refuse_itself(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: a recording would stand beside itself.
+    """
+    if args.compare is None:
+        return
+    run_dir, number = other_run(args.compare)
+    named = args.evaluation if args.iteration is None else args.iteration
+    if run_dir.resolve() == args.run.resolve() and number in (None, named):
+        raise ConfigError(
+            f"--compare {args.compare}: the same recordings as those of {args.run} itself. Name "
+            f"another run, or another recording of this one: {run_dir}@N beside --iteration or "
+            f"--evaluation."
+        )
+
+
+def links_of(
+    recording: Recording,
+    args: argparse.Namespace,
+    all_of_run: Sequence[Recording],
+    chosen: Sequence[Recording],
+    output: Path,
+) -> dict[str, str]:
+    """Text → address: the index, and the recordings before and after it that have a page or get
+    one now."""
+    links = {"all recordings": INDEX}
+    texts = ("← previous", "next →")
+    for text, other in zip(texts, neighbours(recording, all_of_run), strict=True):
+        if other is None:
+            continue
+        name = f"{page_name(other, args)}.html"
+        if other in chosen or (output / name).is_file():
+            links[text] = address(name)
+    return links
 
 
 def load(recording: Recording, args: argparse.Namespace) -> tuple[TokenRecord, list[Side]]:
@@ -269,7 +329,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise disk_error(error, "writing pages") or ConfigError(
+        # What is for reading only is no fault of the disk's.
+        told = disk_error(error, "writing pages") if error.errno != EROFS else None
+        raise told or ConfigError(
             f"{path}: cannot be written ({error.strerror}). Name a folder that can be, with "
             f"--output DIR."
         ) from None

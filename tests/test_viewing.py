@@ -30,7 +30,7 @@ from megatron_eopd.viewing.columns import FARTHEST, encode
 from megatron_eopd.viewing.index import summary_of
 from megatron_eopd.viewing.page import Side, page_html
 from megatron_eopd.viewing.recordings import recordings_of
-from megatron_eopd.viewing.terminal import Choice, text_form, top_fives
+from megatron_eopd.viewing.terminal import Choice, text_form, top_fives, wants_colour
 from megatron_eopd.viewing.visible import Reader, plain
 from tests.token_records import (
     big_record,
@@ -183,6 +183,45 @@ def test_a_run_gets_a_page_of_every_recording_and_an_index(run, capsys):
     assert "000120.html" in capsys.readouterr().out
 
 
+def links_in(page: Path) -> dict[str, str]:
+    return data_of(page.read_text())["links"]
+
+
+def test_pages_lead_to_each_other(run, tmp_path):
+    """To the index, and to the neighbours of the same kind that there are, as they stand beside the
+    same run."""
+    view.main([str(run)])
+    output, index = run / "view", {"all recordings": "index.html"}
+    assert links_in(output / "000020.html") == index | {"next →": "000120.html"}
+    assert links_in(output / "000120.html") == index | {"← previous": "000020.html"}
+    assert links_in(output / "evaluation-000120-countdown.html") == index
+    write_tokens(training_file(run, 140), make_record(iteration=140))
+    view.main([str(run)])
+    assert links_in(output / "000140.html") == index | {"← previous": "000120.html"}
+    for iteration in (20, 120):
+        write_tokens(training_file(tmp_path / "other", iteration), make_record(iteration=iteration))
+    view.main([str(run), "--compare", str(tmp_path / "other")])
+    assert links_in(output / "000120-with-other.html") == index | {
+        "← previous": "000020-with-other.html"
+    }
+
+
+def test_a_summary_of_an_earlier_version_is_read(run):
+    view.main([str(run)])
+    page = run / "view/000020.html"
+    text = page.read_text()
+    older = text.replace(", &quot;has_gate&quot;: true", "")
+    assert older != text
+    page.write_text(older)
+    assert summary_of(page).has_gate
+
+
+def test_without_a_run_the_run_alone_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        view.main([])
+    assert capsys.readouterr().err.endswith("the following arguments are required: RUN\n")
+
+
 def test_pages_that_are_newer_than_their_recording_stay(run, capsys):
     view.main([str(run)])
     old = run / "view/000020.html"
@@ -303,8 +342,14 @@ def put_folder(run: Path) -> None:
 
 
 def forget(run: Path) -> None:
+    (run / "config.json").write_text("{}")
     for recording in recordings_of(run):
         recording.path.unlink()
+
+
+def lose_config(run: Path) -> None:
+    forget(run)
+    (run / "config.json").unlink()
 
 
 @pytest.mark.parametrize(
@@ -323,9 +368,14 @@ def forget(run: Path) -> None:
         (["--iteration", "120"], age, r"format 99, and this version reads"),
         ([], forget, r"no tokens were recorded\. .*logging\.record_tokens_interval"),
         (["--text"], forget, r"no tokens were recorded"),
+        ([], lose_config, r"mine: has neither config\.json nor .* so it is no run's"),
+        (["--iteration", "20"], lose_config, r"no run's\. Name the run_dir"),
         (["--text", "--compare", "x"], None, r"--text shows one run"),
         (["--compare", "nowhere"], None, r"nowhere: no such directory"),
         (["--compare", "{run}@20"], None, r"--iteration or --evaluation"),
+        (["--compare", "{run}"], None, r"the same recordings .* \S+mine@N beside --iteration"),
+        (["--iteration", "20", "--compare", "{run}"], None, r"the same recordings"),
+        (["--evaluation", "120", "--compare", "{run}/../mine@120"], None, r"the same recordings"),
         (["--iteration", "20", "--compare", "{run}@33"], None, r"training 33.*training 20, 120"),
     ],
 )
@@ -379,15 +429,16 @@ def test_a_folder_that_may_not_be_read_is_not_an_empty_one(run, monkeypatch, cap
     assert "tokens: cannot be read (Permission denied)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
 @pytest.mark.parametrize("method", ["mkdir", "write_text", "replace"])
-def test_a_folder_that_may_not_be_written_is_said(run, monkeypatch, capsys, method):
+def test_a_folder_that_may_not_be_written_is_said(run, monkeypatch, capsys, method, code):
     def refuse(path, *args, **kwargs):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(Path, method, refuse)
     assert view.main([str(run)]) == 1
     told = capsys.readouterr().err
-    assert re.search(r"view.*: cannot be written \(Permission denied\)\. .*--output", told)
+    assert re.search(rf"view.*: cannot be written \({os.strerror(code)}\)\. .*--output", told)
     assert not list(run.rglob("*.unfinished"))
 
 
@@ -456,8 +507,13 @@ def test_a_comparison_of_whole_runs_takes_what_both_have(run, tmp_path):
     assert 'href="000020-with-other.html"' in (run / "view/index.html").read_text()
 
 
-def lines_of(record, has_colour=False, limit=4, signal="teacher_entropy") -> str:
-    return "\n".join(text_form(record, "run", Choice(signal, has_colour, limit)))
+def lines_of(record, has_colour=False, limit=4, signal="teacher_entropy", width=400) -> str:
+    return "\n".join(text_form(record, "run", Choice(signal, has_colour, limit, width)))
+
+
+def worst_of(text: str, label: str) -> list[str]:
+    """The lines below their heading."""
+    return re.split(rf"the \d largest by {label}, of \d+ tokens\n", text)[1].splitlines()
 
 
 def test_the_text_form_shows_gate_colours_and_alternatives():
@@ -465,13 +521,95 @@ def test_the_text_form_shows_gate_colours_and_alternatives():
     text = lines_of(record)
     assert " the sum[ of] both⟨|im_end|⟩" in text
     assert "prompt 0 (answer 19)" in text and "5 tokens, gate 0.200" in text
-    worst = text.partition("the largest by teacher entropy")[2].splitlines()
-    assert worst[1].startswith("« so»  prompt 0, sample 1, token 3: teacher entropy 2.000")
-    assert worst[2].endswith("« is» p 0.050 q 0.040") and "« the» p 0.400 q 0.100" in worst[2]
-    assert "top of the student: « 12» p 0.001 q 0.500 · « sum» p 0.300 q 0.200" in worst[3]
+    assert "[ ]: gate > 0; the largest by teacher entropy are listed below" in text
+    worst = worst_of(text, "teacher entropy")
+    assert worst[0].startswith("« so»  prompt 0, sample 1, token 3: teacher entropy 2.000")
+    assert worst[1].split() == [
+        "teacher's",
+        "top",
+        "5",
+        "p",
+        "q",
+        "student's",
+        "top",
+        "5",
+        "p",
+        "q",
+    ]
+    assert worst[2].split() == ["«", "the»", "0.400", "0.100", "«", "12»", "0.001", "0.500"]
+    assert worst[6].split() == ["«", "is»", "0.050", "0.040", "«", "is»", "0.050", "0.040"]
     coloured = lines_of(record, has_colour=True)
     assert "\x1b[4;48;5;" in coloured and "[ of]" not in coloured
+    assert "underlined: gate > 0" in coloured and "[ ]" not in coloured
     assert "1 more responses" in lines_of(record, limit=1)
+
+
+def test_the_text_form_is_as_wide_as_the_terminal():
+    """Nothing of a token is lost where lines end, wide characters count as two columns, and the
+    columns of likely tokens stand below each other."""
+    record = make_record(((60, 5),))
+    record.pieces[record.ids_T[3]] = Piece(" 你好 é".encode(), False)
+    record.top_teacher_logprobs_GK[:, 1] = np.log(1e-5)
+    text = lines_of(record, width=80)
+    widths = [wcswidth(line) for line in text.splitlines()]
+    assert 70 < max(widths) <= 80 and max(map(len, lines_of(record).splitlines())) > 100
+    narrow, wide = (
+        re.search(r"─ sample 0(.*)\n\n─ sample 1", each, re.DOTALL)[1]
+        for each in (text, lines_of(record))
+    )
+    assert narrow.count("\n") > wide.count("\n")
+    assert re.sub(r"\s", "", narrow) == re.sub(r"\s", "", wide)
+    table = [line for line in text.splitlines() if line.startswith("    «")]
+    assert any("< 0.001" in line for line in table)
+    assert {wcswidth(line[: line.rindex("«")]) for line in table if line.count("«") == 2} == {40}
+
+
+def wcswidth(line: str) -> int:
+    return sum(2 if char in "你好" else 1 for char in line)
+
+
+def test_an_objective_without_a_gate_has_none_to_tell_of(run):
+    """A share of 0 or 1 that nothing has decided would read as a finding."""
+    for gate in ("never", "always"):
+        record = make_record(iteration=140, gate=gate)
+        text = lines_of(record)
+        assert "eopd, no gate, models/teacher" in text and "tokens, no gate, reverse KL" in text
+        assert not re.search(r"gate \d|\[ \w|\[ \]|τ", text)
+        assert "underlined" not in lines_of(record, has_colour=True)
+        write_tokens(training_file(run, 140), record)
+        view.main([str(run), "--iteration", "140"])
+        (row,) = rows_of_index(run / "view")
+        assert "<td>no gate</td>" in row
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "environment", "expected"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (False, {"FORCE_COLOR": "1"}, True),
+        (False, {"FORCE_COLOR": "1", "TERM": "dumb"}, True),
+        (True, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+    ],
+)
+def test_colours_are_for_terminals_and_for_who_asks(
+    monkeypatch, is_terminal, environment, expected
+):
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm"} | environment).items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    assert wants_colour(stream) == expected
+
+
+def test_rounding_of_the_engine_has_no_strong_colour():
+    record = make_record()
+    record.signals["engine_mismatch"] = np.linspace(-4e-6, 4e-6, 51, dtype=np.float32)
+    legend = lines_of(record, has_colour=True, signal="engine_mismatch").splitlines()[4]
+    assert re.sub(r"\x1b\[[\d;]*m| +", " ", legend).startswith("engine mismatch: -0.001")
 
 
 def test_the_students_five_come_from_both_lists():
@@ -514,9 +652,9 @@ def test_infinite_values_are_told_beside_the_others():
     text = lines_of(record, signal="reverse_kl")
     finite = record.signals["reverse_kl"][[0, 1, 2, 3, 4, 7, 8]].mean(dtype=np.float64)
     assert f"reverse KL {finite:.3f} (1 infinite)" in text.splitlines()[3]
-    worst = text.partition("the largest by reverse KL")[2].splitlines()
-    assert worst[1].startswith("« the»  prompt 0, sample 1, token 0:")
-    assert "reverse KL ∞, forward KL 3.500" in worst[1]
+    worst = worst_of(text, "reverse KL")
+    assert worst[0].startswith("« the»  prompt 0, sample 1, token 0:")
+    assert "reverse KL ∞, forward KL 3.500" in worst[0]
     record.signals["reverse_kl"][:] = np.inf
     assert "reverse KL none finite (9 infinite)" in lines_of(record)
 

@@ -16,6 +16,7 @@ const DARK = matchMedia("(prefers-color-scheme: dark)");
 const SHAPES = { reverse_kl: "root", forward_kl: "root", engine_mismatch: "signed" };
 const SHAPE_TEXTS = { linear: "", root: ", square-root scale", signed: ", around 0" };
 const STEPS = 48;
+const LEAST_TOPS = { engine_mismatch: 1e-3 };  // nats: what is below them is rounding
 
 function hasThreshold(name) {
   return THRESHOLD !== null && ["teacher_entropy", "student_entropy"].includes(name);
@@ -57,7 +58,7 @@ function topOf(name) {
   sizes.sort((a, b) => a - b);
   let top = sizes[Math.floor(0.995 * (sizes.length - 1))];
   if (hasThreshold(name)) top = Math.max(top, 1.25 * THRESHOLD);
-  if (!(top > 0)) return 1e-6;
+  top = Math.max(top, LEAST_TOPS[name] ?? 1e-6);
   const unit = 10 ** Math.floor(Math.log10(top));
   return unit * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((each) => each * unit >= top * (1 - 1e-9));
 }
@@ -108,6 +109,16 @@ function meanText(name, side, found, form = figure) {
   return `${told} (${found.infinite.toLocaleString("en")} infinite)`;
 }
 
+function hasGate(side) {
+  return PAGE.sides[side].has_gate;
+}
+
+// "label value" of a mean; where the objective has no gate, its share is no finding.
+function toldMean(name, side, found, form = figure) {
+  if (name === "gate" && !hasGate(side)) return "no gate";
+  return `${PAGE.signals[name].label} ${meanText(name, side, found, form)}`;
+}
+
 // Of all runs on the page.
 function labelOf(name) {
   const { label } = PAGE.signals[name];
@@ -137,8 +148,12 @@ function paintToken(span, value, scale) {
 
 function drawLegend(element, scale) {
   const { unit } = PAGE.signals[scale.name];
-  element.replaceChildren(make("b", {}, labelOf(scale.name)), ` (${unit}${SHAPE_TEXTS[scale.shape]}) `);
-  if (Number.isNaN(scale.top)) {
+  const anyGate = PAGE.sides.some((side) => side.has_gate);
+  const what = make("span", {}, make("b", {}, labelOf(scale.name)), ` (${unit}${SHAPE_TEXTS[scale.shape]})`);
+  element.replaceChildren(what);
+  if (scale.name === "gate" && !anyGate) {
+    element.append("the objective has no gate");
+  } else if (Number.isNaN(scale.top)) {
     element.append("unknown on this page");
   } else {
     const bar = make("span", { class: "ramp" });
@@ -159,7 +174,8 @@ function drawLegend(element, scale) {
     element.append(bar);
   }
   const hatch = make("span", { class: "unknown swatch" });
-  element.append(hatch, " unknown ", make("span", { class: "gated swatch" }, "ab"), " gate > 0");
+  element.append(hatch, " unknown ");
+  if (anyGate) element.append(make("span", { class: "gated swatch" }, "ab"), " gate > 0");
   if (scale.hasInfinite) element.append(make("span", { class: "infinite swatch" }, "∞"), " infinite");
   element.title = explanationOf(scale.name);
 }

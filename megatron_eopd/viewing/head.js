@@ -7,23 +7,49 @@ const KEYS = [
   ["c", "the other run, of --compare"], ["Esc", "let go of a token"], ["?", "this help"],
 ];
 
+const WORDS = [
+  ["5449.0", "sample 0 of prompt 5449, counted from 0 in the prompt set or the task"],
+  ["gate, rkl, fkl", "means over a response: gate, reverse KL, forward KL; ≥: at least; ×∞: infinite values"],
+  ["as 2 for 5 tokens ◆", "the first 5 tokens are those of sample 2, which no other sibling follows for longer"],
+  ["A2 = B2", "the same tokens from the first to the last"],
+  ["rank", "1: the model's most probable token"],
+];
+
 // Over the tokens of a run's responses.
 function meanOfSide(side, name) {
-  const own = responses.filter((response) => response.side === side);
+  const own = ofSide(side);
   if (!own.length) return meanOf([]);
   const from = own[0].start, to = own.at(-1).start + own.at(-1).length;
   return meanOf(COLUMNS[name].subarray(from, to));
 }
 
-function countsText() {
-  const s = PAGE.summary;
+function ofSide(side) {
+  return responses.filter((response) => response.side === side);
+}
+
+function countsText(side) {
+  const own = ofSide(side);
   const counts = {
-    prompts: s.num_prompts, responses: s.num_responses, tokens: s.num_tokens,
-    "cut off": s.num_truncated, references: s.num_references,
+    prompts: new Set(own.map((response) => response.prompt)).size,
+    responses: own.length,
+    tokens: own.reduce((sum, response) => sum + response.length, 0),
+    "cut off": own.filter((response) => response.isTruncated).length,
+    references: own.filter((response) => response.isReference).length,
   };
   const texts = Object.entries(counts).map(([word, value]) => `${value.toLocaleString("en")} ${word}`);
-  if (s.num_graded) texts.push(`${s.num_right} of ${s.num_graded} right`);
-  return texts.join(", ");
+  return [...texts, ...rightText(side)].join(", ");
+}
+
+// ["3 of 8 right"], or nothing where nothing was graded.
+function rightText(side) {
+  const graded = ofSide(side).filter((response) => response.verdict);
+  const right = graded.filter((response) => !response.isWrong).length;
+  return graded.length ? [`${right} of ${graded.length} right`] : [];
+}
+
+function objectiveText(side) {
+  const { objective, threshold } = PAGE.sides[side].about;
+  return `${objective} · ${hasGate(side) ? `τ ${threshold ?? "none"}` : "no gate"}`;
 }
 
 function alternativesText() {
@@ -38,35 +64,48 @@ function alternativesText() {
 // Term → text, of one run.
 function factsOfSide({ about }, side) {
   const teachers = Object.entries(about.teachers).map(([name, model]) => `${name}: ${model}`);
-  const mean = (name) => meanText(name, side, meanOfSide(side, name));
-  const means = SIGNALS.map((name) => `${PAGE.signals[name].label} ${mean(name)}`);
+  const means = SIGNALS.map((name) => toldMean(name, side, meanOfSide(side, name)));
   return {
     objective: `${about.objective}, gate ${about.gate}, τ = ${about.threshold ?? "none"} nats, `
       + `payload ${about.payload}`,
     models: `${about.student} ← ${teachers.join(", ")}`,
     weights: `version ${about.iteration} of the student; sampled at temperature ${about.temperature}`,
+    counts: countsText(side),
     means: means.join(", "),
   };
 }
 
+function briefOfSide(side) {
+  const names = hasGate(side) ? ["gate", "reverse_kl", "forward_kl"] : ["reverse_kl", "forward_kl"];
+  const means = names.map((name) => toldMean(name, side, meanOfSide(side, name), figureBrief));
+  // Of two runs the counts are alike but for what is right.
+  const counts = other() ? rightText(side) : [countsText(side)];
+  const begin = other() ? `${sideName(side)}: ` : "";
+  return begin + [objectiveText(side), ...counts, ...means].join(" · ");
+}
+
+function other() {
+  return PAGE.sides[1];
+}
+
+function drawLinks() {
+  for (const [text, href] of Object.entries(PAGE.links)) $("links").append(make("a", { href }, text));
+}
+
 function drawHead() {
+  drawLinks();
   const { about, name } = PAGE.sides[0];
-  const other = PAGE.sides[1];
   const what = about.task ? `evaluation ${about.iteration}, ${about.task}` : `iteration ${about.iteration}`;
   const small = (begin, text) => addParts(make("small", {}, begin), partsOfText(text));
   $("title").append(addParts(make("span"), partsOfText(name)), small(" ", what));
-  if (other) $("title").append(small(" beside B: ", `${other.name}, ${other.about.iteration}`));
+  if (other()) $("title").append(small(" beside B: ", `${other().name}, ${other().about.iteration}`));
   const megabytes = `${(DATA_BLOCK.dataset.bytes / 1e6).toFixed(1)} MB`;
-  const brief = PAGE.sides.map((_, side) => {
-    const told = (name) => meanText(name, side, meanOfSide(side, name), figureBrief);
-    const mean = (name) => `${PAGE.signals[name].label} ${told(name)}`;
-    return `${sideName(side)} ${["gate", "reverse_kl", "forward_kl"].map(mean).join(" · ")}`;
-  });
-  const first = addParts(make("span"), partsOfText(`${about.objective} · τ ${about.threshold ?? "none"}`));
-  $("facts").querySelector("summary").append(first, ` · ${countsText()} · ${brief.join(" · ")} · ${megabytes}`);
+  const briefs = PAGE.sides.map((_, side) =>
+    addParts(make("span", { class: "brief" }), partsOfText(briefOfSide(side))));
+  $("facts").querySelector("summary").append(...briefs, `· ${megabytes}`);
   const facts = PAGE.sides.flatMap((side, n) =>
     Object.entries(factsOfSide(side, n)).map(([term, text]) => [`${term} ${sideName(n)}`, text]));
-  facts.push(["counts", countsText()], ["alternatives", alternativesText()]);
+  facts.push(["alternatives", alternativesText()]);
   facts.push(["page", `${megabytes}; values to 0.0001; means over the tokens at which a value is known and finite`]);
   for (const [term, text] of facts) {
     $("facts").querySelector("dl").append(make("dt", {}, term), addParts(make("dd"), partsOfText(text)));
@@ -110,8 +149,12 @@ function drawFilters() {
 
 function drawHelp() {
   const keys = KEYS.flatMap(([key, text]) => [make("dt", {}, make("kbd", {}, key)), make("dd", {}, text)]);
+  const signals = SIGNALS.map((name) => [PAGE.signals[name].label, explanationOf(name)]);
+  const words = [...signals, ...WORDS].flatMap(([word, text]) => [make("dt", {}, word), make("dd", {}, text)]);
   const note = "Underlined tokens have a gate above 0. Dimmed ones are shared with a sibling; "
     + "◆ is the first that is not.";
   const close = make("button", { click: showHelp }, "close");
-  $("help").append(make("h2", {}, "Keys"), make("dl", {}, ...keys), make("p", {}, note), close);
+  // The button has the focus, and what has it is scrolled to.
+  $("help").append(close, make("h2", {}, "Keys"), make("dl", {}, ...keys),
+    make("h2", {}, "Words"), make("dl", {}, ...words), make("p", {}, note));
 }

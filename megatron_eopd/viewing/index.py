@@ -88,7 +88,12 @@ def _links(recording: Recording, pages: Sequence[Path]) -> str:
 
 
 def _link(page: Path, text: str) -> str:
-    return f'<a href="{quote(os.fsencode(page.name))}">{html.escape(text)}</a>'
+    return f'<a href="{address(page.name)}">{html.escape(text)}</a>'
+
+
+def address(name: str) -> str:
+    """Of a file in the same folder; names of files may be no text."""
+    return quote(os.fsencode(name))
 
 
 def _size(page: Path) -> str:
@@ -107,6 +112,11 @@ def _cells(summary: Summary) -> list[str]:
     return [
         *(f"{n:,}" for n in (summary.num_prompts, summary.num_responses, summary.num_tokens)),
         f"{summary.num_truncated / max(summary.num_responses, 1):.0%}",
-        *(right, mean("gate", ".1%"), mean("reverse_kl"), mean("forward_kl")),
+        *(
+            right,
+            mean("gate", ".1%") if summary.has_gate else "no gate",
+            mean("reverse_kl"),
+            mean("forward_kl"),
+        ),
         *(mean("teacher_entropy"), mean("student_entropy")),
     ]

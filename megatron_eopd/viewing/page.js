@@ -44,7 +44,8 @@ function makeGroups() {
     members.sort((a, b) => a.sample_index - b.sample_index || a.side - b.side);
     const group = Object.assign(members, { prompt, promptStart: starts[prompt] });
     for (const response of members) response.group = group;
-    group.element = make("section", {}, group.head = promptElement(group), ...members.map(responseElement));
+    group.head = promptElement(group);
+    group.element = make("section", {}, group.head, reminderOf(group), ...members.map(responseElement));
     return group;
   });
 }
@@ -74,10 +75,11 @@ function refresh() {
 }
 
 function listItem(response) {
-  const short = { gate: "gate", reverse_kl: "rkl", forward_kl: "fkl" };
+  const short = { ...(hasGate(response.side) ? { gate: "gate" } : {}), reverse_kl: "rkl", forward_kl: "fkl" };
   const means = Object.entries(short).map(([name, word]) => `${word} ${meanBrief(name, response)}`).join(" · ");
   const show = () => { choose(response); scrollTo(response); };
-  const item = make("li", { "data-n": response.n, click: show },
+  const title = `${nameOf(response)}; means over the response: rkl reverse KL, fkl forward KL`;
+  const item = make("li", { "data-n": response.n, title, click: show },
     make("span", {}, `${PAGE.prompts[response.prompt].index}.${response.sample_index}`), ...badgesOf(response),
     make("small", {}, `${response.length} tok · ${means}`));
   response.item = item;
@@ -109,9 +111,15 @@ function markCurrent() {
   state.current.item?.scrollIntoView({ block: "nearest" });
 }
 
+// With its prompt, where both are in the window at once.
 function scrollTo(response) {
-  fill(response.element);
-  response.element.scrollIntoView({ block: "start" });
+  const { group, element } = response;
+  const shown = [group.head, ...group.map((each) => each.element).filter((each) => !each.hidden)];
+  // The end of the one before may be in sight too, and must not grow then.
+  for (const each of [group.head, shown[shown.indexOf(element) - 1], element]) fill(each);
+  const needed = element.getBoundingClientRect().bottom - group.head.getBoundingClientRect().top;
+  const fits = needed <= Math.min($("main").clientHeight, innerHeight - $("nav").offsetHeight);
+  (fits ? group.element : element).scrollIntoView({ block: "start" });
 }
 
 function goTo(response, position) {
@@ -266,7 +274,10 @@ function listen() {
   });
   main.addEventListener("click", (event) => {
     const found = tokenAt(event);
-    if (found) pin(found.response, found.position);
+    if (!found) return;
+    pin(found.response, found.position);
+    // On narrow windows the panel opens over the text.
+    found.response.spans[found.position].scrollIntoView({ block: "nearest" });
   });
   document.addEventListener("keydown", onKey);
   addEventListener("resize", () => responses.forEach(paintStrip));

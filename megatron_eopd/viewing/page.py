@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_eopd.tokens.record import NOTABLE_KL, SIGNALS, TOP, About, TokenRecord
 from megatron_eopd.viewing.columns import NATS, encode
-from megatron_eopd.viewing.summary import Summary, lower_bounds, summarize
+from megatron_eopd.viewing.summary import Summary, has_gate, lower_bounds, summarize
 
 COLOURS = (
     "teacher_entropy",
@@ -47,16 +47,27 @@ class Side(NamedTuple):
 
 
 def page_html(
-    record: TokenRecord, sides: Sequence[Side], signal: str = COLOURS[0], most: int | None = None
+    record: TokenRecord,
+    sides: Sequence[Side],
+    signal: str = COLOURS[0],
+    most: int | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> str:
     """`sides`: whose the responses are, in their order; `signal`: the colour to begin with;
-    `most`: tokens with alternatives, MOST_ALTERNATIVES unless told."""
+    `most`: tokens with alternatives, MOST_ALTERNATIVES unless told; `links`: text → address of
+    other pages."""
     kept_G = most_unsure(record, MOST_ALTERNATIVES if most is None else most)
     data = {
         "sides": [
-            side._asdict() | {"about": _told(side.about), "lower_bounds": lower_bounds(side.about)}
+            side._asdict()
+            | {
+                "about": _told(side.about),
+                "lower_bounds": lower_bounds(side.about),
+                "has_gate": has_gate(side.about),
+            }
             for side in sides
         ],
+        "links": dict(links or {}),
         "signals": {name: signal._asdict() for name, signal in SIGNALS.items()},
         "colours": COLOURS,
         "signal": signal,

@@ -48,7 +48,7 @@ function valuesTable(response, position) {
   const isShared = twin !== null && position <= twin.length && position < twin.sibling.length;
   const places = isShared ? [token, twin.sibling.start + position] : [token];
   if (response.side === 1) places.reverse();  // A is left of B
-  const table = make("table", { class: "values" });
+  const table = make("table", { class: isShared ? "values both" : "values" });
   if (isShared) {
     table.append(row("", make("b", {}, "A"), make("b", {}, "B"), ""));
     // After the same tokens, and hence from the same question to both models.
@@ -57,7 +57,9 @@ function valuesTable(response, position) {
   }
   for (const name of SIGNALS) {
     const { label, unit } = PAGE.signals[name];
-    const cells = places.map((at, n) => bounded(name, isShared ? n : response.side, COLUMNS[name][at]));
+    const sideOf = (n) => (isShared ? n : response.side);
+    const cells = places.map((at, n) => name === "gate" && !hasGate(sideOf(n))
+      ? "no gate" : bounded(name, sideOf(n), COLUMNS[name][at]));
     const line = row(label, ...cells, name === "gate" ? "" : unit);
     line.title = explanationOf(name);
     line.dataset.signal = name;
@@ -67,6 +69,7 @@ function valuesTable(response, position) {
   for (const who of ["student", "teacher"]) {
     const ranks = places.map((at) => `${COLUMNS[`${who}_rank`][at] || "unknown"}`);
     const line = row(`rank in ${who}`, ...ranks, "");
+    line.title = `1: the ${who}'s most probable token`;
     line.dataset.signal = `${who}_rank`;
     table.append(line);
   }

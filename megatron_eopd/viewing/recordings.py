@@ -94,6 +94,11 @@ def choose(
         ConfigError: there is none; says which there are.
     """
     found = recordings_of(run_dir)
+    if not found and not (run_dir / "config.json").is_file():
+        raise ConfigError(
+            f"{run_dir}: has neither config.json nor recordings of tokens, so it is no run's. Name "
+            f"the run_dir of a run."
+        )
     if iteration is not None:
         kind, number = "training", iteration
     elif evaluation is not None:
@@ -109,6 +114,22 @@ def choose(
             f"{_numbers(found, 'training')}; evaluations {_numbers(found, 'evaluation')}. {HOW}"
         )
     return chosen
+
+
+def neighbours(
+    recording: Recording, all_of_run: Sequence[Recording]
+) -> tuple[Recording | None, Recording | None]:
+    """Of the same kind and task, the one before it and the one after it."""
+
+    def order(each: Recording) -> tuple[int, str]:
+        return each.iteration, each.place
+
+    alike = [
+        each for each in all_of_run if (each.kind, each.task) == (recording.kind, recording.task)
+    ]
+    before = [each for each in alike if order(each) < order(recording)]
+    after = [each for each in alike if order(each) > order(recording)]
+    return max(before, key=order, default=None), min(after, key=order, default=None)
 
 
 def counterpart(recording: Recording, run_dir: Path, number: int | None) -> Recording:

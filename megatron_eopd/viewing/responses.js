@@ -2,6 +2,7 @@
 
 const LINE_PX = 22;
 const CHAR_PX = 7.4;
+const FORK_BEFORE = 16, FORK_AFTER = 24;  // tokens around the one at which siblings part
 
 // `element` gets its content by fill(element) when it comes near, and loses it when it is far.
 const fillers = new Map();
@@ -73,8 +74,9 @@ function promptElement(group) {
     const text = make("div", { class: "text" });
     if (isKnown) text.append(...tokenSpans(ids));
     else addParts(text, partsOfText(prompt.text), true);
-    const fact = (name, told) => told && addParts(make("span", {}, ` · ${name} `), partsOfText(told));
-    const facts = [fact("answer", prompt.answer), fact("teacher", prompt.teacher)];
+    const fact = (name, told) => told ? addParts(make("span", {}, ` · ${name} `), partsOfText(told)) : null;
+    const hasTeachers = PAGE.sides.some((side) => Object.keys(side.about.teachers).length > 1);
+    const facts = [fact("answer", prompt.answer), fact("teacher", hasTeachers ? prompt.teacher : "")];
     const title = make("h2", {}, `prompt ${prompt.index}`, make("small", {}, ` ${ids.length} tokens`, ...facts));
     element.append(title, text);
     const forks = forkTable(group);
@@ -82,25 +84,50 @@ function promptElement(group) {
   });
 }
 
+// One line of the prompt, in sight while the prompt is not.
+const inSight = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) target.parentElement?.classList.toggle("past", !isIntersecting);
+});
+
+function reminderOf(group) {
+  const prompt = PAGE.prompts[group.prompt];
+  inSight.observe(group.head);
+  const line = prompt.text.slice(0, 400).replace(/\s+/g, " ").trim();
+  return addParts(make("div", { class: "reminder" }, make("b", {}, `prompt ${prompt.index} `)), partsOfText(line));
+}
+
 // Siblings around the token at which each leaves the one that it follows for longest.
 function forkTable(group) {
   const shown = group.filter(isShown);
   if (shown.length < 2) return null;
   const caption = make("caption", {}, "where each leaves the sibling that it follows for longest");
-  return make("table", { class: "forks" }, caption, ...shown.map(forkRow));
+  const equals = Map.groupBy(shown, (response) => idsOf(response).join());
+  const rows = Array.from(equals.values(), (alike) => forkRow(alike, shown));
+  const longest = Math.max(...Array.from(equals.values(), (alike) => namesOf(alike).length));
+  for (const row of rows) row.firstChild.style.width = `${Math.min(longest, 12) + 2}ch`;
+  return make("table", { class: "forks" }, caption, ...rows);
 }
 
-function forkRow(response) {
-  const fork = forkOf(response);
-  const jump = () => goTo(response, Math.min(fork.length, response.length - 1));
-  const spans = tokenSpans(idsOf(response).subarray(0, fork.length + 24));
-  const from = Math.max(0, fork.length - 16);
-  const sibling = shortName(fork.sibling);
-  return make("tr", { click: jump, tabindex: 0, keydown: (event) => event.key === "Enter" && jump() },
-    make("th", {}, shortName(response)),
-    make("td", { class: "before" }, make("span", {}, ...spans.slice(from, fork.length))),
-    make("td", { class: "after" }, make("span", {}, ...spans.slice(fork.length))),
-    make("td", { class: "as" }, isSame(response, fork) ? `as ${sibling}` : `after ${fork.length}, as ${sibling}`));
+function namesOf(alike) {
+  return alike.map(shortName).join(" = ");
+}
+
+// `alike`: responses of the same tokens.
+function forkRow(alike, shown) {
+  const response = alike[0];
+  const fork = nearest(response, shown.filter((sibling) => !alike.includes(sibling)));
+  const at = fork?.length ?? 0;
+  const jump = () => goTo(response, Math.min(at, response.length - 1));
+  const ids = idsOf(response);
+  const spans = tokenSpans(ids.subarray(0, at + FORK_AFTER));
+  const from = Math.max(0, at - FORK_BEFORE);
+  const names = make("th", {}, namesOf(alike));
+  const attributes = { click: jump, tabindex: 0, keydown: (event) => event.key === "Enter" && jump() };
+  if (fork === null) return make("tr", attributes, names, make("td", {}, "the same tokens"));
+  return make("tr", attributes, names,
+    make("td", { class: "before" }, make("span", {}, from > 0 ? "…" : "", ...spans.slice(from, at))),
+    make("td", { class: "after" }, make("span", {}, ...spans.slice(at), spans.length < ids.length ? "…" : "")),
+    make("td", { class: "as" }, at ? `after ${at}, as ${shortName(fork.sibling)}` : "at once"));
 }
 
 function shortName(response) {
@@ -132,7 +159,7 @@ function responseElement(response) {
     element.append(headOf(response), canvas, text);
     response.spans.forEach((span, t) => {
       span.n = t;
-      span.classList.toggle("gated", COLUMNS.gate[response.start + t] > 0);
+      span.classList.toggle("gated", hasGate(response.side) && COLUMNS.gate[response.start + t] > 0);
     });
     markPrefix(response);
     paint(response);
@@ -141,7 +168,7 @@ function responseElement(response) {
 }
 
 function headOf(response) {
-  const mean = (name) => `${PAGE.signals[name].label} ${meanText(name, response.side, response.means[name])}`;
+  const mean = (name) => toldMean(name, response.side, response.means[name]);
   const means = ["gate", "reverse_kl", "forward_kl"].map(mean).join(" · ");
   const steps = response.step ? ` · ${response.step} steps old` : "";
   const facts = ` ${response.length.toLocaleString("en")} tokens${steps} · means: ${means} `;
@@ -153,12 +180,15 @@ function forkButton(response) {
   const fork = forkOf(response);
   if (!fork?.length) return null;
   const sibling = shortName(fork.sibling);
-  const text = isSame(response, fork) ? `the same as ${sibling}` : `as ${sibling} for ${fork.length} tokens ◆`;
+  const tokens = fork.length === 1 ? "1 token" : `${fork.length} tokens`;
+  const text = isSame(response, fork) ? `the same as ${sibling}` : `as ${sibling} for ${tokens} ◆`;
+  const title = `it begins as ${nameOf(fork.sibling)}, for ${tokens}; no other sibling is like it for longer. `
+    + "A click leads to where they part";
   const jump = (event) => {
     event.stopPropagation();
     goTo(response, Math.min(fork.length, response.length - 1));
   };
-  return make("button", { class: "jump", click: jump }, text);
+  return make("button", { class: "jump", title, click: jump }, text);
 }
 
 // What a sibling has too is dimmed; the first token that is this one's own is marked.

@@ -34,6 +34,8 @@ class Summary(NamedTuple):
     num_infinite: dict[str, int]
     lower_bounds: list[str]
     """As the function of this name."""
+    has_gate: bool = True
+    """As the function of this name; pages of earlier versions do not say."""
 
 
 def summarize(record: TokenRecord, num_responses: int | None = None) -> Summary:
@@ -56,6 +58,7 @@ def summarize(record: TokenRecord, num_responses: int | None = None) -> Summary:
         means={name: each.mean for name, each in means.items()},
         num_infinite={name: each.num_infinite for name, each in means.items()},
         lower_bounds=lower_bounds(record.about),
+        has_gate=has_gate(record.about),
     )
 
 
@@ -64,6 +67,12 @@ def mean_of(values: np.ndarray) -> Mean:
     finite = values[np.isfinite(values)]
     mean = float(finite.mean(dtype=np.float64)) if len(finite) else None
     return Mean(mean, int(np.isinf(values).sum()))
+
+
+def has_gate(about: About) -> bool:
+    """Whether the objective lets anything decide where forward KL joins the loss. Where nothing
+    does, a gate that is 0 or 1 everywhere is no finding."""
+    return about.gate not in ("never", "always")
 
 
 def lower_bounds(about: About) -> list[str]:

@@ -5,13 +5,16 @@ tokens stand in [ ]. Of the models' text only visible.py's parts are printed.
 """
 
 import os
-from collections.abc import Iterator
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import NamedTuple, TextIO
 
 import numpy as np
 
 from megatron_eopd.tokens.record import SIGNALS, TOP, RecordedResponse, TokenRecord
-from megatron_eopd.viewing.summary import Mean, lower_bounds, mean_of, summarize
+from megatron_eopd.viewing.summary import Mean, has_gate, lower_bounds, mean_of, summarize
 from megatron_eopd.viewing.visible import Reader, plain
 
 PLAIN = (None, 17, 24, 30, 36, 71, 143, 221)
@@ -21,6 +24,10 @@ LIGHT = {36, 39, 71, 143, 208, 221}
 """Of them, those on which black can be read."""
 RESET = "\x1b[0m"
 WORST = 5
+NAME_WIDTH = 18
+"""Columns of a token's name in a table of likely tokens."""
+LEAST_TOPS = {"engine_mismatch": 1e-3}
+"""Nats that have the last colour at least, as in colours.js: what is below them is rounding."""
 UNKNOWN = Mean(None, 0)
 
 
@@ -29,27 +36,34 @@ class Choice(NamedTuple):
     has_colour: bool
     limit: int
     """Responses."""
+    width: int = 80
+    """Columns of the terminal."""
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """https://no-color.org"""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """https://no-color.org and https://force-color.org, of which the first wins."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def text_form(record: TokenRecord, run: str, choice: Choice) -> Iterator[str]:
     """Lines, the head first."""
-    yield from _head(record, run)
-    if choice.has_colour:
-        yield _legend(record, choice)
+    yield from (_wrapped(line, choice) for line in _head(record, run))
+    yield _legend(record, choice)
     prompt = None
     for n, response in enumerate(record.responses[: choice.limit]):
         if response.prompt != prompt:
             prompt = response.prompt
-            yield from _prompt(record, prompt)
-        yield from ("", _facts(record, n), _tokens(record, n, choice))
+            yield ""
+            yield from (_wrapped(line, choice) for line in _prompt(record, prompt))
+        yield from ("", _wrapped(_facts(record, n), choice), _tokens(record, n, choice))
     left = len(record.responses) - choice.limit
     if left > 0:
         yield f"\n… {left} more responses: --limit {len(record.responses)}"
+    yield ""
     yield from _worst(record, choice)
 
 
@@ -59,7 +73,8 @@ def _head(record: TokenRecord, run: str) -> Iterator[str]:
     yield plain(f"{run}, {about.kind if not about.task else 'recording of'} {what}")
     teachers = ", ".join(about.teachers.values())
     threshold = f"{about.threshold} nats" if np.isfinite(about.threshold) else "none"
-    yield plain(f"{about.objective}, τ = {threshold}, {teachers} → {about.student}")
+    gate = f"τ = {threshold}" if has_gate(about) else "no gate"
+    yield plain(f"{about.objective}, {gate}, {teachers} → {about.student}")
     yield (
         f"{summary.num_responses} responses to {summary.num_prompts} prompts, "
         f"{summary.num_tokens:,} tokens, {summary.num_truncated} cut off, "
@@ -73,8 +88,8 @@ def _head(record: TokenRecord, run: str) -> Iterator[str]:
 def _prompt(record: TokenRecord, prompt: int) -> Iterator[str]:
     told = record.prompts[prompt]
     answer = f" (answer {plain(told.answer)})" if told.answer else ""
-    yield f"\n── prompt {told.index}{answer}"
-    yield "\n".join(plain(line) for line in told.text.split("\n"))
+    yield f"── prompt {told.index}{answer}"
+    yield from (plain(line) for line in told.text.split("\n"))
 
 
 def _facts(record: TokenRecord, n: int) -> str:
@@ -93,20 +108,44 @@ def _marks(response: RecordedResponse) -> list[str]:
 
 
 def _tokens(record: TokenRecord, n: int, choice: Choice) -> str:
-    """The response, on as many lines as it has."""
-    reader, shown = Reader(), []
-    values_T, top = record.signals[choice.signal], _top(record, choice.signal)
+    """The response, on as many lines as it has, and as the terminal's width asks for."""
+    reader, shown, column = Reader(), [], 0
+    top = _top(record, choice.signal)
     for t in range(record.starts[n], record.starts[n + 1]):
         parts = reader.read(record.pieces[int(record.ids_T[t])])
         text = "".join(f"{part.text}\n" if part.kind == "newline" else part.text for part in parts)
-        is_gated = record.signals["gate"][t] > 0
-        begin, end = ("[", "]") if is_gated else ("", "")
-        if choice.has_colour:
-            begin = _style(choice.signal, float(values_T[t]), top, is_gated)
-            end = RESET if begin else ""
+        begin, end = _signs(record, t, top, choice)
+        lines = text.split("\n")
+        width = _columns(lines[0]) + (0 if choice.has_colour else len(begin + end))
+        if column and column + width > choice.width:
+            shown.append("\n")
+            column = 0
+        column = column + width if len(lines) == 1 else _columns(lines[-1])
         # Line by line: a background that goes on over the end of a line fills it.
-        shown.append("\n".join(f"{begin}{line}{end}" if line else "" for line in text.split("\n")))
+        shown.append("\n".join(f"{begin}{line}{end}" if line else "" for line in lines))
     return "".join(shown)
+
+
+def _signs(record: TokenRecord, t: int, top: float, choice: Choice) -> tuple[str, str]:
+    """What stands before a token and behind it."""
+    is_gated = has_gate(record.about) and record.signals["gate"][t] > 0
+    if not choice.has_colour:
+        return ("[", "]") if is_gated else ("", "")
+    begin = _style(choice.signal, float(record.signals[choice.signal][t]), top, is_gated)
+    return begin, RESET if begin else ""
+
+
+def _columns(text: str) -> int:
+    """Of a terminal, in which East Asian characters are two wide, and marks on others have none."""
+    widths = {"W": 2, "F": 2}
+    return sum(
+        0 if unicodedata.combining(c) else widths.get(unicodedata.east_asian_width(c), 1)
+        for c in text
+    )
+
+
+def _wrapped(line: str, choice: Choice) -> str:
+    return textwrap.fill(line, choice.width, break_on_hyphens=False)
 
 
 def _style(signal: str, value: float, top: float, is_gated: bool) -> str:
@@ -129,17 +168,23 @@ def _top(record: TokenRecord, signal: str) -> float:
     """The value that has the last colour: few tokens are beyond it."""
     sizes = np.abs(record.signals[signal])
     finite = sizes[np.isfinite(sizes)]
-    return max(float(np.quantile(finite, 0.995)), 1e-6) if len(finite) else 1.0
+    least = LEAST_TOPS.get(signal, 1e-6)
+    return max(float(np.quantile(finite, 0.995)), least) if len(finite) else 1.0
 
 
 def _legend(record: TokenRecord, choice: Choice) -> str:
+    is_gated, label = has_gate(record.about), _label(record, choice.signal)
+    if not choice.has_colour:
+        brackets = "[ ]: gate > 0; " if is_gated else ""
+        told = f"{brackets}the largest by {label} are listed below; colours: FORCE_COLOR=1"
+        return _wrapped(told, choice)
     top, unit = _top(record, choice.signal), SIGNALS[choice.signal].unit
     low = -top if choice.signal == "engine_mismatch" else 0.0
     swatches = "".join(
         f"{_style(choice.signal, low + (top - low) * k / 7, top, False)}  {RESET}" for k in range(8)
     )
-    scale = f"{low:.2g} {swatches} {top:.2g} {unit}"
-    return f"{_label(record, choice.signal)}: {scale}; underlined: gate > 0"
+    underlined = "; underlined: gate > 0" if is_gated else ""
+    return f"{label}: {low:.2g} {swatches} {top:.2g} {unit}{underlined}"
 
 
 def _worst(record: TokenRecord, choice: Choice) -> Iterator[str]:
@@ -148,7 +193,8 @@ def _worst(record: TokenRecord, choice: Choice) -> Iterator[str]:
     worst = [int(t) for t in np.argsort(-values_T, kind="stable")[:WORST] if values_T[t] >= 0]
     if not worst:
         return
-    yield f"\n── the largest by {_label(record, choice.signal)}"
+    label, tokens = _label(record, choice.signal), len(values_T)
+    yield _wrapped(f"── the {len(worst)} largest by {label}, of {tokens:,} tokens", choice)
     for t in worst:
         n = int(np.searchsorted(record.starts, t, side="right")) - 1
         response = record.responses[n]
@@ -160,23 +206,42 @@ def _worst(record: TokenRecord, choice: Choice) -> Iterator[str]:
             _told(record, name, float(record.signals[name][t]))
             for name in ("teacher_entropy", "reverse_kl", "forward_kl")
         )
-        yield f"{_name(record, int(record.ids_T[t]))}  {place}: {figures}"
+        yield _wrapped(f"{_name(record, int(record.ids_T[t]))}  {place}: {figures}", choice)
         yield from _alternatives(record, t)
 
 
 def _alternatives(record: TokenRecord, t: int) -> Iterator[str]:
+    """Both models' lists side by side, with the teacher's p and the student's q in each."""
     row = int(np.searchsorted(record.top_rows_G, t))
     if row == len(record.top_rows_G) or record.top_rows_G[row] != t:
         yield "    no alternatives were kept here"
         return
-    for who, places in zip(("teacher", "student"), top_fives(record, row), strict=True):
-        told = [
-            f"{_name(record, int(record.top_ids_GK[row, k]))} "
-            f"p {_share(record.top_teacher_logprobs_GK[row, k])} "
-            f"q {_share(record.top_student_logprobs_GK[row, k])}"
-            for k in places
-        ]
-        yield f"    top of the {who}: {' · '.join(told) or 'unknown'}"
+    lists = top_fives(record, row)
+    heads = [_cell(f"{who}'s top {TOP}", "p", "q") for who in ("teacher", "student")]
+    yield _joined(heads)
+    if not any(lists):
+        yield "    unknown"
+    for pair in zip_longest(*lists):
+        yield _joined([_cell_of(record, row, k) for k in pair])
+
+
+def _joined(cells: Sequence[str]) -> str:
+    return ("    " + "  ".join(cells)).rstrip()
+
+
+def _cell_of(record: TokenRecord, row: int, k: int | None) -> str:
+    if k is None:
+        return _cell("", "", "")
+    logprobs = (record.top_teacher_logprobs_GK[row, k], record.top_student_logprobs_GK[row, k])
+    return _cell(_name(record, int(record.top_ids_GK[row, k])), *map(_share, logprobs))
+
+
+def _cell(name: str, p: str, q: str) -> str:
+    if _columns(name) > NAME_WIDTH:
+        while _columns(name) >= NAME_WIDTH:
+            name = name[:-1]
+        name += "…"
+    return f"{name}{' ' * (NAME_WIDTH - _columns(name))}{p:>8}{q:>8}"
 
 
 def top_fives(record: TokenRecord, row: int) -> tuple[list[int], list[int]]:
@@ -195,7 +260,11 @@ def _name(record: TokenRecord, token: int) -> str:
 
 
 def _share(logprob: float) -> str:
-    return "unknown" if np.isnan(logprob) else f"{np.exp(logprob):.3f}"
+    """As wide as a column of the table."""
+    if np.isnan(logprob):
+        return "unknown"
+    probability = float(np.exp(logprob))
+    return "< 0.001" if 0 < probability < 0.0005 else f"{probability:.3f}"
 
 
 def _label(record: TokenRecord, name: str) -> str:
@@ -209,6 +278,8 @@ def _told(record: TokenRecord, name: str, value: float) -> str:
 
 
 def _told_mean(record: TokenRecord, name: str, mean: Mean) -> str:
+    if name == "gate" and not has_gate(record.about):
+        return "no gate"
     if not mean.num_infinite:
         return _told(record, name, np.nan if mean.mean is None else mean.mean)
     is_known = mean.mean is not None

@@ -318,6 +318,91 @@ def test_siblings_are_marked_where_they_part(show):
     assert "position 2 of 4" in page.locator("#panel").inner_text()
 
 
+def test_what_is_left_out_between_siblings_has_a_sign(show):
+    """At both ends; equal responses have one row, and the whole of it where all are equal."""
+    record = make_record(((60, 60, 60), (9, 9)), shared=20)
+    ids_T = record.ids_T.copy()
+    ids_T[120:180] = ids_T[:60]  # the third response is the first one
+    ids_T[189:] = ids_T[180:189]
+    page = show(html_of(replace(record, ids_T=ids_T)))
+    tables = [page.locator("section").nth(n).locator(".forks") for n in (0, 1)]
+    assert tables[0].locator("th").all_inner_texts() == ["0 = 2", "1"]
+    for end, sign in ((".before", "startsWith"), (".after", "endsWith")):
+        found = (
+            tables[0]
+            .locator(end)
+            .evaluate_all(
+                f"all => all.map(e => e.textContent.{sign}('…') "
+                "&& getComputedStyle(e).textOverflow === 'ellipsis')"
+            )
+        )
+        assert found == [True, True]
+    page.locator("#list li").nth(3).click()
+    tables[1].wait_for()
+    assert tables[1].locator("td").all_inner_texts() == ["the same tokens"]
+    assert tables[1].locator("th").all_inner_texts() == ["0 = 1"]
+
+
+def beside_one_without_a_gate() -> str:
+    """Of 2 responses each, A has 2 right and B has 1."""
+    a = written_by_hand()
+    b = replace(a, about=replace(a.about, objective="opd", gate="never"))
+    verdicts = (("right", "right"), ("wrong", "right"))
+    graded = [
+        replace(
+            each,
+            responses=tuple(
+                r._replace(verdict=verdict) for r, verdict in zip(each.responses, own, strict=True)
+            ),
+        )
+        for each, own in zip((a, b), verdicts, strict=True)
+    ]
+    return page_html(beside(*graded), [Side("mine", a.about, 2), Side("other", b.about, 2)])
+
+
+def test_what_is_right_and_what_was_the_objective_is_told_of_each_run(show):
+    page = show(beside_one_without_a_gate())
+    head = page.locator("#facts summary").inner_text()
+    ours, theirs = head.split("B: ")
+    assert "A: eopd · τ 0.8 · 2 of 2 right · gate 0.33" in ours
+    assert theirs.startswith("opd · no gate · 1 of 2 right · reverse KL")
+    page.locator("#facts summary").click()
+    facts = page.locator("#facts dl").inner_text()
+    assert "2 of 2 right" in facts and "1 of 2 right" in facts and "3 of 4" not in facts
+
+
+def test_an_objective_without_a_gate_is_shown_without_one(show):
+    page = show(beside_one_without_a_gate())
+    assert "gated" in token(page, 0, 2).get_attribute("class")
+    assert "gated" not in token(page, 2, 2).get_attribute("class")
+    token(page, 0, 0).hover()
+    assert (panel_values(page, 0)["gate"], panel_values(page, 1)["gate"]) == ("0", "no gate")
+    assert "means: no gate · reverse KL" in page.locator('article[data-n="2"] h3').inner_text()
+    items = page.locator("#list li").all_inner_texts()
+    assert ["gate" in each for each in items] == [True, False] * 2
+
+
+def test_the_teacher_is_named_where_there_are_several(show):
+    record = written_by_hand()
+    prompts = tuple(prompt._replace(teacher="first") for prompt in record.prompts)
+    names = ({"first": "x"}, {"first": "x", "second": "y"})
+    found = []
+    for teachers in names:
+        about = replace(record.about, teachers=teachers)
+        page = show(html_of(replace(record, about=about, prompts=prompts)))
+        found.append(page.locator(".prompt h2").inner_text())
+    assert found == [
+        "prompt 0 4 tokens · answer 19",
+        "prompt 0 4 tokens · answer 19 · teacher first",
+    ]
+
+
+def test_a_page_leads_to_others(show):
+    page = show(html_of(written_by_hand(), links={"all recordings": "index.html", "next": "b%20c"}))
+    links = page.locator("#links a").evaluate_all("all => all.map(e => e.getAttribute('href'))")
+    assert links == ["index.html", "b%20c"]
+
+
 def test_two_runs_stand_beside_each_other(show):
     """B's response to the same prompt is a sibling, and the panel has both runs' values where the
     tokens before are the same; c hides and shows them."""
@@ -420,6 +505,90 @@ def test_keys_go_from_response_to_response(show):
     assert page.locator("#help").is_visible()
     page.keyboard.press("Escape")
     assert not page.locator("#help").is_visible()
+
+
+def test_the_prompt_stays_in_sight(show):
+    """Whole where the response leaves room for it, else as a line over the response."""
+    record = make_record(((30, 30, 30), (50, 1500)))
+    text = "<b>first line\nof the question</b> " + "and more " * 99
+    record = replace(record, prompts=(record.prompts[0], record.prompts[1]._replace(text=text)))
+    page = show(html_of(record))
+
+    def top_of(selector: str) -> float:
+        edge = page.locator("main").bounding_box()["y"]
+        return page.locator(selector).first.bounding_box()["y"] - edge
+
+    for n, is_whole in ((0, True), (1, True), (2, False), (3, True), (4, False)):
+        page.keyboard.press("j")
+        page.wait_for_timeout(100)
+        assert current(page) == n
+        assert (top_of("section:has(.response.current) .prompt") >= 0) == is_whole
+        reminder = page.locator("section:has(.response.current) .reminder")
+        assert reminder.is_visible() != is_whole
+        if not is_whole:
+            bottom = reminder.bounding_box()["y"] + reminder.bounding_box()["height"]
+            heading = page.locator(".response.current h3").bounding_box()
+            assert 0 <= heading["y"] - bottom < 30
+    assert reminder.inner_text().startswith("prompt 1 <b>first line of the question</b> and more")
+    assert reminder.bounding_box()["height"] < 30
+
+
+@pytest.mark.parametrize("width", [1300, 800])
+def test_no_colour_moves_the_text(show, width):
+    record = make_record(((300, 200),))
+    record.signals["engine_mismatch"] = np.linspace(-4e-6, 4e-6, 500, dtype=np.float32)
+    page = show(html_of(record))
+    page.set_viewport_size({"width": width, "height": 800})
+    tops = set()
+    for n in range(len(COLOURS)):
+        page.keyboard.press(str(n + 1))
+        tops.add(page.locator("#nav").bounding_box()["height"])
+        assert page.locator("#legend").evaluate("e => e.scrollWidth <= e.clientWidth")
+    assert len(tops) == 1
+
+
+def test_rounding_of_the_engine_has_no_strong_colour(show):
+    """4e-6 nats are next to nothing on a scale to 1e-3, whose ends cover no other text."""
+    record = make_record(((51,),))
+    record.signals["engine_mismatch"] = np.linspace(-4e-6, 4e-6, 51, dtype=np.float32)
+    page = show(html_of(record))
+    page.keyboard.press("6")
+    assert legend_of(page).split("\n")[0].startswith("≤ −0.001")
+    assert {background(page, 0, t) for t in (0, 25, 50)} == {"rgb(255, 255, 255)"}
+    what = page.locator("#legend > span").first.bounding_box()
+    assert what["x"] + what["width"] <= page.locator("#legend .ramp span").first.bounding_box()["x"]
+
+
+def test_the_words_of_the_page_are_explained(show):
+    page = show(html_of(make_record(((30, 40),))))
+    assert page.locator("#list li").first.get_attribute("title").startswith("prompt 0, sample 0")
+    assert "begins as prompt 0, sample 1, for 4 tokens" in (
+        page.locator('article[data-n="0"] .jump').get_attribute("title")
+    )
+    page.keyboard.press("?")
+    told = page.locator("#help").inner_text()
+    assert all(
+        f"{word}\n" in told for word in ("log q", "log p", "loss", "5449.0", "gate, rkl, fkl")
+    )
+
+
+def test_on_a_narrow_window_the_panel_leaves_the_token_in_sight(show):
+    """Wherever on the page it is, with the signals in two columns and without a sideways scroll."""
+    page = show(html_of(make_record(((400, 300),))))
+    page.set_viewport_size({"width": 800, "height": 700})
+    assert page.locator("#list").bounding_box()["height"] <= 70
+    for n, t in ((0, 5), (0, 200), (1, 150), (1, 299)):
+        page.evaluate("unpin()")
+        token(page, n, t).evaluate("e => e.scrollIntoView({ block: 'end' })")
+        page.evaluate("scrollBy(0, 330)")  # to the bottom of the window: without the margin
+        token(page, n, t).click()
+        box = token(page, n, t).bounding_box()
+        panel = page.locator("#panel").bounding_box()
+        nav = page.locator("#nav").bounding_box()
+        assert nav["y"] + nav["height"] <= box["y"] and box["y"] + box["height"] <= panel["y"]
+    rows = page.locator("#panel .values tr").all()
+    assert rows[0].bounding_box()["y"] == rows[1].bounding_box()["y"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 800
 
 
 def test_the_strip_leads_to_a_token_and_shows_the_threshold(show):
