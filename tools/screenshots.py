@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from tensorboard import program
 
 from megatron_eopd import report, view
+from megatron_eopd.cli import tell
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.viewing.recordings import recordings_of
 
@@ -44,9 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no Chromium here: apt-get install chromium", file=sys.stderr)
         return 1
     args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, opened(found) as browser:
-        for name, page in pictures(browser, args, Path(folder)):
-            take(page, args.output / f"{args.prefix}{name}.png")
+    try:
+        with tempfile.TemporaryDirectory() as folder, opened(found) as browser:
+            for name, page in pictures(browser, args, Path(folder)):
+                take(page, args.output / f"{args.prefix}{name}.png")
+    except ConfigError as error:
+        return tell(error)
     return 0
 
 
