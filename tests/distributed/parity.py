@@ -25,6 +25,7 @@ from megatron_eopd.records import Rollout
 from megatron_eopd.schedules import START
 from megatron_eopd.teacher.placement import open_teachers, wire_store
 from megatron_eopd.teacher.separate import serve
+from megatron_eopd.tokens.notes import TokenNotes
 from megatron_eopd.training.optimizer import make_trainable
 from megatron_eopd.training.step import accumulate_gradients, share_from_last_stage
 from megatron_eopd.training.token_loss import TokenLoss
@@ -114,9 +115,9 @@ class RecordingLoss(TokenLoss):
     seen: list[torch.Tensor]
 
     def _signals(self, *args):
-        signals, terms = super()._signals(*args)
+        signals, terms, details = super()._signals(*args)
         self.seen.append(torch.stack([getattr(terms.kl, name).detach() for name in TERMS], -1))
-        return signals, terms
+        return signals, terms, details
 
 
 def run_cases(
@@ -174,6 +175,18 @@ def _rank_main(rank, port, world_size, numbered, models, rollouts, out) -> None:
     dist.destroy_process_group()
 
 
+def _check_notes(notes: TokenNotes, shared, rollouts: list[Rollout], context) -> None:
+    """Whatever the options, every token was taken down once, with the values of the metrics."""
+    columns = notes.gather(context)
+    if columns is None:
+        return
+    places = set(zip(columns["response"].tolist(), columns["token"].tolist(), strict=True))
+    assert len(places) == len(columns["token"]) == sum(len(r.response_ids) for r in rollouts)
+    for name in ("reverse_kl", "forward_kl"):
+        total = columns[name].astype("float64").sum()
+        assert abs(total - shared.sums[f"loss/{name}"][0]) <= 1e-5 * abs(total), name
+
+
 def _student_case(config, swaps, vocab_size, world_size, rollouts, store, context, out) -> None:
     chunks = build_model(config.student.hf_path, config.model, context)
     load_weights(chunks, config.student.hf_path, context)
@@ -186,6 +199,7 @@ def _student_case(config, swaps, vocab_size, world_size, rollouts, store, contex
     with open_teachers(config, roles, swaps, vocab_size, store, context) as pool:
         loss = RecordingLoss(chunks[-1], pool.heads, config, vocab_size, context)
         loss.seen = []
+        notes = TokenNotes(rollouts)
         means = accumulate_gradients(
             student,
             loss,
@@ -194,9 +208,11 @@ def _student_case(config, swaps, vocab_size, world_size, rollouts, store, contex
             num_rounds=len(rounds),
             progress=START,
             compare_engine=False,
+            notes=notes,
             force_all_reduce=True,
         )
         shared = share_from_last_stage(means, context)
+        _check_notes(notes, shared, rollouts, context)
     student.optimizer.prepare_grads()
     metrics = divide([shared.sums]) | {"grad_norm": student.optimizer.get_grad_norm()}
     terms = _terms_by_token(packed[context.layout.dp_rank], loss.seen, context.layout)

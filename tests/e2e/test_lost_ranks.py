@@ -69,7 +69,9 @@ def test_a_rank_that_dies_ends_all_others_with_the_stage_they_were_in(recorded, 
 def assert_last_words(run: Job, ranks: list[int]) -> None:
     for rank in ranks:
         last = run.log(rank).rstrip().rpartition("\n")[2]
-        assert re.search(r"error.*(in stage |in iteration |in saving |\[teacher\])", last), run.log(rank)
+        assert re.search(r"error.*(in stage |in iteration |in saving |\[teacher\])", last), run.log(
+            rank
+        )
 
 
 def test_nothing_outlives_a_killed_torchrun(recorded, tmp_path):
