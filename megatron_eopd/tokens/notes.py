@@ -3,7 +3,7 @@ chunk of tokens. Out: columns of all ranks' tokens, on rank 0.
 
 Nothing here waits for the device before the step is done.
 """
-# Shapes: N valid tokens of a microbatch, C of them in a chunk, P of a piece that is taken down.
+# Shapes: N valid tokens of a microbatch, C of them in a chunk.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -152,7 +152,7 @@ class TokenLoss:
             if settings.by_position:
                 threshold = settings.coefficients.entropy_threshold
                 _add_by_position(means, terms, batch.positions_N[rows], threshold)
-            difference_C = torch.full_like(rollout_logprobs_C, torch.nan)
+            difference_C = None
             if settings.compare_engine:
                 logprobs_C = self._engine_view(terms, logits_CV, target_ids_C)
                 # nan marks what no engine wrote: to pick rows by a mask would wait for the device.
@@ -354,10 +354,15 @@ def _add_mismatch(means: Means, difference_N: torch.Tensor, sampled_N: torch.Ten
 def _columns(
     losses: TokenLosses,
     terms: TokenTerms | TopKTerms,
-    difference_N: torch.Tensor,
+    difference_N: torch.Tensor | None,
     threshold: float | torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """By the names of tokens.record.SIGNALS, and τ, which moves from step to step."""
+    """By the names of tokens.record.SIGNALS, and τ, which moves from step to step.
+
+    `difference_N`: from the engine, where it was measured.
+    """
+    if difference_N is None:
+        difference_N = torch.full_like(losses.loss_N, torch.nan)
     return {
         "threshold": torch.zeros_like(losses.gate_N, dtype=torch.float64) + threshold,
         "loss": losses.loss_N,
