@@ -84,6 +84,12 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the longest (default: data.max_prompt_length)",
     )
+    parser.add_argument(
+        "--teacher-prompt-length",
+        type=positive,
+        metavar="N",
+        help="tokens of the longest that a teacher reads in its place (default: as the student's)",
+    )
 
 
 def add_prompt_options(group: argparse._ArgumentGroup) -> None:

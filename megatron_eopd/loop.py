@@ -73,9 +73,10 @@ def iterate(session: Session, writer: MetricsWriter | None) -> None:
                 if work.rollouts is None:
                     with times("rollout"):
                         work.add_rollouts(draw_rollouts(session, iteration))
-                plans = plan_steps(session, work.rollouts)
+                trained = trained_on(session, work.rollouts)
+                plans = plan_steps(session, trained)
                 with session.engine.asleep():
-                    optimize(session, plans, work, times)
+                    optimize(session, trained, plans, work, times)
             with saved_when_interrupted(session, work):
                 finish_iteration(session, work, plans, times, health, writer)
             bar.update()
@@ -174,6 +175,12 @@ def sample(session: Session, prompts: list[Prompt], iteration: int) -> list[Roll
     return rollouts
 
 
+def trained_on(session: Session, rollouts: list[Rollout]) -> list[Rollout]:
+    """As far as the objective reads them."""
+    count = session.config.objective.max_trained_tokens
+    return [rollout.first_tokens(count) for rollout in rollouts]
+
+
 def plan_steps(session: Session, rollouts: list[Rollout]) -> list[PackedRollouts]:
     """The optimizer steps of one iteration: which rank trains on which rollouts, and when."""
     training, layout = session.config.training, session.context.layout
@@ -182,7 +189,11 @@ def plan_steps(session: Session, rollouts: list[Rollout]) -> list[PackedRollouts
 
 
 def optimize(
-    session: Session, plans: list[PackedRollouts], work: Unfinished, times: StageTimes
+    session: Session,
+    rollouts: list[Rollout],
+    plans: list[PackedRollouts],
+    work: Unfinished,
+    times: StageTimes,
 ) -> None:
     """Score and train, step by step, those that were not taken before."""
     config, iteration, first = session.config, work.iteration, work.steps_done
@@ -191,7 +202,7 @@ def optimize(
     # All steps at once: a teacher on its own ranks goes on while the student trains.
     all_rounds = [portion for step in rounds for portion in step]
     scored = times.each("score", session.teachers.microbatches(all_rounds))
-    recorder = TokenRecorder(session, iteration, work.rollouts, first)
+    recorder = TokenRecorder(session, iteration, rollouts, first)
     for number, own_rounds in enumerate(rounds, start=first):
         progress = session.progress(iteration, number)
         interval = config.training.check_replicas_interval

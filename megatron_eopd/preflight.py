@@ -25,6 +25,11 @@ from megatron_eopd.data.packing import Limits, check_budget
 from megatron_eopd.data.preview import render_preview
 from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.run_tokenizers import RunTokenizers, load_run_tokenizers
+from megatron_eopd.data.teacher_prompts import (
+    PromptsOfTeachers,
+    prompts_of_teachers,
+    shown_more,
+)
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.data.vocabulary import check_shared
 from megatron_eopd.errors import ConfigError
@@ -42,7 +47,7 @@ from megatron_eopd.parallel.worlds import student_layout, teacher_layout
 from megatron_eopd.planning.activations import Lengths, Load, Platform
 from megatron_eopd.planning.memory import Placed, Setup, describe, describe_saving, plan_memory
 from megatron_eopd.planning.shapes import Models
-from megatron_eopd.records import DEFAULT_TEACHER
+from megatron_eopd.records import DEFAULT_TEACHER, Prompt, teacher_name
 from megatron_eopd.rollout.choice import EngineChoice, choose_engine
 from megatron_eopd.rollout.placement import assumed_nodes, places_of
 from megatron_eopd.rollout.recording import Recording
@@ -97,8 +102,9 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         check_files(teacher.hf_path)
     tokenizers = load_run_tokenizers(config)
     tokenizer = tokenizers.student
-    prompts = _training_prompts(config, tokenizer) if trains else None
-    problem_sets = load_problem_sets(config, tokenizer)
+    shown = prompts_of_teachers(config, tokenizers.teachers)
+    prompts = _training_prompts(config, tokenizer, shown) if trains else None
+    problem_sets = load_problem_sets(config, tokenizer, shown)
     if trains and config.checkpoint.keep_best is not None:
         _check_keep_best(config, [problems.name for problems in problem_sets])
     held_out = [prompt for problems in problem_sets for prompt in problems.prompts]
@@ -109,16 +115,9 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
         check_vllm(student)
         check_allocator(os.environ, torch.cuda.is_available())
         places_of(config, assumed_nodes(world_size))
-    sections = {
-        "rollout": [prompts.longest] if prompts else [],
-        "evaluation": [len(prompt.prompt_ids) for prompt in held_out],
-    }
+    sections = {"rollout": list(prompts) if prompts else [], "evaluation": held_out}
     longest = max(
-        (
-            _check_lengths(section, max(lengths), config, layout)
-            for section, lengths in sections.items()
-            if lengths
-        ),
+        (_check_lengths(each, own, config, layout) for each, own in sections.items() if own),
         default=0,
     )
     candidates = _candidates(config, prompts, tokenizer.digest)
@@ -179,6 +178,7 @@ def recording_of(config: Config, vocab_size: int, layout: Layout) -> Recording |
         vocab_size=vocab_size,
         max_length=max_length,
         teachers=(DEFAULT_TEACHER, *config.teachers),
+        shown_more=shown_more(config),
         refuses_references=(
             f"objective.reverse_kl={formula.reverse_kl}" if formula.needs_sampled_tokens else ""
         ),
@@ -190,7 +190,9 @@ def _check_layout(teacher: TeacherConfig, section: str, config: Config, student:
     check_teacher(teacher, section, read_hf_config(teacher.hf_path), layout)
 
 
-def _training_prompts(config: Config, tokenizer: Tokenizer) -> PromptSet:
+def _training_prompts(
+    config: Config, tokenizer: Tokenizer, read_by_teachers: PromptsOfTeachers
+) -> PromptSet:
     reads_references = config.rollout.uses_references and config.rollout.replay is None
     return load_prompts(
         config.data,
@@ -198,6 +200,7 @@ def _training_prompts(config: Config, tokenizer: Tokenizer) -> PromptSet:
         config.seed,
         [DEFAULT_TEACHER, *config.teachers],
         rows=training_rows(config.data.prompts),
+        read_by_teachers=read_by_teachers,
         max_reference_length=config.rollout.max_response_length if reads_references else None,
     )
 
@@ -218,27 +221,42 @@ def _check_keep_best(config: Config, tasks: list[str]) -> None:
         )
 
 
-def _check_lengths(section: str, longest_prompt: int, config: Config, layout: Layout) -> int:
-    """The longest prompt and response together, of the section's samples; in tokens."""
+def _check_lengths(section: str, prompts: Sequence[Prompt], config: Config, layout: Layout) -> int:
+    """The longest prompt of the student and response together, of the section's samples; in
+    tokens."""
     response_length, option = config.rollout.max_response_length, "rollout.max_response_length"
     if section == "evaluation":
         response_length = config.evaluation_response_length
         if config.evaluation.max_response_length is not None:
             option = "evaluation.max_response_length"
-    longest = longest_prompt + response_length
-    sample = f"the longest prompt of {longest_prompt} tokens with {option}={response_length}"
-    if config.all_teachers:  # which score it
-        check_budget(config.training, layout.padded(longest), sample)
-    models = [("student", config.student), *config.all_teachers.items()]
-    for who, model in models:
+    readers = {"student": (config.student, [p.prompt_ids for p in prompts])} | {
+        name: (teacher, [p.ids_for(teacher_name(name)) for p in prompts if scores(name, p)])
+        for name, teacher in config.all_teachers.items()
+    }
+    longest = {}
+    for who, (model, read) in readers.items():
+        longest[who] = length = max(map(len, read), default=0)
+        told = f"the longest prompt of {length} tokens with {option}={response_length}"
+        told += f", as [{who}] reads it" * (length > longest["student"])
+        if config.all_teachers:  # which score it
+            check_budget(config.training, layout.padded(length + response_length), told)
         limit = read_hf_config(model.hf_path).max_position_embeddings
-        if longest > limit:
+        if length + response_length > limit:
             raise ConfigError(
-                f"the longest prompt has {longest_prompt} tokens, and with {option}="
-                f"{response_length} that makes {longest}; the {who}'s max_position_embeddings is "
-                f"{limit}. Set {option}={limit - longest_prompt} or less."
+                f"the longest prompt that the {who} reads has {length} tokens, and with {option}="
+                f"{response_length} that makes {length + response_length}; its "
+                f"max_position_embeddings is {limit}. {_shorter(option, limit - length)}"
             )
-    return longest
+    return longest["student"] + response_length
+
+
+def _shorter(option: str, room: int) -> str:
+    return f"Set {option}={room} or less, or ask less." if room > 0 else "Ask less."
+
+
+def scores(section: str, prompt: Prompt) -> bool:
+    """Whether this teacher scores the prompt's responses."""
+    return prompt.teacher == teacher_name(section)
 
 
 def check_answers(config: Config, inputs: Inputs) -> None:
@@ -281,7 +299,11 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
         config,
         Models.of(config),
         student_layout(config, world_size),
-        Lengths(inputs.prompts.longest, rollout.max_response_length),
+        Lengths(
+            inputs.prompts.longest,
+            config.trained_response_length,
+            max(inputs.prompts.longest_for(teacher_name(name)) for name in config.all_teachers),
+        ),
         Platform(torch.cuda.is_available(), uses_transformer_engine(config.model)),
     )
     tokens = training.global_batch_size * rollout.max_response_length
@@ -364,9 +386,10 @@ def preview(inputs: Inputs) -> str:
     prompts = inputs.prompts or [p for problems in inputs.problem_sets for p in problems.prompts]
     if not prompts:
         return ""
-    tokenizers, prompt_ids = inputs.tokenizers, prompts[0].prompt_ids
-    everybody = {"student": tokenizers.student, **tokenizers.teachers}
-    shown = [render_preview(tokenizer, prompt_ids, who) for who, tokenizer in everybody.items()]
+    tokenizers, prompt = inputs.tokenizers, prompts[0]
+    shown = [render_preview(tokenizers.student, prompt.prompt_ids)]
+    for section, tokenizer in tokenizers.teachers.items():
+        shown.append(render_preview(tokenizer, prompt.ids_for(teacher_name(section)), section))
     return "\n".join(["the first prompt", *shown])
 
 
@@ -395,8 +418,10 @@ def _describe_teacher(section: str, placed: Placed, config: Config, inputs: Inpu
     """What it hands over, and from where; the tokenizer was compared with the student's."""
     options = config.all_teachers[section]
     swaps = ", ".join(f"{a} ↔ {b}" for a, b in inputs.tokenizers.swaps[section])
+    longest = inputs.prompts.longest_for(teacher_name(section))
+    reads = f", reads prompts of up to {longest} tokens" if longest > inputs.prompts.longest else ""
     return (
-        f"{placed.layout.describe()}, {options.placement}; {options.payload}, hidden size "
+        f"{placed.layout.describe()}, {options.placement}{reads}; {options.payload}, hidden size "
         f"{placed.shape.hidden_size:,}, vocabulary padded to {_padded(placed):,}"
         f"{f', tokens that trade places {swaps}' if swaps else ''}"
     )

@@ -12,7 +12,7 @@ all speak of the same token, and no stage shifts anything by one.
 # context-parallel ranks, F frequencies (half a head dim).
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,6 +28,11 @@ are finite."""
 
 DEFAULT_TEACHER = "teacher"
 """The one of the section `[teacher]`; the others have the names of `[teachers.NAME]`."""
+
+
+def teacher_name(section: str) -> str:
+    """As prompts name the teacher of a section."""
+    return section.removeprefix("teachers.") if section != "teacher" else DEFAULT_TEACHER
 
 
 class Turn(NamedTuple):
@@ -53,6 +58,12 @@ class Prompt:
     """Which teacher scores its responses."""
     context: tuple[Turn, ...] = ()
     """The turns of a chat before `text`, a system turn among them."""
+    teacher_ids: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """Teacher → what it reads in the place of `prompt_ids`, where that is something else."""
+
+    def ids_for(self, teacher: str) -> tuple[int, ...]:
+        """The prompt as this teacher reads it."""
+        return self.teacher_ids.get(teacher, self.prompt_ids)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -77,6 +88,31 @@ class Rollout:
     weight_version: int
     """The student weights that wrote this response, or would have."""
     source: Literal["sampled", "reference"] = "sampled"
+    num_cut: int = 0
+    """Tokens of the whole response behind these, which nobody trains on."""
+
+    @property
+    def whole_length(self) -> int:
+        """Tokens of the response, with those."""
+        return len(self.response_ids) + self.num_cut
+
+    def first_tokens(self, count: int | None) -> "Rollout":
+        """Its first so many tokens; None: all."""
+        if count is None or len(self.response_ids) <= count:
+            return self
+        return replace(
+            self,
+            response_ids=self.response_ids[:count],
+            response_logprobs=self.response_logprobs[:count],
+            num_cut=self.whole_length - count,
+        )
+
+    def read_by(self, teacher: str) -> "Rollout":
+        """The same response behind the prompt that this teacher reads."""
+        own = self.prompt.teacher_ids.get(teacher)
+        if own is None:
+            return self
+        return replace(self, prompt=replace(self.prompt, prompt_ids=own))
 
 
 class HiddenStates(NamedTuple):

@@ -109,7 +109,7 @@ def make_the_plan(args: argparse.Namespace, config: Config) -> "Plan":
         models=models,
         num_gpus=args.world_size,
         memory=int(((args.gpu_memory_gib or 0) - args.reserve_gib) * GIB),
-        longest=longest_sample(config, models, args.prompt_length),
+        longest=longest_sample(config, models, args.prompt_length, args.teacher_prompt_length),
         platform=Platform(transformer_engine=uses_transformer_engine(config.model)),
     )
     check_request(request)

@@ -98,7 +98,8 @@ def score(config: Config, path: Path, iteration: int) -> None:
 
 def _score(session: Session, *, path: Path, iteration: int) -> None:
     config, context = session.config, session.context
-    rollouts = session.recording.read(iteration)
+    count = config.objective.max_trained_tokens
+    rollouts = [r.first_tokens(count) for r in session.recording.read(iteration)]
     chosen = choose(rollouts, config.logging.record_tokens_samples)
     notes = TokenNotes(chosen)
     session.log.line(f"scoring {len(chosen)} of {len(rollouts)} responses of iteration {iteration}")

@@ -628,3 +628,14 @@ def test_help_names_every_preset(capsys):
         prepare_data.main(["--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in PRESETS) and "examples:" in text
+
+
+def test_a_column_is_kept_under_another_name(run, tmp_path):
+    """GSM8K's whole solution, of which the answer is the end."""
+    row = {"question": "How many?", "answer": "Two and two make 4.\n#### 4"}
+    source = write_jsonl(tmp_path / "in.jsonl", [row])
+    written, _ = run(source, "--preset", "gsm8k", "--keep", "solution=answer")
+    assert written == [{"solution": row["answer"], "prompt": "How many?", "answer": "4"}]
+    options = (source, "--overwrite", "--preset", "gsm8k", "--keep")
+    assert "Write --keep NEW=answer" in run(*options, "answer", fails=True)
+    assert "no column reason" in run(*options, "solution=reason", fails=True)

@@ -134,9 +134,9 @@ class Questions:
 
 
 def encode(arguments: argparse.Namespace, rows: Rows) -> Questions:
+    from megatron_eopd.data.encoding import encode_prompts
     from megatron_eopd.data.probe import check_tokenizer
     from megatron_eopd.data.prompt_files import Row, find_key, read_prompt
-    from megatron_eopd.data.prompts import encode_prompts
     from megatron_eopd.data.tokenizer import load_tokenizer
 
     data = prompt_options(arguments, max_prompt_length=arguments.max_prompt_length)

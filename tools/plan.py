@@ -142,7 +142,7 @@ def make_request(args: argparse.Namespace, config: "Config") -> "Request":
         models=models,
         num_gpus=args.gpus,
         memory=int((args.gpu_memory_gib - args.reserve_gib) * GIB),
-        longest=longest_sample(config, models, args.prompt_length),
+        longest=longest_sample(config, models, args.prompt_length, args.teacher_prompt_length),
         gpus_per_node=args.gpus_per_node,
         platform=Platform(
             on_gpu=args.device == "gpu",

@@ -37,7 +37,7 @@ from megatron_eopd.data.sources import RowFile
 from megatron_eopd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_eopd.data.prompts import PromptEncoder
+    from megatron_eopd.data.encoding import PromptEncoder
 
 EXAMPLES = """examples:
   python tools/prepare_data.py train.jsonl -o prompts.jsonl --preset gsm8k --exclude test.jsonl
@@ -87,7 +87,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     columns.add_argument(
         "--drop-system-turns", action="store_true", help="take chats without their system turns"
     )
-    columns.add_argument("--keep", nargs="+", default=[], metavar="NAME", help="copy these as well")
+    columns.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="[NEW=]NAME",
+        help="copy these as well, under another name where one is given: --keep solution=answer "
+        "keeps what a teacher may be shown (data.teacher_prompt_template)",
+    )
     exclude = parser.add_argument_group("evaluation sets")
     exclude.add_argument(
         *("--exclude", "-x"),
@@ -121,7 +128,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def columns_of(arguments: argparse.Namespace) -> Columns:
     columns = replace(
         PRESETS[arguments.preset],
-        keep=tuple(arguments.keep),
+        keep=tuple(kept_column(text) for text in arguments.keep),
         single_turn=arguments.single_turn,
         drop_system_turns=arguments.drop_system_turns,
     )
@@ -133,12 +140,18 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
         columns = replace(columns, answers=((arguments.answer_column, extract),))
     columns = replace(columns, answers=()) if arguments.prompts_only else columns
     for name in ("prompt", "answer") if columns.answers else ("prompt",):
-        if name in columns.keep:
+        if name in dict(columns.keep):
             raise ConfigError(
                 f"--keep {name}: the output has a {name} of its own, in the place of which it "
-                f"would stand. Rename the column, or leave it out."
+                f"would stand. Write --keep NEW={dict(columns.keep)[name]}, or leave it out."
             )
     return columns
+
+
+def kept_column(text: str) -> tuple[str, str]:
+    """(name in the output, column) out of COLUMN or NEW=COLUMN."""
+    new, separator, column = text.partition("=")
+    return (new, column) if separator and new and column else (text, text)
 
 
 def excluded_set(text: str, columns: Columns) -> tuple[str, Columns]:
@@ -153,8 +166,8 @@ def prompt_encoder(arguments: argparse.Namespace, data: DataConfig) -> "PromptEn
     if arguments.tokenizer is None:
         return None
     # Here, not above: transformers takes seconds to import.
+    from megatron_eopd.data.encoding import PromptEncoder
     from megatron_eopd.data.probe import check_tokenizer
-    from megatron_eopd.data.prompts import PromptEncoder
     from megatron_eopd.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer)

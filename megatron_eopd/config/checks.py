@@ -6,6 +6,8 @@ Sections check themselves; what needs a model, a file or a world size is in pref
 
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from megatron_eopd.config.data import BUILT_IN_TASKS
 from megatron_eopd.config.models import LAYERS_OF_STAGES
 from megatron_eopd.objectives import FORWARD_KL, GATES, REVERSE_KL, fits_top_k
@@ -30,6 +32,7 @@ def check_across_sections(config: "Config") -> None:
         _check_no_teacher(config)
         return
     _check_teachers(config)
+    _check_teacher_prompts(config)
     if GATES[config.objective.formula.gate].needs_whole_step:
         _check_whole_step(config)
     if config.teacher.payload == "topk":
@@ -163,6 +166,21 @@ def _check_teachers(config: "Config") -> None:
                 f"teachers.{name}.microbatches_per_exchange would be ignored: all teachers "
                 f"hand over the same portions. Set teacher.microbatches_per_exchange."
             )
+
+
+def _check_teacher_prompts(config: "Config") -> None:
+    for section, teacher in config.all_teachers.items():
+        if teacher.prompt is None:
+            continue
+        try:
+            teacher.prompt.in_place_of(config.data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(map(str, first["loc"]))
+            told = first["msg"].removeprefix("Value error, ")
+            raise ValueError(
+                f"{section}.prompt, in the place of data: {option}={first['input']!r}: {told}"
+            ) from None
 
 
 def _check_whole_step(config: "Config") -> None:

@@ -131,6 +131,12 @@ class Config(Section):
         return {"teacher": self.teacher, **more}
 
     @property
+    def trained_response_length(self) -> int:
+        """Tokens of the longest response, as far as it is trained on."""
+        longest, most = self.rollout.max_response_length, self.objective.max_trained_tokens
+        return longest if most is None else min(longest, most)
+
+    @property
     def evaluation_temperature(self) -> float:
         own = self.evaluation.temperature
         return self.rollout.temperature if own is None else own

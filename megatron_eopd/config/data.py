@@ -1,6 +1,7 @@
 """Options of the prompts."""
 
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -8,6 +9,43 @@ from pydantic import Field, ValidationInfo, field_validator
 from megatron_eopd.config.section import Section
 
 BUILT_IN_TASKS = ("countdown",)
+
+
+def fields_of_template(template: str) -> list[str]:
+    """Names of the columns that it asks for.
+
+    Raises:
+        ValueError: braces that name no column.
+    """
+    fields = []
+    for _, name, form, conversion in Formatter().parse(template):
+        if name is not None and (not name or form or conversion or name[0].isdigit()):
+            raise ValueError(
+                f"{{{name}{f'!{conversion}' * bool(conversion)}{f':{form}' * bool(form)}}} names "
+                f"no column. Write {{column}}, and {{{{ and }}}} for braces."
+            )
+        fields += [name] if name is not None else []
+    return list(dict.fromkeys(fields))
+
+
+def check_prompt_template(template: str | None, key: str | None) -> None:
+    """
+    Raises:
+        ValueError: it does not parse, asks for nothing, or a column is named beside it.
+    """
+    if template is None:
+        return
+    if key is not None:
+        raise ValueError(f"one source of the teacher's prompt, and the column {key!r} is another.")
+    try:
+        fields = fields_of_template(template)
+    except ValueError as error:
+        raise ValueError(f"{template!r}: {error}") from None
+    if not fields:
+        raise ValueError(
+            f"{template!r} names no column, so all prompts would be the same. Write {{prompt}} "
+            f"where the question goes."
+        )
 
 
 class DataConfig(Section):
@@ -45,6 +83,20 @@ class DataConfig(Section):
     teacher_key: str = "teacher"
     """Key under which a line of `prompts` names its teacher, one of `[teachers.NAME]`. A line
     without it has the one of `[teacher]`."""
+    teacher_prompt_key: str | None = None
+    """Key under which each line of `prompts` holds what a teacher reads in the place of the prompt,
+    text or a chat: with the reference solution, a hint, feedback. The teacher then scores the
+    student's response behind that. For all teachers that say nothing else in their own `prompt`."""
+    teacher_prompt_template: str | None = None
+    """What a teacher reads in the place of the question, made of a line's columns by their names in
+    braces: `"{prompt}\\n\\nReference solution: {solution}"`, where `{prompt}` is the question.
+    Write {{ and }} for braces. For all teachers that say nothing else in their own `prompt`."""
+
+    @field_validator("teacher_prompt_template")
+    @classmethod
+    def _is_a_template(cls, value: str | None, info: ValidationInfo) -> str | None:
+        check_prompt_template(value, info.data.get("teacher_prompt_key"))
+        return value
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -82,7 +134,7 @@ class DataConfig(Section):
             )
         return value
 
-    @field_validator("prompt_suffix", "system_prompt")
+    @field_validator("prompt_suffix", "system_prompt", "teacher_prompt_template")
     @classmethod
     def _is_what_was_meant(cls, value: str | None) -> str | None:
         # In double quotes "\boxed" is a backspace and "oxed" to TOML, "\text" a tab and "ext".
@@ -93,3 +145,53 @@ class DataConfig(Section):
                 f"the text in single quotes."
             )
         return value
+
+
+class TeacherPromptConfig(Section):
+    """How one teacher reads a prompt. What is not given is as in `[data]`."""
+
+    key: str | None = None
+    """As `data.teacher_prompt_key`, of this teacher alone."""
+    template: str | None = None
+    """As `data.teacher_prompt_template`, of this teacher alone."""
+    apply_chat_template: bool | None = None
+    """Write its prompts with its own tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of that template."""
+    chat_template_name: str | None = None
+    """Which one, where its tokenizer has several."""
+    chat_template_file: Path | None = None
+    """A file whose chat template takes the place of its tokenizer's."""
+    system_prompt: str | None = None
+    """A system turn before every prompt."""
+    prompt_suffix: str | None = None
+    """Appended to every prompt, or to what the template made of it."""
+
+    @field_validator("template")
+    @classmethod
+    def _is_a_template(cls, value: str | None, info: ValidationInfo) -> str | None:
+        check_prompt_template(value, info.data.get("key"))
+        return value
+
+    def in_place_of(self, data: DataConfig) -> DataConfig:
+        """The options by which this teacher's prompts are written.
+
+        Raises:
+            ValueError: they contradict each other.
+        """
+        own = {
+            name: getattr(self, name)
+            for name in TeacherPromptConfig.model_fields
+            if name not in ("key", "template") and getattr(self, name) is not None
+        }
+        if self.apply_chat_template is False:
+            own = {name: DataConfig.model_fields[name].get_default() for name in OF_CHATS} | own
+        if self.key is not None or self.template is not None:
+            own |= {"teacher_prompt_key": self.key, "teacher_prompt_template": self.template}
+        if "chat_template_name" in own or "chat_template_file" in own:
+            own = {"chat_template_name": None, "chat_template_file": None} | own
+        return DataConfig.model_validate(data.model_dump() | own)
+
+
+OF_CHATS = ("chat_template_kwargs", "chat_template_name", "chat_template_file", "system_prompt")
+"""Options that only a chat template reads."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from megatron_eopd.config.data import TeacherPromptConfig
 from megatron_eopd.config.section import Section
 
 
@@ -74,6 +75,9 @@ class TeacherConfig(Section):
     """Keep a `colocated` teacher's weights in host memory while it has nothing to score (GPU)."""
     dtype: Literal["float32", "bfloat16", "as_model"] = "as_model"
     """Type of the teacher's parameters and activations. `as_model`: that of `model.dtype`."""
+    prompt: TeacherPromptConfig | None = None
+    """`[teacher.prompt]`: how this teacher reads a prompt, where it is not as the student does.
+    Default: the student's tokens, unless `data.teacher_prompt_key` or `_template` is set."""
     parallel: ParallelSizes | None = None
     """The teacher's own layout, in which every size that is not given is 1. Default: the student's
     tensor, pipeline and expert sizes, with all pipeline stages alike."""

@@ -62,6 +62,10 @@ class ObjectiveConfig(Section):
     """s of `skewed`: weight of the first model in KL(first ‖ s · first + (1 − s) · second)."""
     token_weight: Literal["uniform", "position"] = "uniform"
     """`position`: tokens weigh 0.25 at the start of a response and about 1 from 60 % of it on."""
+    max_trained_tokens: int | None = Field(None, gt=0)
+    """Of each response only the first so many tokens are trained on and counted. What is behind
+    them is neither scored nor seen by the student; `rollout.max_response_length` spares sampling
+    it, too. Default: all of them."""
     ignored_token_ids: tuple[int, ...] = ()
     """Sampled tokens that have no loss. They still count as valid tokens in every mean."""
     student_temperature: float | None = Field(None, gt=0)

@@ -245,7 +245,7 @@ def _make_microbatch(
         targets += [rollout.response_ids[token] for token in tokens]
         logprobs += [rollout.response_logprobs[token] for token in tokens]
         sampled += [rollout.source == "sampled"] * len(tokens)
-        last = max(len(rollout.response_ids) - 1, 1)
+        last = max(rollout.whole_length - 1, 1)
         positions += [token / last for token in tokens]
         responses.append(ResponseTokens(rollout, tokens))
     token_ids += [0] * (sum(lengths) // cp - len(token_ids))

@@ -30,6 +30,7 @@ from megatron_eopd.data.chats import (
     is_unicode,
     read_chat,
 )
+from megatron_eopd.data.columns import ABSENT, is_missing, look_up
 from megatron_eopd.data.sources import (
     BATCH_ROWS,
     RowFile,
@@ -42,10 +43,6 @@ from megatron_eopd.errors import ConfigError
 COLUMN_CHECK_ROWS = 1000
 """A column counts as missing when none of a source's first rows has it. Rows of a jsonl file may
 differ, and a mistyped name should not cost a pass over millions of them."""
-
-ABSENT = object()
-"""What `look_up` finds where there is no such column; None is a column without a value."""
-
 
 CUT = "- of these cut behind the question"
 """Chats that went on behind their last user turn."""
@@ -79,8 +76,8 @@ class Columns:
     only."""
     clean: Callable[[str], str] = str
     """Takes a data set's own instructions off the prompt."""
-    keep: tuple[str, ...] = ()
-    """Columns that are copied as they are."""
+    keep: tuple[tuple[str, str], ...] = ()
+    """(name in the output, column) of what is copied as it is."""
     single_turn: bool = False
     """Take no chats that have more than one turn of the user, and of the others that turn."""
     drop_system_turns: bool = False
@@ -89,7 +86,7 @@ class Columns:
         answer = ""
         for name, extract in self.answers:
             answer = answer or extract(_answer_text(f"{where}, column {name}", look_up(row, name)))
-        kept = {name: look_up(row, name) for name in self.keep}
+        kept = {name: look_up(row, column) for name, column in self.keep}
         return Example(
             where,
             self._chat(f"{where}, column {self.prompt}", row),
@@ -99,7 +96,7 @@ class Columns:
 
     def _chat(self, where: str, row: dict[str, Any]) -> "Chat | Fate":
         value = look_up(row, self.prompt)
-        if _is_missing(value):
+        if is_missing(value):
             return Fate.NO_PROMPT
         try:
             chat = read_chat(where, value)
@@ -137,27 +134,8 @@ class Example:
         return json.dumps(self.kept | {"prompt": prompt} | answer, ensure_ascii=False, default=str)
 
 
-def look_up(row: Any, name: str) -> Any:
-    """The value at a dotted name, in which numbers index lists; ABSENT where there is none."""
-    if isinstance(row, dict) and name in row:
-        return row[name]
-    value = row
-    for key in name.split("."):
-        if isinstance(value, dict) and key in value:
-            value = value[key]
-        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
-            value = value[int(key)]
-        else:
-            return ABSENT
-    return value
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value is ABSENT or value != value  # NaN: how pandas writes it
-
-
 def _answer_text(where: str, value: Any) -> str:
-    if _is_missing(value):
+    if is_missing(value):
         return ""
     if not isinstance(value, str | int | float):
         raise ConfigError(
@@ -282,7 +260,7 @@ def _with_columns(source: str, rows: Rows, columns: Columns) -> Rows:
     if not head:
         raise ConfigError(f"{source}: no rows in it.")
     answers = tuple(name for name, _ in columns.answers)  # one of them is enough
-    for names in [(columns.prompt,), answers, *((name,) for name in columns.keep)]:
+    for names in [(columns.prompt,), answers, *((column,) for _, column in columns.keep)]:
         if names and all(look_up(row, name) is ABSENT for _, row in head for name in names):
             present = sorted({name for _, row in head for name in _names(row)})
             raise ConfigError(

@@ -2,8 +2,9 @@
 that stands beside them; or an error that names file and line.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from megatron_eopd.config import BUILT_IN_TASKS, DataConfig
@@ -40,6 +41,8 @@ class Row(NamedTuple):
     """The turns of a chat before `text`."""
     is_cut: bool = False
     """Whether turns behind `text` were left off."""
+    columns: Mapping[str, Any] = MappingProxyType({})
+    """All that the line holds, for what a teacher reads."""
 
     @classmethod
     def of_chat(cls, where: str, chat: Chat) -> "Row":
@@ -62,6 +65,7 @@ def prompt_rows(path: Path, data: DataConfig, teachers: Collection[str]) -> Iter
             answer=_answer(where, row.get("answer")),
             teacher=_teacher(where, row, data.teacher_key, teachers),
             responses=_responses(row.get(data.response_key)) if data.response_key else (),
+            columns=row,
         )
 
 

@@ -6,7 +6,7 @@ without having stored anything.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from megatron_eopd.config import DataConfig
+from megatron_eopd.data.encoding import PromptEncoder, TokenIds, shared_ids
 from megatron_eopd.data.prompt_files import Row, places, prompt_rows
 from megatron_eopd.data.prompt_warnings import SpecialTexts, clock_warnings
+from megatron_eopd.data.teacher_prompts import PromptsOfTeachers
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.records import DEFAULT_TEACHER, Prompt, Turn
-
-TokenIds = tuple[int, ...]
+from megatron_eopd.records import DEFAULT_TEACHER, Prompt
 
 
 class PromptSet:
@@ -69,6 +69,11 @@ class PromptSet:
         """Tokens of the longest prompt."""
         return max(len(p.prompt_ids) for p in self._prompts)
 
+    def longest_for(self, teacher: str) -> int:
+        """Tokens of the longest prompt that this teacher reads; 0 where it reads none."""
+        own = (p for p in self._prompts if p.teacher == teacher)
+        return max((len(p.ids_for(teacher)) for p in own), default=0)
+
     @cached_property
     def digest(self) -> str:
         """Changes with any turn of a prompt and with the number of prompts."""
@@ -77,7 +82,9 @@ class PromptSet:
     def _identity(self, prompt: Prompt) -> tuple[Any, ...]:
         # What is as in sets from before there was a choice says nothing, so that runs go on.
         length = 4 if prompt.context else 3 if prompt.teacher != DEFAULT_TEACHER else 2
-        return (prompt.text, prompt.answer, prompt.teacher, prompt.context)[:length]
+        length = 5 if prompt.teacher_ids else length
+        told = (prompt.text, prompt.answer, prompt.teacher, prompt.context, prompt.teacher_ids)
+        return told[:length]
 
     @cached_property
     def references_digest(self) -> str:
@@ -119,11 +126,13 @@ def load_prompts(
     teachers: Collection[str] = (DEFAULT_TEACHER,),
     *,
     rows: Iterable[Row] | None = None,
+    read_by_teachers: PromptsOfTeachers | None = None,
     max_reference_length: int | None = None,
 ) -> PromptSet:
     """`teachers`: names that lines may have under `data.teacher_key`; `rows`: of a built-in task,
-    where `data.prompts` names one; `max_reference_length`, in tokens: every prompt needs a
-    reference answer under `data.response_key`, at most so long.
+    where `data.prompts` names one; `read_by_teachers`: what they are shown;
+    `max_reference_length`, in tokens: every prompt needs a reference answer under
+    `data.response_key`, at most so long.
 
     Raises:
         ConfigError: a file that is missing or empty, or a line that cannot be used (which one).
@@ -137,15 +146,17 @@ def load_prompts(
     prompts: list[Prompt] = []
     special = SpecialTexts(tokenizer)
     num_cut = 0
+    shown = read_by_teachers or PromptsOfTeachers()
     for row in rows:
-        prompts.append(encoder.prompt(len(prompts), row))
+        prompts.append(encoder.prompt(len(prompts), row, shown.ids(row)))
         special.look_at(row.where, (turn.content for turn in prompts[-1].turns))
         num_cut += row.is_cut
         if references is not None:
             references.add(row)
     if not prompts:
         raise ConfigError(f"data.prompts={data.prompts}: no prompts in it.")
-    warnings = special.warnings()
+    shown.check()
+    warnings = special.warnings() + shown.warnings()
     if data.apply_chat_template:  # the last prompt's chat stands for all
         options = data.chat_template_kwargs
         warnings += clock_warnings(encoder.tokenizer, prompts[-1].turns, **options)
@@ -159,99 +170,13 @@ def load_prompts(
     )
 
 
-class PromptEncoder:
-    """What makes prompts of rows: one path for training, evaluation and tools."""
-
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
-        """
-        Raises:
-            ConfigError: there is no such chat template.
-        """
-        self._data = data
-        self.tokenizer = tokenizer
-        """With the chat template that was chosen."""
-        if data.apply_chat_template:
-            self.tokenizer = tokenizer.with_template(
-                data.chat_template_name, data.chat_template_file
-            )
-        self._share = _shared_ids(tokenizer)
-
-    def turns(self, row: Row) -> tuple[Turn, ...]:
-        """The whole chat as the model is shown it, the user's question with its suffix last.
-
-        Raises:
-            ConfigError: two system turns, or a chat and no template to write it with.
-        """
-        turns = (*row.context, Turn("user", row.text + self._data.prompt_suffix))
-        if self._data.system_prompt is not None:
-            if any(turn.role == "system" for turn in row.context):
-                raise ConfigError(
-                    f"{row.where}: has a system turn, and data.system_prompt is another. Leave the "
-                    f"option out, or take such turns out with tools/prepare_data.py "
-                    f"--drop-system-turns."
-                )
-            turns = (Turn("system", self._data.system_prompt), *turns)
-        if len(turns) > 1 and not self._data.apply_chat_template:
-            raise ConfigError(
-                f"{row.where}: a chat ({', '.join(turn.role for turn in turns)}), which only a "
-                f"chat template can write. Set data.apply_chat_template=true, or leave out what is "
-                f"more than a question: tools/prepare_data.py --single-turn --drop-system-turns."
-            )
-        return turns
-
-    def ids(self, row: Row) -> TokenIds:
-        """
-        Raises:
-            ConfigError: as `turns`; or the template refuses the chat.
-        """
-        return self._encode(row.where, self.turns(row))
-
-    def _encode(self, where: str, turns: Sequence[Turn]) -> TokenIds:
-        if not self._data.apply_chat_template:
-            return self.tokenizer.encode(turns[-1].content)
-        try:
-            return self.tokenizer.encode_chat(turns, **self._data.chat_template_kwargs)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-
-    def prompt(self, index: int, row: Row) -> Prompt:
-        """`text` is the last user turn, with the suffix and without the template.
-
-        Raises:
-            ConfigError: as `ids`; or nothing is left of the row, or too much.
-        """
-        turns = self.turns(row)
-        prompt_ids = self._share(self._encode(row.where, turns))
-        if not 0 < len(prompt_ids) <= self._data.max_prompt_length:
-            raise ConfigError(
-                f"{row.where}: {len(prompt_ids)} tokens, allowed are 1 to data.max_prompt_length="
-                f"{self._data.max_prompt_length}. Shorten the prompt or raise the option."
-            )
-        text = turns[-1].content
-        return Prompt(index, text, row.answer, prompt_ids, row.teacher, turns[:-1])
-
-
-def _shared_ids(tokenizer: Tokenizer) -> Callable[[TokenIds], TokenIds]:
-    """The same ids, with one object for each however often it comes: a fresh one takes 28 bytes
-    beside the 8 of its place, and a million prompts have a hundred million."""
-    objects = list(range(tokenizer.num_ids))
-    return lambda ids: tuple(map(objects.__getitem__, ids))
-
-
-def encode_prompts(rows: Iterable[Row], data: DataConfig, tokenizer: Tokenizer) -> Iterator[Prompt]:
-    """Prompts as the model sees them."""
-    encoder = PromptEncoder(data, tokenizer)
-    for index, row in enumerate(rows):
-        yield encoder.prompt(index, row)
-
-
 class _References:
     """Reference answers in tokens, taken row by row."""
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, max_length: int) -> None:
         self._key = data.response_key
         self._tokenizer = tokenizer
-        self._share = _shared_ids(tokenizer)
+        self._share = shared_ids(tokenizer)
         self._max_length = max_length
         self._encoded: list[tuple[TokenIds, ...]] = []
         self._missing: list[str] = []

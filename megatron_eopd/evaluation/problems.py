@@ -8,7 +8,8 @@ from functools import cached_property
 from itertools import islice
 
 from megatron_eopd.config import Config, EvaluationConfig
-from megatron_eopd.data.prompts import PromptEncoder
+from megatron_eopd.data.encoding import PromptEncoder
+from megatron_eopd.data.teacher_prompts import PromptsOfTeachers
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.grading_pool import GradingPool
@@ -40,8 +41,10 @@ class ProblemSet:
             yield self.prompts[first : first + size]
 
 
-def load_problem_sets(config: Config, tokenizer: Tokenizer) -> list[ProblemSet]:
-    """The first `evaluation.num_problems` of every task.
+def load_problem_sets(
+    config: Config, tokenizer: Tokenizer, read_by_teachers: PromptsOfTeachers | None = None
+) -> list[ProblemSet]:
+    """The first `evaluation.num_problems` of every task; `read_by_teachers`: what those are shown.
 
     Raises:
         ConfigError: no such task; a file that is missing or empty, or a line that cannot be used.
@@ -51,7 +54,8 @@ def load_problem_sets(config: Config, tokenizer: Tokenizer) -> list[ProblemSet]:
         return []
     encoder = PromptEncoder(config.data, tokenizer)
     tasks = open_tasks(options, with_suffix=not config.data.prompt_suffix)
-    return [_load(task, options.num_problems, encoder) for task in tasks]
+    shown = read_by_teachers or PromptsOfTeachers()
+    return [_load(task, options.num_problems, encoder, shown) for task in tasks]
 
 
 def grading_pool(problem_sets: Sequence[ProblemSet], options: EvaluationConfig) -> GradingPool:
@@ -63,9 +67,11 @@ def grading_pool(problem_sets: Sequence[ProblemSet], options: EvaluationConfig) 
     )
 
 
-def _load(task: Task, count: int, encoder: PromptEncoder) -> ProblemSet:
+def _load(task: Task, count: int, encoder: PromptEncoder, shown: PromptsOfTeachers) -> ProblemSet:
     problems = list(islice(task.problems(), count))
     if not problems:
         raise ConfigError(f"evaluation.tasks: {task.name} has no problems.")
-    prompts = [encoder.prompt(n, row_of(problem)) for n, problem in enumerate(problems)]
+    rows = [row_of(problem) for problem in problems]
+    read = shown.of_problems(rows)
+    prompts = [encoder.prompt(n, *each) for n, each in enumerate(zip(rows, read, strict=True))]
     return ProblemSet(task, problems, prompts)

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_eopd.checkpoints.files import CHECKSUMS, DONE
 from megatron_eopd.config import Config
+from megatron_eopd.data.encoding import PromptEncoder
 from megatron_eopd.data.prompt_files import Row
-from megatron_eopd.data.prompts import PromptEncoder
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.evaluation.problems import ProblemSet
 from megatron_eopd.model_paths import resolve_checkpoint

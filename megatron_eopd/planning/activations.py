@@ -19,10 +19,16 @@ class Lengths:
 
     prompt: int
     response: int
+    teacher_prompt: int | None = None
+    """What teachers read in the place of the prompt; None: the same."""
 
     @property
     def total(self) -> int:
         return self.prompt + self.response
+
+    @property
+    def of_teachers(self) -> "Lengths":
+        return Lengths(self.teacher_prompt or self.prompt, self.response)
 
 
 @dataclass(frozen=True)

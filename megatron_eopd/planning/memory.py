@@ -222,7 +222,7 @@ class Setup:
             ConfigError: a teacher's sizes do not divide its ranks.
         """
 
-        def place(shape: ModelShape, layout: Layout, dtype: str) -> Placed:
+        def place(shape: ModelShape, layout: Layout, dtype: str, lengths: Lengths) -> Placed:
             divisible_by = config.model.make_vocab_size_divisible_by
             padded_vocab = pad_vocab_size(shape.vocab_size, divisible_by, layout.tp)
             load = Load.of(config.training, lengths, layout)
@@ -233,10 +233,11 @@ class Setup:
                 models.teachers[section],
                 teacher_layout(teacher, section, config, layout),
                 config.dtype_of(teacher),
+                lengths.of_teachers,
             )
             for section, teacher in config.all_teachers.items()
         }
-        student = place(models.student, layout, config.model.dtype)
+        student = place(models.student, layout, config.model.dtype, lengths)
         return cls(config, student, teachers, lengths)
 
     def is_local(self, section: str) -> bool:

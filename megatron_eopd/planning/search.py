@@ -41,13 +41,20 @@ class Request:
     platform: Platform = field(default_factory=Platform)
 
 
-def longest_sample(config: Config, models: Models, prompt_length: int | None = None) -> Lengths:
+def longest_sample(
+    config: Config,
+    models: Models,
+    prompt_length: int | None = None,
+    teacher_prompt_length: int | None = None,
+) -> Lengths:
     """A prompt of `prompt_length`, or as configured, or what the models leave of their positions;
-    and the longest response."""
-    response = config.rollout.max_response_length
+    and the longest response that is trained on. Teachers read the same, or
+    `teacher_prompt_length`."""
+    response = config.trained_response_length
     shapes = [models.student, *models.teachers.values()]
     room = min(shape.hf_config.max_position_embeddings for shape in shapes) - response
-    return Lengths(prompt_length or max(1, min(config.data.max_prompt_length, room)), response)
+    prompt = prompt_length or max(1, min(config.data.max_prompt_length, room))
+    return Lengths(prompt, response, teacher_prompt_length)
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,11 @@ def check_request(request: Request) -> None:
     if request.config.wants_vllm:
         nodes = [rank // node for rank in range(request.num_gpus)]
         seats_of(rollout, ranks_for_engines(request.config, request.num_gpus), nodes)
-    _check_budget(request, request.longest.total)
+    for longest in (request.longest, request.longest.of_teachers):
+        _check_budget(request, longest, longest.total)
 
 
-def _check_budget(request: Request, num_tokens: int) -> None:
-    longest = request.longest
+def _check_budget(request: Request, longest: Lengths, num_tokens: int) -> None:
     sample = f"a sample of {longest.total} tokens ({longest.prompt} + {longest.response})"
     check_budget(request.config.training, num_tokens, sample)
 
@@ -121,7 +128,7 @@ def make_plan(config: Config, request: Request) -> Plan:
     models = request.models
     layout = student_layout(config, request.num_gpus)
     check_student(config, models.student.hf_config, layout)
-    _check_budget(request, layout.padded(request.longest.total))
+    _check_budget(request, request.longest, layout.padded(request.longest.total))
     setup = Setup.of(config, models, layout, request.longest, request.platform)
     teachers = {section: teacher.layout for section, teacher in setup.teachers.items()}
     for section, options in config.all_teachers.items():

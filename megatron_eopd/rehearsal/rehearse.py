@@ -5,8 +5,8 @@ Every sample is as long as the longest, and every microbatch full. Student and t
 their real size; only their weights are not read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,15 +21,14 @@ from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.wire import Message
 from megatron_eopd.parallel.worlds import STUDENT, roles_of, separate_layout, student_layout
 from megatron_eopd.planning.activations import Lengths, Load
-from megatron_eopd.records import MicroBatch, Payload, Prompt, Rollout
+from megatron_eopd.records import MicroBatch, Payload, Prompt, Rollout, teacher_name
 from megatron_eopd.rehearsal.watch import Tally, Watch
 from megatron_eopd.rehearsal.world import fake_world
 from megatron_eopd.schedules import START
-from megatron_eopd.teacher.assignment import Item, items_of, owners_of, plan_by_length
+from megatron_eopd.teacher.assignment import Item, as_read, items_of, owners_of, plan_by_length
 from megatron_eopd.teacher.colocated import ColocatedTeacher
 from megatron_eopd.teacher.exchange import expect_head, expect_scores, send_scores, unpack_scores
 from megatron_eopd.teacher.model import TeacherModel, payload_shape
-from megatron_eopd.teacher.placement import name_of
 from megatron_eopd.teacher.pool import Teacher, TeacherPool
 from megatron_eopd.teacher.separate import make_route
 from megatron_eopd.training.optimizer import Trainable, make_trainable
@@ -71,7 +70,7 @@ def rehearse(config: Config, world_size: int, rank: int, lengths: Lengths) -> Re
     layout, watch = role.layout(config, rank), Watch()
     students = student_layout(config, world_size)
     load = Load.of(config.training, lengths, students)
-    plan = full_plan(load, lengths, students)
+    plan = full_plan(load, lengths, students, map(teacher_name, config.all_teachers))
     with fake_world(layout, watch) as context:
         watch.enter("start")
         if role.name == STUDENT:
@@ -85,19 +84,24 @@ def rehearse(config: Config, world_size: int, rank: int, lengths: Lengths) -> Re
     return Rehearsal(rank, role.name, layout, num_parameters, load.num_microbatches, tallies)
 
 
-def full_plan(load: Load, lengths: Lengths, layout: Layout) -> PackedRollouts:
+def full_plan(
+    load: Load, lengths: Lengths, layout: Layout, teachers: Iterable[str] = ()
+) -> PackedRollouts:
     """An optimizer step whose microbatches are all full: as many of the longest samples as go in,
     and a shorter one for the rest."""
     count, rest = divmod(load.tokens, lengths.total)
     rest = rest // layout.sequence_multiple * layout.sequence_multiple
     response = rest * lengths.response // lengths.total
-    samples = [lengths] * count + [Lengths(rest - response, response)] * (response > 0)
-    batch = [_rollout(each) for each in samples]
+    last = replace(lengths, prompt=rest - response, response=response)
+    samples = [lengths] * count + [last] * (response > 0)
+    batch = [_rollout(each, teachers) for each in samples]
     return [[batch] * load.num_microbatches for _ in range(layout.dp)]
 
 
-def _rollout(lengths: Lengths) -> Rollout:
-    prompt = Prompt(0, "", "", (0,) * lengths.prompt)
+def _rollout(lengths: Lengths, teachers: Iterable[str]) -> Rollout:
+    read = lengths.of_teachers.prompt
+    shown = dict.fromkeys(teachers, (0,) * read) if read != lengths.prompt else {}
+    prompt = Prompt(0, "", "", (0,) * lengths.prompt, teacher_ids=shown)
     return Rollout(prompt, 0, (0,) * lengths.response, (0.0,) * lengths.response, "length", 0)
 
 
@@ -176,7 +180,7 @@ def _open_teachers(config: Config, vocab_size: int, context: ParallelContext) ->
             opened = ColocatedTeacher(
                 teacher, section, config, (), vocab_size, context, build_model
             )
-        teachers[name_of(section)] = opened
+        teachers[teacher_name(section)] = opened
     heads = {name: t.head_VH for name, t in teachers.items() if t.head_VH is not None}
     return TeacherPool(teachers, heads, context)
 
@@ -237,7 +241,7 @@ def _perform_teacher(
     watch.enter("scoring")
     sends: list[Message] = []
     for packed in rounds_of(plan, exchange_size(config)):
-        items = dict(enumerate(items_of(packed)))
+        items = as_read(dict(enumerate(items_of(packed))), teacher_name(section))
         own_plan = plan_by_length(items, limits, layout)
         with watch.kind("teacher activations"):
             held = model.score(items, own_plan)

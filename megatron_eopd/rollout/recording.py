@@ -8,7 +8,7 @@ against the run that reads it.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,8 @@ class Recording:
     """Most tokens of prompt and response together."""
     teachers: Sequence[str] = (DEFAULT_TEACHER,)
     """Names that a prompt may give."""
+    shown_more: Collection[str] = ()
+    """Those of them that read another prompt than the student."""
     refuses_references: str = ""
     """The option that needs tokens which the student sampled; empty without one."""
 
@@ -121,6 +123,7 @@ class Recording:
     def _faults(self, rollout: Rollout) -> Iterator[str]:
         prompt, logprobs = rollout.prompt, rollout.response_logprobs
         parts = {"prompt_ids": prompt.prompt_ids, "response_ids": rollout.response_ids}
+        parts |= {f"teacher_ids.{name}": ids for name, ids in prompt.teacher_ids.items()}
         for name, ids in parts.items():
             if not ids:
                 yield f"{name} is empty."
@@ -138,7 +141,8 @@ class Recording:
         too_large = [x for x in logprobs if x > LARGEST_LOGPROB]
         if too_large:
             yield f"response_logprobs has {too_large[0]:g}; a log-probability is at most 0."
-        length = len(prompt.prompt_ids) + len(rollout.response_ids)
+        read = max(map(len, (prompt.prompt_ids, *prompt.teacher_ids.values())))
+        length = read + len(rollout.response_ids)
         if length > self.max_length:
             yield (
                 f"{length} tokens, and at most {self.max_length} fit: the smallest of the models' "
@@ -148,6 +152,12 @@ class Recording:
             yield (
                 f"the prompt's teacher is {prompt.teacher!r}, and this run has "
                 f"{', '.join(self.teachers)}. Name it in [teachers], or change the line."
+            )
+        elif prompt.teacher in self.shown_more and prompt.teacher not in prompt.teacher_ids:
+            yield (
+                f"no prompt in it of the teacher {prompt.teacher!r}, which by the options reads "
+                f"another one than the student. Record with these options, or leave out "
+                f"data.teacher_prompt_key, data.teacher_prompt_template and the teacher's prompt.*."
             )
         if rollout.source == "reference" and self.refuses_references:
             yield (

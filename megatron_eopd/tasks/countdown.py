@@ -253,8 +253,11 @@ class Countdown:
 
 def _as_task(name: Literal["train", "test"]) -> Iterator[TaskProblem]:
     for number, problem in enumerate(split(name)):
-        where = f"countdown problem {number}"
-        yield TaskProblem(where, problem.prompt_text(), problem.answer_text())
+        where, answer = f"countdown problem {number}", problem.answer_text()
+        # Any of its solutions, and always the same one.
+        solution = random.Random(answer).choice(all_problems()[problem])
+        columns = {"solution": solution}
+        yield TaskProblem(where, problem.prompt_text(), answer, columns=columns)
 
 
 # --- tokenizer ----------------------------------------------------------------------------------

@@ -92,7 +92,9 @@ def _own(word: str, source: str | None) -> Task:
 
 
 def row_of(problem: Problem) -> Row:
-    return Row(problem.where, problem.text, problem.answer, context=problem.context)
+    columns = {"answer": problem.answer, **(problem.columns or {})}
+    row = Row(problem.where, problem.text, problem.answer, context=problem.context)
+    return row._replace(columns=columns)
 
 
 def training_rows(name: str) -> Iterator[Row] | None:

@@ -4,9 +4,9 @@ this and no task.
 A task of your own is a class with these methods, in a file of its own, named `module:Class`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # it brings torch, which a process that grades does without
     from megatron_eopd.records import Turn
@@ -21,6 +21,9 @@ class Problem(NamedTuple):
     """What `grade` needs to judge a response."""
     context: "tuple[Turn, ...]" = ()
     """The turns of a chat before `text`."""
+    columns: Mapping[str, Any] | None = None
+    """More of the problem by name, such as its solution, for teachers that are shown more than the
+    student: see data.teacher_prompt_template."""
 
 
 class Verdict(StrEnum):

@@ -18,7 +18,7 @@ from megatron_eopd.parallel.init import ParallelContext, second_layout
 from megatron_eopd.parallel.wire import GroupWire
 from megatron_eopd.parallel.worlds import colocated_layout
 from megatron_eopd.records import Payload
-from megatron_eopd.teacher.assignment import Item, owners_of, plan_as_student, plan_by_length
+from megatron_eopd.teacher.assignment import Item, owners_of, plan_by_length, plan_locally
 from megatron_eopd.teacher.exchange import Route, exchange_head, exchange_scores
 from megatron_eopd.teacher.model import Swaps, TeacherModel, payload_shape, vocab_cut
 
@@ -73,7 +73,7 @@ class ColocatedTeacher:
     def _score_round(self, items: Mapping[int, Item]) -> dict[int, Payload]:
         teacher = self._route.teacher
         if self._route.is_local:
-            return self._model.score(items, plan_as_student(items, teacher.dp))
+            return self._model.score(items, plan_locally(items, self._limits, teacher))
         plan = plan_by_length(items, self._limits, teacher)
         held = self._model.score(items, plan)
         return exchange_scores(

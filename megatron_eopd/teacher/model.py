@@ -96,7 +96,7 @@ class TeacherModel:
         Collective over the ranks of the teacher.
         """
         own = plan[self._context.layout.dp_rank]
-        unscored = [[ScoredRollout(items[n].rollout, None) for n in batch] for batch in own]
+        unscored = [[ScoredRollout(items[n].read, None) for n in batch] for batch in own]
         batches = make_microbatches(unscored, self._context.layout, self._context.device)
         with self._resident():
             payloads = map_hidden(self._chunks, batches, self._payload, self._context)

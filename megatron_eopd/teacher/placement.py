@@ -11,16 +11,11 @@ from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.parallel.worlds import STUDENT, Role, colocated_layout, roles_of
-from megatron_eopd.records import DEFAULT_TEACHER
+from megatron_eopd.records import teacher_name
 from megatron_eopd.teacher.colocated import ColocatedTeacher
 from megatron_eopd.teacher.model import Swaps
 from megatron_eopd.teacher.pool import TeacherPool
 from megatron_eopd.teacher.separate import SeparateTeacher
-
-
-def name_of(section: str) -> str:
-    """As prompts name the teacher of a section."""
-    return section.removeprefix("teachers.") if section != "teacher" else DEFAULT_TEACHER
 
 
 def rank_table(
@@ -86,7 +81,7 @@ def open_teachers(
                     opened = ColocatedTeacher(
                         teacher, section, config, swaps[section], vocab_size, context
                     )
-                teachers[name_of(section)] = opened
+                teachers[teacher_name(section)] = opened
             raise_together(errors, context.cpu_group)
         heads = {name: t.head_VH for name, t in teachers.items() if t.head_VH is not None}
         yield TeacherPool(teachers, heads, context)

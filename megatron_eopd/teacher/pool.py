@@ -10,7 +10,7 @@ from typing import Protocol
 from megatron_eopd.data.packing import PackedRollouts, make_microbatches
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import MicroBatch, Payload, ScoredRollout, TeacherSignal
-from megatron_eopd.teacher.assignment import Item, items_of
+from megatron_eopd.teacher.assignment import Item, as_read, items_of
 from megatron_eopd.teacher.heads import Heads
 
 
@@ -73,4 +73,5 @@ def _next_of_each(
 
 
 def _of_teacher(items: Mapping[int, Item], name: str) -> dict[int, Item]:
-    return {n: item for n, item in items.items() if item.rollout.prompt.teacher == name}
+    own = {n: item for n, item in items.items() if item.rollout.prompt.teacher == name}
+    return as_read(own, name)

@@ -42,7 +42,7 @@ def assemble(
     missing = starts[-1] - len(order)
     assert not missing and (places[order] == np.arange(starts[-1])).all(), f"{missing} missing"
     sorted_columns = {name: values[order] for name, values in columns.items()}
-    prompts, numbers = _prompts(rollouts)
+    prompts, numbers = _prompts(rollouts, piece)
     has_top = np.ones(len(order), bool)
     if about.top_tokens == "notable":
         has_top = sorted_columns["teacher_entropy"] >= sorted_columns["threshold"]
@@ -114,15 +114,23 @@ def about(
     )
 
 
-def _prompts(rollouts: Sequence[Rollout]) -> tuple[tuple[RecordedPrompt, ...], list[int]]:
+def _prompts(
+    rollouts: Sequence[Rollout], piece: Callable[[int], tuple[bytes, bool]]
+) -> tuple[tuple[RecordedPrompt, ...], list[int]]:
     """Each once, and which of them each rollout answers."""
     found: dict[tuple[int, tuple[int, ...]], RecordedPrompt] = {}
     keys = []
     for rollout in rollouts:
         prompt = rollout.prompt
         key = (prompt.index, prompt.prompt_ids)
+        read = b"".join(piece(i)[0] for i in prompt.teacher_ids.get(prompt.teacher, ()))
         found[key] = RecordedPrompt(
-            prompt.index, prompt.text, prompt.prompt_ids, prompt.answer, prompt.teacher
+            prompt.index,
+            prompt.text,
+            prompt.prompt_ids,
+            prompt.answer,
+            prompt.teacher,
+            read.decode(errors="replace"),
         )
         keys.append(key)
     numbers = {key: n for n, key in enumerate(found)}

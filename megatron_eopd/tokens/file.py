@@ -26,7 +26,9 @@ from megatron_eopd.tokens.record import (
     TokenRecord,
 )
 
-FORMAT = 1
+FORMAT = 2
+"""1 does not say what a teacher reads in the place of a prompt."""
+READABLE = (1, FORMAT)
 TOKENS = "tokens"
 SUFFIX = ".tokens.npz"
 """Of the file of an evaluation's task."""
@@ -89,10 +91,11 @@ def read_tokens(path: Path) -> TokenRecord:
     """
     texts, columns = _parts(path, _bytes(path))
     found = texts.get("format") if isinstance(texts, dict) else None
-    if found != FORMAT:
+    if found not in READABLE:
         raise ConfigError(
-            f"{path}: a recording of tokens of format {found}, and this version reads format "
-            f"{FORMAT}. Show it with the version that wrote it, or record anew."
+            f"{path}: a recording of tokens of format {found}, and this version reads formats "
+            f"{' and '.join(map(str, READABLE))}. Show it with the version that wrote it, or "
+            f"record anew."
         )
     try:
         record = _record(texts, columns)

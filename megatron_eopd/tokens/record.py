@@ -50,6 +50,8 @@ class RecordedPrompt(NamedTuple):
     ids: tuple[int, ...]
     answer: str
     teacher: str
+    read_by_teacher: str = ""
+    """What the teacher reads in its place, with special tokens; empty where it reads the same."""
 
 
 class RecordedResponse(NamedTuple):

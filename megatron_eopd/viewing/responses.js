@@ -79,6 +79,10 @@ function promptElement(group) {
     const facts = [fact("answer", prompt.answer), fact("teacher", hasTeachers ? prompt.teacher : "")];
     const title = make("h2", {}, `prompt ${prompt.index}`, make("small", {}, ` ${ids.length} tokens`, ...facts));
     element.append(title, text);
+    if (prompt.read_by_teacher) {
+      const read = addParts(make("div", { class: "text" }), partsOfText(prompt.read_by_teacher), true);
+      element.append(make("details", {}, make("summary", {}, `what ${prompt.teacher} reads`), read));
+    }
     const forks = forkTable(group);
     if (forks) element.append(forks);
   });

@@ -90,6 +90,9 @@ def _prompt(record: TokenRecord, prompt: int) -> Iterator[str]:
     answer = f" (answer {plain(told.answer)})" if told.answer else ""
     yield f"── prompt {told.index}{answer}"
     yield from (plain(line) for line in told.text.split("\n"))
+    if told.read_by_teacher:
+        yield f"── as the teacher {plain(told.teacher)} reads it"
+        yield from (plain(line) for line in told.read_by_teacher.split("\n"))
 
 
 def _facts(record: TokenRecord, n: int) -> str:

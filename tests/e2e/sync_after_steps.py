@@ -32,6 +32,7 @@ def train_once(session: Session, iteration: int) -> None:
     rollouts = loop.draw_rollouts(session, iteration)
     loop.optimize(
         session,
+        rollouts,
         loop.plan_steps(session, rollouts),
         Unfinished(iteration, rollouts=rollouts),
         loop.stage_times(session, iteration),

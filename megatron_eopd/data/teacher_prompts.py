@@ -1,0 +1,200 @@
+"""What a teacher reads in the place of the student's prompt. In: rows. Out: token ids, or none
+where it reads the same as the student.
+
+A teacher may be shown more than the student: the solution, a hint, feedback; or the same question
+by another chat template. Its prompt comes from a column of the line or from a template over all of
+them, and is written with the teacher's own tokenizer. The response behind it is the student's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from megatron_eopd.config import Config, DataConfig
+from megatron_eopd.config.data import fields_of_template
+from megatron_eopd.data.chats import is_blank, is_unicode, read_chat
+from megatron_eopd.data.columns import ABSENT, look_up
+from megatron_eopd.data.encoding import PromptEncoder, TokenIds
+from megatron_eopd.data.prompt_files import Row, places
+from megatron_eopd.data.tokenizer import Tokenizer
+from megatron_eopd.errors import ConfigError
+from megatron_eopd.records import Turn, teacher_name
+
+Found = TypeVar("Found")
+
+QUESTION = "prompt"
+"""What a template calls the text of the question, whatever its column is called."""
+TEACHER_PROMPT = "teacher_prompt"
+"""A column of this name that no option reads is told."""
+
+
+class TeacherPrompts:
+    """Of one teacher."""
+
+    def __init__(self, section: str, data: DataConfig, tokenizer: Tokenizer) -> None:
+        """`data`: the options by which this teacher's prompts are written; `tokenizer`: its own."""
+        self._section, self._data = section, data
+        self._encoder = self._told(lambda: PromptEncoder(data, tokenizer))
+        self._template = data.teacher_prompt_template
+        key = data.teacher_prompt_key
+        self._names = [key] if key else fields_of_template(self._template or f"{{{QUESTION}}}")
+        self._missing: dict[str, list[str]] = {}
+        """Column → the rows that lack it."""
+        self._known: set[str] = set()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """With the chat template that writes the prompts."""
+        return self._encoder.tokenizer
+
+    def fits(self, row: Row) -> bool:
+        """Whether the row has all that this teacher's prompt is made of."""
+        return not self._lacking(row)
+
+    def ids(self, row: Row) -> TokenIds | None:
+        """None where a column is missing, which `check` then tells.
+
+        Raises:
+            ConfigError: as PromptEncoder.ids.
+        """
+        lacking = self._lacking(row)
+        self._known.update(row.columns)
+        for name in lacking:
+            self._missing.setdefault(name, []).append(row.where)
+        if lacking:
+            return None
+        return self._told(lambda: self._encoder.ids(self._as_read(row)))
+
+    def plain_ids(self, row: Row) -> TokenIds:
+        """Of the question alone, as this teacher's template writes it."""
+        return self._told(lambda: self._encoder.ids(row))
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: rows that lack a column; all of them.
+        """
+        if not self._missing:
+            return
+        told = [f"{name} in {places(wheres)}" for name, wheres in self._missing.items()]
+        source = f"teacher_prompt_template={self._template!r}"
+        if self._template is None:
+            source = f"teacher_prompt_key={self._data.teacher_prompt_key}"
+        raise ConfigError(
+            f"[{self._section}] data.{source} (or the teacher's own prompt.* in its place): there "
+            f"is no text for {'; '.join(told)}. Columns are "
+            f"{', '.join(sorted(self._known)) or 'none'}, and {{{QUESTION}}} is the question. "
+            f"Correct the name, add what is missing, or take these lines out; "
+            f"tools/prepare_data.py --keep copies a column."
+        )
+
+    def _lacking(self, row: Row) -> list[str]:
+        return [name for name in self._names if self._text(row, name) is None]
+
+    def _text(self, row: Row, name: str) -> Any:
+        """What a column says; None where it says nothing."""
+        if name == QUESTION and self._data.teacher_prompt_key is None:
+            return row.text
+        value = look_up(row.columns, name)
+        if value is ABSENT or value is None or value != value:  # parquet has NaN for nothing
+            return None
+        if self._data.teacher_prompt_key is None and not isinstance(value, str | int | float):
+            return None
+        return None if isinstance(value, str) and is_blank(value) else value
+
+    def _as_read(self, row: Row) -> Row:
+        """The row with the teacher's question in the place of the student's."""
+        key = self._data.teacher_prompt_key
+        if key is not None:
+            chat = read_chat(f"{row.where}, key {key}", self._text(row, key))
+            row = row._replace(text=chat.text, context=tuple(Turn(*t) for t in chat.context))
+        elif self._template is not None:
+            texts = {name: self._text(row, name) for name in self._names}
+            row = row._replace(text=_filled(self._template, texts))
+        if not all(is_unicode(turn.content) for turn in (*row.context, Turn("user", row.text))):
+            raise ConfigError(f"{row.where}: the teacher's prompt is not valid Unicode.")
+        return row
+
+    def _told(self, work: Callable[[], Found]) -> Found:
+        try:
+            return work()
+        except ConfigError as error:
+            raise ConfigError(
+                f"[{self._section}] its prompts, by data.* and, in their place, "
+                f"{self._section}.prompt.*: {error}"
+            ) from None
+
+
+def _filled(template: str, texts: Mapping[str, Any]) -> str:
+    """As str.format, with dotted names."""
+    for number, name in enumerate(texts):
+        template = template.replace(f"{{{name}}}", f"{{t[{number}]}}")
+    return template.format(t=list(texts.values()))
+
+
+def prompts_of_teachers(config: Config, tokenizers: Mapping[str, Tokenizer]) -> "PromptsOfTeachers":
+    """`tokenizers` by section."""
+    data, found = config.data, {}
+    for section, teacher in config.all_teachers.items():
+        if teacher_name(section) in shown_more(config):
+            own = teacher.prompt.in_place_of(data) if teacher.prompt else data
+            found[teacher_name(section)] = TeacherPrompts(section, own, tokenizers[section])
+    return PromptsOfTeachers(found)
+
+
+def shown_more(config: Config) -> list[str]:
+    """Teachers whose prompts are written for them, whether or not they come out as the student's
+    do."""
+    data = config.data
+    is_for_all = data.teacher_prompt_key is not None or data.teacher_prompt_template is not None
+    return [
+        teacher_name(section)
+        for section, teacher in config.all_teachers.items()
+        if teacher.prompt is not None or is_for_all
+    ]
+
+
+@dataclass
+class PromptsOfTeachers:
+    """Of all teachers that read another prompt than the student; the others are not in it."""
+
+    by_name: Mapping[str, TeacherPrompts] = field(default_factory=dict)
+    num_unread: int = 0
+    """Rows with a column for teachers that no option reads."""
+
+    def ids(self, row: Row) -> dict[str, TokenIds]:
+        """Of the teacher that scores the row's responses."""
+        self.num_unread += TEACHER_PROMPT in row.columns and not self.by_name
+        read = {name: own.ids(row) for name, own in self._of(row).items()}
+        return {name: ids for name, ids in read.items() if ids is not None}
+
+    def _of(self, row: Row) -> dict[str, TeacherPrompts]:
+        return {name: own for name, own in self.by_name.items() if name == row.teacher}
+
+    def of_problems(self, rows: Sequence[Row]) -> list[dict[str, TokenIds]]:
+        """As `ids` of an evaluation's problems. Where they have not all that a prompt is made of,
+        the teacher reads the question alone, by its own template."""
+        fits = {name: all(map(own.fits, rows)) for name, own in self.by_name.items()}
+        return [
+            {
+                name: own.ids(row) if fits[name] else own.plain_ids(row)
+                for name, own in self._of(row).items()
+            }
+            for row in rows
+        ]
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: rows that lack what the first such teacher's prompt is made of.
+        """
+        for own in self.by_name.values():
+            own.check()
+
+    def warnings(self) -> list[str]:
+        if not self.num_unread:
+            return []
+        return [
+            f"{self.num_unread} lines have a {TEACHER_PROMPT}, and no option reads it: teachers "
+            f"see the student's prompt. Set data.teacher_prompt_key={TEACHER_PROMPT}."
+        ]
