@@ -20,6 +20,7 @@ from megatron_eopd.interruption import Interruption
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import load_model
+from megatron_eopd.models.mcore_files import MCoreCheckpoint
 from megatron_eopd.parallel.collectives import collecting, from_rank_zero, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.worlds import Role
@@ -144,6 +145,9 @@ def open_session(
                     config, roles, tokenizers.swaps, tokenizers.vocab_size, store, context
                 )
             )
+            if directory is not None:
+                vocab_size = read_hf_config(config.student.hf_path).vocab_size
+                teachers.read(MCoreCheckpoint(directory), vocab_size)
         with times("engine"):
             engine = make_engine(relay, config, inputs, places, store, chunks, context, log, stop)
         stack.push(lambda _type, error, _traceback: engine.close(error))

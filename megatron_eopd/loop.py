@@ -219,6 +219,7 @@ def optimize(
                 compare_replicas=interval > 0 and progress.steps % interval == 0,
                 skip_above=session.guard.skip_above(),
                 notes=recorder.notes(number),
+                around_update=session.teachers.following(session.student, progress.steps + 1),
             )
         with times("record"):
             recorder.finish_step(number)

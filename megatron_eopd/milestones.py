@@ -115,7 +115,10 @@ def save(session: Session, work: Unfinished) -> None:
     texts = work.files(config, session.tokenizer) if is_first else {}
     with session.stop.saving():
         session.saver.save(
-            session.student, position, texts | {RUN_CONFIG: config.model_dump_json()}
+            session.student,
+            position,
+            texts | {RUN_CONFIG: config.model_dump_json()},
+            session.teachers.pieces_to_write(),
         )
 
 

@@ -37,7 +37,12 @@ from megatron_eopd.evaluation.grading_pool import check_answers as check_gold
 from megatron_eopd.evaluation.problems import ProblemSet, grading_pool, load_problem_sets
 from megatron_eopd.evaluation.report_file import names_of_figures
 from megatron_eopd.metrics.sinks.choice import check_logins, check_packages
-from megatron_eopd.models.fit import check_student, check_teacher, check_vllm
+from megatron_eopd.models.fit import (
+    check_same_architecture,
+    check_student,
+    check_teacher,
+    check_vllm,
+)
 from megatron_eopd.models.hf_config import read_hf_config, unknown_keys
 from megatron_eopd.models.load import check_files
 from megatron_eopd.models.megatron_config import uses_transformer_engine
@@ -187,7 +192,10 @@ def recording_of(config: Config, vocab_size: int, layout: Layout) -> Recording |
 
 def _check_layout(teacher: TeacherConfig, section: str, config: Config, student: Layout) -> None:
     layout = teacher_layout(teacher, section, config, student)
-    check_teacher(teacher, section, read_hf_config(teacher.hf_path), layout)
+    hf_config = read_hf_config(teacher.hf_path)
+    check_teacher(teacher, section, hf_config, layout)
+    if teacher.follows:
+        check_same_architecture(teacher, section, hf_config, config.student)
 
 
 def _training_prompts(
@@ -386,10 +394,11 @@ def preview(inputs: Inputs) -> str:
     prompts = inputs.prompts or [p for problems in inputs.problem_sets for p in problems.prompts]
     if not prompts:
         return ""
-    tokenizers, prompt = inputs.tokenizers, prompts[0]
-    shown = [render_preview(tokenizers.student, prompt.prompt_ids)]
+    tokenizers = inputs.tokenizers
+    shown = [render_preview(tokenizers.student, prompts[0].prompt_ids)]
     for section, tokenizer in tokenizers.teachers.items():
-        shown.append(render_preview(tokenizer, prompt.ids_for(teacher_name(section)), section))
+        own = next((prompt for prompt in prompts if scores(section, prompt)), prompts[0])
+        shown.append(render_preview(tokenizer, own.ids_for(teacher_name(section)), section))
     return "\n".join(["the first prompt", *shown])
 
 

@@ -9,13 +9,14 @@ The format is Megatron-Core's torch_dist, readable under any parallel layout; se
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_eopd.checkpoints import files
 from megatron_eopd.checkpoints.contents import adam_step
@@ -74,11 +75,16 @@ class Saver:
         self._staging: list[torch.Tensor] = []
 
     def save(
-        self, student: Trainable, position: Position, texts: Mapping[str, str] | None = None
+        self,
+        student: Trainable,
+        position: Position,
+        texts: Mapping[str, str] | None = None,
+        more: Iterable[ShardedTensor] = (),
     ) -> Path:
         """Returns when the run may change the student. Collective.
 
-        `texts`: files to be written beside, name → content.
+        `texts`: files to be written beside, name → content; `more`: what this rank writes of other
+        models.
 
         Raises:
             CheckpointError: this one or the one before could not be written.
@@ -90,7 +96,7 @@ class Saver:
         errors: list[Exception] = []
         with saving_errors(directory):
             with collecting(errors):
-                own = part_of_rank(student, self._context)
+                own = part_of_rank(student, more, self._context)
                 if self._context.layout.rank == 0:
                     begin_directory(unfinished(directory), self._hf_path, position, texts or {})
             raise_together(errors, self._context.cpu_group)

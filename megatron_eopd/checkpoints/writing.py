@@ -7,14 +7,16 @@ import io
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
@@ -90,17 +92,19 @@ class OwnPart:
         self.data.append(data)
 
 
-def part_of_rank(student: Trainable, context: ParallelContext) -> OwnPart:
+def part_of_rank(
+    student: Trainable, more: Iterable[ShardedTensor], context: ParallelContext
+) -> OwnPart:
     rank, world_size = context.layout.rank, context.layout.world_size
     own = OwnPart([], [])
-    for item in items_of(student):
-        for piece in pieces_to_write(item):
-            sizes = stored_shape(piece)
-            chunk = ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size(sizes))
-            own.add(
-                shard_item(piece.key, chunk, piece.global_shape, piece.dtype),
-                piece.data.view(sizes),
-            )
+    students = (piece for item in items_of(student) for piece in pieces_to_write(item))
+    for piece in chain(students, more):
+        sizes = stored_shape(piece)
+        chunk = ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size(sizes))
+        own.add(
+            shard_item(piece.key, chunk, piece.global_shape, piece.dtype),
+            piece.data.view(sizes),
+        )
     for key, content in {**objects_of(student), rng_key(rank, world_size): rng_state()}.items():
         own.add(object_item(key), content)
     return own

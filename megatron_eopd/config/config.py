@@ -1,7 +1,7 @@
 """The whole configuration."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -109,6 +109,26 @@ class Config(Section):
     @property
     def teacher_temperature(self) -> float:
         return self.objective.teacher_temperature or self.rollout.temperature
+
+    @model_validator(mode="before")
+    @classmethod
+    def _teachers_are_the_student(cls, tree: Any) -> Any:
+        """A teacher that is the student has its files."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("student"), dict):
+            return tree
+        student = {name: tree["student"].get(name) for name in ("hf_path", "tokenizer")}
+
+        def with_files(teacher: Any) -> Any:
+            is_student = isinstance(teacher, dict) and teacher.get("source") == "student"
+            has_own = is_student and teacher.get("hf_path") not in (None, "none")
+            return teacher | student if is_student and not has_own else teacher
+
+        tree = dict(tree)
+        if "teacher" in tree:
+            tree["teacher"] = with_files(tree["teacher"])
+        if isinstance(tree.get("teachers"), dict):
+            tree["teachers"] = {name: with_files(each) for name, each in tree["teachers"].items()}
+        return tree
 
     @field_validator("teachers")
     @classmethod

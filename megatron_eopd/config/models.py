@@ -49,7 +49,20 @@ LAYERS_OF_STAGES = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_
 
 class TeacherConfig(Section):
     hf_path: Path
-    """Directory of the frozen teacher, like the student's. Must share its token vocabulary."""
+    """Directory of the teacher, like the student's. Must share its token vocabulary. With
+    `source=student` the default is the student's."""
+    source: Literal["checkpoint", "student"] = "checkpoint"
+    """`checkpoint`: the frozen model of `hf_path`. `student`: the student itself, as it was when
+    the run began, or following it by `ema_decay` or `lag_steps`."""
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """d: after each optimizer step the teacher is d · teacher + (1 − d) · student, in float32, from
+    `hf_path` on. Needs `source=student`."""
+    ema_interval: int = Field(1, gt=0)
+    """Optimizer steps from one such mean to the next; with `ema_decay=0` the teacher is the student
+    of the last of them."""
+    lag_steps: int | None = Field(None, gt=0)
+    """The teacher is the student of so many optimizer steps ago, each of which is one more copy of
+    the weights. Needs `source=student`."""
     tokenizer: Path | None = None
     """As `student.tokenizer`, to check that both give every token the same id. Default:
     `hf_path`."""
@@ -82,12 +95,40 @@ class TeacherConfig(Section):
     """The teacher's own layout, in which every size that is not given is 1. Default: the student's
     tensor, pipeline and expert sizes, with all pipeline stages alike."""
 
+    @property
+    def follows(self) -> bool:
+        """Whether its weights change with the student's."""
+        return self.ema_decay is not None or self.lag_steps is not None
+
     @model_validator(mode="after")
     def _fits_its_placement(self) -> "TeacherConfig":
         if (self.placement == "separate") != (self.world_size is not None):
             raise ValueError(
                 f"placement={self.placement} with world_size={self.world_size}. Set world_size to "
                 f"the number of ranks of a separate teacher, and leave it out of a colocated one."
+            )
+        if self.follows and self.source != "student":
+            raise ValueError(
+                f"ema_decay={self.ema_decay} and lag_steps={self.lag_steps} are of a teacher that "
+                f"follows the student, and source={self.source}. Set source=student."
+            )
+        if self.ema_decay is not None and self.lag_steps is not None:
+            raise ValueError(
+                f"ema_decay={self.ema_decay} and lag_steps={self.lag_steps}: a teacher follows the "
+                f"student in one way. Set one of them."
+            )
+        if self.ema_interval > 1 and self.ema_decay is None:
+            raise ValueError(f"ema_interval={self.ema_interval} without ema_decay. Set that, too.")
+        if self.source == "student" and self.eos_token_map:
+            raise ValueError(
+                f"eos_token_map={self.eos_token_map} with source=student: the student ends its "
+                f"answers as itself. Leave the map out."
+            )
+        if self.follows and self.placement == "separate":
+            raise ValueError(
+                "placement=separate: a teacher that follows the student takes its weights after "
+                "each step on the student's own ranks. Set placement=colocated; it may have a "
+                "layout of its own (teacher.parallel)."
             )
         if self.offload and self.placement == "separate":
             raise ValueError(

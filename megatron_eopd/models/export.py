@@ -5,6 +5,7 @@ before it is handed on, never the whole model at once. What leaves is fixed at s
 `Exporter`: the weight sync sends its manifest, the HF directory is written from the same buckets.
 """
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,12 +86,40 @@ class Exporter:
         Collective: every rank that holds a first copy of something gathers it with the others that
         do, so every rank must exhaust the iterator. A bucket is complete when handed out.
         """
-        leads = self._context.layout.leads_stage is not None
         for entries in self._buckets:
-            gathering = self._gatherings[entries[0][1].row.is_expert]
-            if gathering.takes_part:
-                shards = self._gather(entries, gathering)
-                yield self._join(entries, shards, gathering) if leads else []
+            if self._gatherings[entries[0][1].row.is_expert].takes_part:
+                yield self._wholes(entries)
+
+    def buckets_everywhere(self, group: dist.ProcessGroup) -> Iterator[dict[str, torch.Tensor]]:
+        """Whole tensors by their names, one stage's buckets after the other's, on every rank.
+
+        Collective over all ranks of the model, which must exhaust it: each bucket is broadcast by
+        the leader of its stage. `group`: of all of them.
+        """
+        layout = self._context.layout
+        for stage, buckets in enumerate(self.manifest.stages):
+            for number, specs in enumerate(buckets):
+                wholes: list[torch.Tensor] = []
+                if stage == layout.pp_rank:
+                    wholes = self._wholes(self._buckets[number])
+                sizes = [math.prod(spec.shape) for spec in specs]
+                flat = torch.empty(
+                    sum(sizes), dtype=getattr(torch, specs[0].dtype), device=self._context.device
+                )
+                if wholes:
+                    torch.cat([whole.flatten() for whole in wholes], out=flat)
+                dist.broadcast(flat, src=stage * layout.stage_size, group=group)
+                parts = zip(specs, flat.split(sizes), strict=True)
+                yield {spec.name: part.view(spec.shape) for spec, part in parts}
+
+    def _wholes(self, entries: list[Entry]) -> list[torch.Tensor]:
+        """Of a bucket, on the leader of the stage; the ranks that hold parts of it gather them."""
+        gathering = self._gatherings[entries[0][1].row.is_expert]
+        if not gathering.takes_part:
+            return []
+        shards = self._gather(entries, gathering)
+        leads = self._context.layout.leads_stage is not None
+        return self._join(entries, shards, gathering) if leads else []
 
     def _fill_buckets(self, entries: list[Entry], bucket_bytes: int) -> Iterator[list[Entry]]:
         """Consecutive parameters of about bucket_bytes, one dtype and one gathering; one

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from megatron_eopd.config import Config, TeacherConfig
+from megatron_eopd.config import Config, StudentConfig, TeacherConfig
 from megatron_eopd.errors import ConfigError
+from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.hf_weights import head_shape, num_experts
+from megatron_eopd.models.tensor_shapes import tensor_shapes
 from megatron_eopd.parallel.layout import Layout
 
 SHOWN = 8
@@ -123,6 +125,39 @@ def check_teacher(
     if not num_experts(hf_config):  # the student's sizes for its experts do not mean this teacher
         layout = replace(layout, ep=1, expert_tp=1)
     check_divides(hf_config, layout, section)
+
+
+SAME_IN_BOTH = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "rope_parameters", "rms_norm_eps"),
+    "tie_word_embeddings",
+)
+"""Of a student and a teacher that follows it; then their tensors' shapes are compared."""
+
+
+def check_same_architecture(
+    teacher: TeacherConfig, section: str, hf_config: PretrainedConfig, student: StudentConfig
+) -> None:
+    """Raise ConfigError where weights of the student mean something else in the teacher."""
+    of_student = read_hf_config(student.hf_path)
+    for name in SAME_IN_BOTH:
+        ours, theirs = (getattr(each, name, None) for each in (of_student, hf_config))
+        if ours != theirs:
+            break
+    else:
+        shapes = [tensor_shapes(each) for each in (of_student, hf_config)]
+        differ = [key for key in shapes[0] if shapes[0][key] != shapes[1].get(key)]
+        if not differ and shapes[0].keys() == shapes[1].keys():
+            return
+        name = (differ or sorted(shapes[1].keys() - shapes[0].keys()))[0]
+        ours, theirs = (each.get(name) for each in shapes)
+    option = "ema_decay" if teacher.ema_decay is not None else "lag_steps"
+    raise ConfigError(
+        f"{section}.{option}={getattr(teacher, option)}: the teacher {teacher.hf_path} cannot "
+        f"follow the student {student.hf_path}, which has another architecture: {name} is {theirs} "
+        f"to the teacher and {ours} to the student. Leave {section}.hf_path out, or set it to a "
+        f"model of the student's shape."
+    )
 
 
 def check_vllm(hf_config: PretrainedConfig) -> None:

@@ -23,6 +23,10 @@ _NORMS = (
 )
 
 
+OF_TEACHERS = "teachers."
+"""In front of keys of a run's checkpoint that are no part of its student."""
+
+
 @dataclass(frozen=True)
 class KeyStyle:
     """What all keys of a checkpoint have in common."""
@@ -37,10 +41,12 @@ class KeyStyle:
         return next((p for p in candidates if p.key in keys), candidates[0])
 
     def is_weight(self, key: str) -> bool:
-        """Whether a tensor of the checkpoint belongs to the model; not so the state of an optimizer
-        and what TransformerEngine keeps of float8."""
+        """Whether a tensor of the checkpoint belongs to the model; not so the state of an
+        optimizer, teachers of a run, and what TransformerEngine keeps of float8."""
         own = key.removeprefix(self.prefix)
-        other = not key.startswith(self.prefix) or own.startswith(("optimizer.", "chained_"))
+        other = not key.startswith(self.prefix) or own.startswith(
+            ("optimizer.", "chained_", OF_TEACHERS)
+        )
         return not other and "_extra_state" not in own
 
     def _spellings(self, piece: ShardedTensor) -> Iterator[ShardedTensor]:

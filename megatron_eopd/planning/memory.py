@@ -265,10 +265,17 @@ def plan_memory(setup: Setup) -> MemoryPlan:
 
 
 def checkpoint_share(setup: Setup) -> int:
-    """As each data-parallel rank writes what it optimizes: weights, masters and moments."""
+    """As each data-parallel rank writes what it optimizes: weights, masters and moments; and the
+    first one of a teacher that follows the student all that this has."""
     student = setup.student
     bytes_each = itemsize(student.dtype) + _state_bytes(student.dtype)
-    return max(_share(parameters, student.layout, bytes_each) for parameters in student.parameters)
+    own = max(_share(parameters, student.layout, bytes_each) for parameters in student.parameters)
+    followers = (s for s in setup.teachers if setup.options_of(s).follows)
+    return own + sum(
+        max(p.total for p in setup.teachers[s].parameters)
+        * _bytes_kept(setup.options_of(s), setup.teachers[s].dtype)
+        for s in followers
+    )
 
 
 def describe_saving(share: int, options: CheckpointConfig) -> str:
@@ -342,11 +349,13 @@ def _teacher_stage(setup: Setup, section: str, stage: int) -> StageMemory:
     # Where the student has the head in its own cut, nobody needs it in the teacher's, except as
     # the copy of a tied embedding.
     travels = options.payload == "hidden" and not setup.is_local(section)
-    with_head = teacher.shape.is_tied or not travels
+    with_head = teacher.shape.is_tied or not travels or options.follows
     parameters = parameters_per_stage(
         teacher.shape, teacher.layout, teacher.padded_vocab, with_head=with_head
     )[stage]
     weights = parameters.total * itemsize(teacher.dtype)
+    kept = parameters.total * _bytes_kept(options, teacher.dtype)
+    is_cast = options.ema_decay is not None and teacher.dtype != "float32"
     activations = teacher.activations
     layers = layers_of_stage(teacher.shape, teacher.layout, stage)
     # Forward only: a layer at work, what it got, and what the stage sends on.
@@ -359,13 +368,18 @@ def _teacher_stage(setup: Setup, section: str, stage: int) -> StageMemory:
     if options.placement == "separate":  # of the round before, and perhaps still on its way
         at_work += held
     return StageMemory(
-        teacher_weights=0 if options.offload else weights,
-        offloaded_teacher=weights if options.offload else 0,
+        teacher_weights=0 if options.offload else kept,
+        offloaded_teacher=weights if options.offload or is_cast else 0,
         teacher_activations=at_work,
         teacher_payload=held,
         # Copied where samples or columns for several ranks lie in one tensor.
         teacher_messages=0 if setup.is_local(section) else held,
     )
+
+
+def _bytes_kept(options: TeacherConfig, dtype: str) -> int:
+    """Of a parameter: a mean is in float32, and every step of lag has a copy."""
+    return 4 if options.ema_decay is not None else itemsize(dtype) * (options.lag_steps or 1)
 
 
 def _chunk_size(setup: Setup) -> int:

@@ -130,6 +130,7 @@ def perform_student(
         compare_engine=True,
         compare_replicas=True,
         skip_above=2.0 if config.training.skip_grad_norm_factor else None,
+        around_update=pool.following(student, steps=1),
     )
     student.gather_parameters()
     return _num_parameters(chunks)
@@ -181,8 +182,7 @@ def _open_teachers(config: Config, vocab_size: int, context: ParallelContext) ->
                 teacher, section, config, (), vocab_size, context, build_model
             )
         teachers[teacher_name(section)] = opened
-    heads = {name: t.head_VH for name, t in teachers.items() if t.head_VH is not None}
-    return TeacherPool(teachers, heads, context)
+    return TeacherPool(teachers, context)
 
 
 class _Arriving(Teacher):

@@ -5,6 +5,7 @@ go from the teacher's last stage to the student's, through exchange.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 
@@ -20,6 +21,7 @@ from megatron_eopd.parallel.worlds import colocated_layout
 from megatron_eopd.records import Payload
 from megatron_eopd.teacher.assignment import Item, owners_of, plan_by_length, plan_locally
 from megatron_eopd.teacher.exchange import Route, exchange_head, exchange_scores
+from megatron_eopd.teacher.following import Followed, StudentWeights
 from megatron_eopd.teacher.model import Swaps, TeacherModel, payload_shape, vocab_cut
 
 
@@ -48,8 +50,38 @@ class ColocatedTeacher:
             teacher_cut=self._model.cut,
             student_cut=vocab_cut(config.student, vocab_size, config, context.layout.tp),
         )
+        self._teacher, self._context, self._own = teacher, context, own
+        self._weights: StudentWeights | None = None
         self.head_VH = self._student_head() if teacher.payload == "hidden" else None
         """With the student's cut, on its last stage; None for other payloads."""
+
+    @property
+    def model(self) -> TeacherModel:
+        return self._model
+
+    @contextmanager
+    def following(self, student: Followed, steps: int) -> Iterator[None]:
+        """Around an update of the student, the `steps`-th of the run. Collective over all ranks."""
+        follower = self._model.follower
+        if follower is None:
+            yield
+            return
+        if self._weights is None:
+            chunks, path = self._model.chunks, self._teacher.hf_path
+            self._weights = StudentWeights(student.chunks, self._context, chunks, self._own, path)
+        follower.before_update(self._weights.shards())
+        yield
+        student.gather_parameters()
+        follower.after_update(self._weights.shards(), steps)
+        self.take_new_weights()
+
+    def take_new_weights(self) -> None:
+        """Those that the follower has now. Collective over all ranks."""
+        if self._model.follower is None:
+            return
+        self._model.take_new_weights()
+        if self._teacher.payload == "hidden":
+            self.head_VH = self._student_head()
 
     def _student_head(self) -> torch.Tensor | None:
         if self._route.is_local:

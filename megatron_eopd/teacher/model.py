@@ -1,4 +1,4 @@
-"""A frozen teacher and its forward pass. In: rollouts. Out: what it says of their tokens.
+"""A teacher and its forward pass. In: rollouts. Out: what it says of their tokens.
 
 It runs forward-only through Megatron's pipeline schedule, several microbatches in flight, in a
 layout of its own. What the student's ranks get of it is the business of exchange.py.
@@ -19,6 +19,7 @@ from megatron_eopd.host_memory import host_memory_like
 from megatron_eopd.losses.chunked_head import chunk_size, logits_dtype
 from megatron_eopd.losses.head_products import logits_of
 from megatron_eopd.losses.teacher_top_k import top_k_of_teacher
+from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
 from megatron_eopd.models.load import MakeModel, load_model
 from megatron_eopd.parallel.init import ParallelContext
@@ -34,6 +35,7 @@ from megatron_eopd.records import (
 )
 from megatron_eopd.teacher.assignment import Item, TeacherPlan
 from megatron_eopd.teacher.exchange import PayloadShape, VocabCut
+from megatron_eopd.teacher.following import make_follower
 
 Swaps = Sequence[tuple[int, int]]
 """Pairs of token ids that trade places in the teacher's distribution."""
@@ -58,48 +60,71 @@ class TeacherModel:
         self.hidden_size = hf_config.hidden_size
         self.dtype = model_dtype(teacher, config)
         self.cut = vocab_cut(teacher, vocab_size, config, context.layout.tp)
-        self._teacher, self._config, self._context = teacher, config, context
-        self._chunks = make_model(teacher.hf_path, model_config, context)
-        for chunk in self._chunks:
+        self._teacher, self._config, self.context = teacher, config, context
+        self.chunks: Sequence[CausalLM] = make_model(teacher.hf_path, model_config, context)
+        for chunk in self.chunks:
             chunk.requires_grad_(False).eval()
         self._head_VH = self._load_head(swaps) if context.layout.is_last_stage else None
-        self._parameters = [p for chunk in self._chunks for p in chunk.parameters()]
+        self._parameters = [p for chunk in self.chunks for p in chunk.parameters()]
+        weights = [p.data for p in self._parameters]
         if teacher.offload and context.device.type == "cuda":
-            memory = host_memory_like(self._parameters)
-            for parameter, host in zip(self._parameters, memory, strict=True):
-                parameter.data = host.copy_(parameter.data)
+            memory = host_memory_like(weights)
+            weights = [host.copy_(w) for host, w in zip(memory, weights, strict=True)]
+        self.follower = make_follower(teacher, weights)
+        """Where the weights follow the student's."""
+        if self.follower is not None:
+            self._head_VH, weights = None, self.follower.weights()
+        self._rest(weights)
+
+    def _rest(self, weights: Sequence[torch.Tensor]) -> None:
+        """While nothing is scored, the parameters are these: in host memory with `offload`, and
+        those of a follower in its own type."""
+        for parameter, weight in zip(self._parameters, weights, strict=True):
+            parameter.data = weight
+
+    def take_new_weights(self) -> None:
+        """The follower has others now."""
+        self._rest(self.follower.weights())
 
     @property
     def head_VH(self) -> torch.Tensor | None:
         """This rank's rows of the LM head, on the last stage, with swapped tokens in place."""
-        return self._head_VH
+        if self.follower is None or not self.context.layout.is_last_stage:
+            return self._head_VH
+        return self._on_device(self.chunks[-1].lm_head_weight().data)
+
+    def _on_device(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self.context.device, self.dtype, non_blocking=True)
 
     def drop_head(self) -> None:
-        """Nobody needs the head in this layout any more; a tied one stays, as the embedding."""
+        """Nobody needs the head in this layout any more; a tied one stays, as the embedding, and
+        that of a follower, which goes on following."""
         self._head_VH = None
-        last = self._chunks[-1]
-        if self._context.layout.is_last_stage and not last.share_embeddings_and_output_weights:
+        if self.follower is not None:
+            return
+        last = self.chunks[-1]
+        if self.context.layout.is_last_stage and not last.share_embeddings_and_output_weights:
             last.output_layer.weight = None
-            self._parameters = [p for chunk in self._chunks for p in chunk.parameters()]
+            self._parameters = [p for chunk in self.chunks for p in chunk.parameters()]
 
     def _load_head(self, swaps: Swaps) -> torch.Tensor:
-        head_VH = self._chunks[-1].lm_head_weight().data
+        head_VH = self.chunks[-1].lm_head_weight().data
         if not swaps:
             return head_VH
-        if self._chunks[-1].share_embeddings_and_output_weights:
+        if self.chunks[-1].share_embeddings_and_output_weights:
             head_VH = head_VH.clone()  # as input the tokens stay what they are
-        return swap_rows(head_VH, swaps, self.cut, self._context.groups.tp)
+        return swap_rows(head_VH, swaps, self.cut, self.context.groups.tp)
 
     def score(self, items: Mapping[int, Item], plan: TeacherPlan) -> dict[int, Payload]:
         """Payload of each item that the plan gives to this rank, on the last stage; else {}.
 
         Collective over the ranks of the teacher.
         """
-        own = plan[self._context.layout.dp_rank]
+        own = plan[self.context.layout.dp_rank]
         unscored = [[ScoredRollout(items[n].read, None) for n in batch] for batch in own]
-        batches = make_microbatches(unscored, self._context.layout, self._context.device)
+        batches = make_microbatches(unscored, self.context.layout, self.context.device)
         with self._resident():
-            payloads = map_hidden(self._chunks, batches, self._payload, self._context)
+            payloads = map_hidden(self.chunks, batches, self._payload, self.context)
         held: dict[int, Payload] = {}
         for batch, payload in zip(own, payloads, strict=False):
             lengths = [len(items[n].rollout.response_ids) for n in batch]
@@ -109,42 +134,39 @@ class TeacherModel:
         return held
 
     def _payload(self, batch: MicroBatch, hidden_S1H: torch.Tensor) -> Payload:
-        hidden_NH = self._chunks[-1].pick_rows(hidden_S1H, batch.prediction_rows_N)
+        hidden_NH = self.chunks[-1].pick_rows(hidden_S1H, batch.prediction_rows_N)
         if self._teacher.payload == "hidden":
             return HiddenStates(hidden_NH)
         if self._teacher.payload == "logits":
-            return Logits(F.linear(hidden_NH, self._head_VH))
+            return Logits(F.linear(hidden_NH, self.head_VH))
         # In chunks: all logits of a microbatch never exist at once. At least one, of no tokens.
-        size = chunk_size(self._config.objective, self._context.device.type == "cuda")
+        size = chunk_size(self._config.objective, self.context.device.type == "cuda")
         bounds = [*range(0, max(len(hidden_NH), 1), size), len(hidden_NH)]
         chunks = [self._top_k(batch, hidden_NH, slice(a, b)) for a, b in pairwise(bounds)]
         return TeacherTopK(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
     def _top_k(self, batch: MicroBatch, hidden_NH: torch.Tensor, rows: slice) -> TeacherTopK:
         return top_k_of_teacher(
-            logits_of(hidden_NH[rows], self._head_VH, logits_dtype(self._config.objective)),
+            logits_of(hidden_NH[rows], self.head_VH, logits_dtype(self._config.objective)),
             batch.target_ids_N[rows],
             top_k=self._config.objective.top_k,
-            tp_group=self._context.groups.tp,
+            tp_group=self.context.groups.tp,
             vocab_size=self.cut.vocab_size,
             temperature=self._config.teacher_temperature,
         )
 
     @contextmanager
     def _resident(self) -> Iterator[None]:
-        """With `offload`, the weights are on the device in here and in host memory outside; all but
-        a head that the student's loss reads, too."""
-        if not self._teacher.offload:
-            yield
-            return
-        host = [parameter.data for parameter in self._parameters]
+        """In here the weights are on the device and in the teacher's type, which costs nothing
+        where they are so anyway."""
+        resting = [parameter.data for parameter in self._parameters]
         for parameter in self._parameters:
-            parameter.data = parameter.data.to(self._context.device, non_blocking=True)
+            parameter.data = self._on_device(parameter.data)
         try:
             yield
         finally:
-            # They are frozen, so the copy in host memory is still right.
-            for parameter, data in zip(self._parameters, host, strict=True):
+            # Scoring changes no weight, so what was kept is still right.
+            for parameter, data in zip(self._parameters, resting, strict=True):
                 parameter.data = data
 
 

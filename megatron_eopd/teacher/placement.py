@@ -83,5 +83,4 @@ def open_teachers(
                     )
                 teachers[teacher_name(section)] = opened
             raise_together(errors, context.cpu_group)
-        heads = {name: t.head_VH for name, t in teachers.items() if t.head_VH is not None}
-        yield TeacherPool(teachers, heads, context)
+        yield TeacherPool(teachers, context)

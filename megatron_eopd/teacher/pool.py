@@ -5,17 +5,29 @@ in the microbatch, so the loss never knows how many there are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+
 from megatron_eopd.data.packing import PackedRollouts, make_microbatches
+from megatron_eopd.models.mcore_files import MCoreCheckpoint
+from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import MicroBatch, Payload, ScoredRollout, TeacherSignal
 from megatron_eopd.teacher.assignment import Item, as_read, items_of
-from megatron_eopd.teacher.heads import Heads
+from megatron_eopd.teacher.colocated import ColocatedTeacher
+from megatron_eopd.teacher.following import Followed
+from megatron_eopd.teacher.state import pieces_to_write, read_state
 
 
 class Teacher(Protocol):
     """One teacher, wherever it sits."""
+
+    head_VH: torch.Tensor | None
+    """Its LM head with the student's cut, on the student's last stage, where its payload is hidden
+    states."""
 
     def score(self, rounds: Sequence[Mapping[int, Item]]) -> Iterator[dict[int, Payload]]:
         """For each round, payloads of the items that are this rank's in the student's plan."""
@@ -23,12 +35,50 @@ class Teacher(Protocol):
 
 
 class TeacherPool:
-    def __init__(
-        self, teachers: Mapping[str, Teacher], heads: Heads, context: ParallelContext
-    ) -> None:
+    def __init__(self, teachers: Mapping[str, Teacher], context: ParallelContext) -> None:
         self._teachers = teachers
-        self.heads = heads
         self._context = context
+        self.heads: dict[str, torch.Tensor] = {}
+        """Of those that hand over hidden states, on the student's last stage."""
+        self._collect_heads()
+
+    def _collect_heads(self) -> None:
+        found = {name: teacher.head_VH for name, teacher in self._teachers.items()}
+        self.heads |= {name: head_VH for name, head_VH in found.items() if head_VH is not None}
+
+    @contextmanager
+    def following(self, student: Followed, steps: int) -> Iterator[None]:
+        """Around an update of the student, the `steps`-th of the run. Collective over the student's
+        ranks."""
+        with ExitStack() as stack:
+            for _, teacher in self._colocated():
+                stack.enter_context(teacher.following(student, steps))
+            yield
+        self._collect_heads()
+
+    def pieces_to_write(self) -> Iterator[ShardedTensor]:
+        """What this rank has of teachers that follow the student, for a checkpoint."""
+        for name, teacher in self._colocated():
+            yield from pieces_to_write(name, teacher.model)
+
+    def read(self, checkpoint: MCoreCheckpoint, vocab_size: int) -> None:
+        """Go on with those of a checkpoint. Collective over the student's ranks.
+
+        Raises:
+            CheckpointError: as read_state; on every rank.
+        """
+        errors: list[Exception] = []
+        with collecting(errors):
+            for name, teacher in self._colocated():
+                read_state(name, teacher.model, checkpoint, vocab_size)
+        raise_together(errors, self._context.cpu_group)
+        for _, teacher in self._colocated():
+            teacher.take_new_weights()
+        self._collect_heads()
+
+    def _colocated(self) -> list[tuple[str, ColocatedTeacher]]:
+        """Those that may follow the student."""
+        return [(n, t) for n, t in self._teachers.items() if isinstance(t, ColocatedTeacher)]
 
     def microbatches(self, rounds: Sequence[PackedRollouts]) -> Iterator[list[MicroBatch]]:
         """Of this rank, round by round. Collective over all ranks of student and teachers.

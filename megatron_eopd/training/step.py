@@ -7,6 +7,7 @@ and data-parallel ranks: how tokens were packed never changes a step.
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -38,6 +39,7 @@ def train_step(
     compare_replicas: bool = False,
     skip_above: float | None = None,
     notes: TokenNotes | None = None,
+    around_update: AbstractContextManager[None] | None = None,
 ) -> StepReport:
     """Forward, backward, clip, step, over this rank's microbatches. A step with a fault is not
     taken; only the fault of the update itself comes when it was.
@@ -45,6 +47,7 @@ def train_step(
     `rounds`: `num_rounds` portions of the microbatches, each taken when the one before is done.
     `progress`: of the run before this step. `compare_engine`: see StepSettings. `skip_above`: a
     bound of the gradient norm. `notes`: where signals of some tokens are taken down.
+    `around_update`: entered where the weights change.
 
     Raises:
         ReplicaError: on every rank, where `compare_replicas` asks for the comparison.
@@ -67,7 +70,8 @@ def train_step(
     fault = gradient_fault(student, shared, context) or spike_fault(student, skip_above, context)
     if fault is not None:
         return skipped_report(fault, lr, shared)
-    _, grad_norm, _ = student.optimizer.step()
+    with around_update or nullcontext():
+        _, grad_norm, _ = student.optimizer.step()
     fault = weight_fault(student, lr, float(grad_norm), context)
     return StepReport(float(grad_norm), lr, shared.sums, shared.histograms, fault)
 

@@ -2,6 +2,7 @@
 the trainer's own sampler. (tests/e2e has vLLM's; test_interruption.py stops within an iteration.)
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_eopd.interruption import EXIT_STOPPED
 from tests.distributed.test_interruption import ROOT, few_prompts, rows, start
 from tests.tiny_models import make_model
 
@@ -45,3 +47,36 @@ def test_experts_go_on_as_if_nothing_had_happened(tmp_path):
 def shown_steps(run_dir: Path) -> dict[str, list[int]]:
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return {name: [e.step for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+FOLLOWING = [
+    "teacher.source=student",
+    "teacher.hf_path=none",
+    "teacher.ema_decay=0.8",
+    "teachers.late.source=student",
+    "teachers.late.lag_steps=3",
+    "teachers.late.parallel.pipeline_model_parallel_size=2",
+    "data.teacher_prompt_template=9 {prompt}",
+    "training.lr=1e-3",
+]
+
+
+def test_teachers_that_follow_go_on_as_if_nothing_had_happened(tmp_path, capfd):
+    """One in the student's layout and one in its own: what they are by now is in the checkpoint,
+    also of a run that was stopped between two optimizer steps."""
+    lines = [
+        {"prompt": f"{n} 7 8 8 -> 29 :", "answer": ""} | ({"teacher": "late"} if n % 2 else {})
+        for n in range(1, 21)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert start(straight, *FOLLOWING) == 0
+    assert start(stopped, *FOLLOWING, stop_at=("step 1", 1)) == EXIT_STOPPED
+    frozen = [option for option in FOLLOWING if "ema" not in option]
+    other = [*frozen, "teacher.lag_steps=9"]
+    assert start(stopped, *other) == 1
+    assert "holds nothing of the teacher 'teacher' that follows" in capfd.readouterr().err
+    assert start(stopped, *FOLLOWING) == 0
+    assert rows(stopped) == rows(straight)
+    ours, theirs = (load_file(path / "hf/model.safetensors") for path in (stopped, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
