@@ -47,6 +47,7 @@ from megatron_eopd.run_log import RunLog, seconds_since_start
 from megatron_eopd.stop_signals import StopSignals
 from megatron_eopd.teacher.placement import rank_table, wire_store
 from megatron_eopd.teacher.separate import serve
+from megatron_eopd.teacher_check.check import check_teachers
 
 
 def dry_run(config: Config, world_size: int | None, show_config: bool) -> None:
@@ -152,6 +153,8 @@ def _meet_and_work(
         with open_session(
             config, inputs, roles, places, store, context, log, stop, trains=trains
         ) as session:
+            if trains:
+                check_teachers(session, inputs.tokenizers)
             parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in log.startup.items())
             log.line(f"start-up: {seconds_since_start():.1f} s ({parts})")
             work(session)

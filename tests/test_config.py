@@ -124,7 +124,7 @@ def float_options(section: type[Section] = Config, prefix: str = "") -> Iterator
     for name, field in section.model_fields.items():
         types = [field.annotation, *get_args(field.annotation)]
         sections = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
-        if sections and field.annotation is not dict[str, TeacherConfig]:
+        if sections and field.annotation != dict[str, TeacherConfig]:
             yield from float_options(sections[0], f"{prefix}{name}.")
         elif float in types:
             yield prefix + name

@@ -88,6 +88,11 @@ class TeacherConfig(Section):
     """Keep a `colocated` teacher's weights in host memory while it has nothing to score (GPU)."""
     dtype: Literal["float32", "bfloat16", "as_model"] = "as_model"
     """Type of the teacher's parameters and activations. `as_model`: that of `model.dtype`."""
+    check: Literal["auto", "always", "never"] = "auto"
+    """Compare it with transformers before it teaches: what both say of one response, on the CPU of
+    rank 0's host. A teacher that says something else there stops the run. `auto`: at the first
+    start of a run, where that fits into the host's memory and takes no minutes; `always`: at every
+    start, whatever its size."""
     prompt: TeacherPromptConfig | None = None
     """`[teacher.prompt]`: how this teacher reads a prompt, where it is not as the student does.
     Default: the student's tokens, unless `data.teacher_prompt_key` or `_template` is set."""
