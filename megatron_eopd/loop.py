@@ -203,6 +203,8 @@ def optimize(
     all_rounds = [portion for step in rounds for portion in step]
     scored = times.each("score", session.teachers.microbatches(all_rounds))
     recorder = TokenRecorder(session, iteration, rollouts, first)
+    every = config.logging.diagnostics_interval
+    is_diagnosed = every > 0 and iteration % every == 0
     for number, own_rounds in enumerate(rounds, start=first):
         progress = session.progress(iteration, number)
         interval = config.training.check_replicas_interval
@@ -216,6 +218,7 @@ def optimize(
                 progress=progress,
                 # Only here does the student still have the weights that wrote the rollouts.
                 compare_engine=number == 0,
+                diagnose=is_diagnosed and number == 0,
                 compare_replicas=interval > 0 and progress.steps % interval == 0,
                 skip_above=session.guard.skip_above(),
                 notes=recorder.notes(number),

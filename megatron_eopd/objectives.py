@@ -47,6 +47,8 @@ class Gate:
     """Its name in losses/estimators.py."""
     reads_entropy: bool = True
     """Whether it tells tokens apart by the teacher's entropy."""
+    has_threshold: bool = True
+    """Whether it compares an entropy with τ."""
     needs_whole_step: bool = False
     """Its threshold comes from all tokens of an optimizer step."""
 
@@ -55,8 +57,10 @@ GATES = {
     "hard": Gate("hard_gate"),
     "sigmoid": Gate("sigmoid_gate"),
     "quantile": Gate("hard_gate", needs_whole_step=True),
-    "always": Gate("open_gate", reads_entropy=False),
-    "never": Gate("closed_gate", reads_entropy=False),
+    "student": Gate("student_gate", reads_entropy=False),
+    "disagreement": Gate("disagreement_gate", reads_entropy=False, has_threshold=False),
+    "always": Gate("open_gate", reads_entropy=False, has_threshold=False),
+    "never": Gate("closed_gate", reads_entropy=False, has_threshold=False),
 }
 
 

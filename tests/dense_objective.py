@@ -77,11 +77,19 @@ def dense_token_loss(
         "jsd": lambda: beta * to_mixture(p, q, beta) + (1 - beta) * to_mixture(q, p, 1 - beta),
     }[parts.forward_kl]()
 
-    entropy = -(p * log_p).sum(-1)
+    def at_most(term, clip):
+        return term if clip is None else torch.where(term > clip, torch.full_like(term, clip), term)
+
+    reverse = at_most(reverse, objective.reverse_kl_clip)
+    forward = at_most(forward, objective.forward_kl_clip)
+    entropy, students_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1).detach()
+    overlap = dense_overlap(log_q.detach(), log_p, objective.top_k)[0]
     gate = {
         "hard": (entropy >= tau).double(),
         "quantile": (entropy >= tau).double(),
         "sigmoid": torch.sigmoid((entropy - tau) / objective.gate_width),
+        "student": (students_entropy >= tau).double(),
+        "disagreement": (overlap <= objective.gate_max_overlap).double(),
         "always": torch.ones_like(entropy),
         "never": torch.zeros_like(entropy),
     }[parts.gate]
@@ -89,5 +97,24 @@ def dense_token_loss(
     loss = reverse_share * reverse + alpha * gate * forward
     if objective.token_weight == "position":
         loss = loss * (0.25 + 0.75 * torch.sigmoid((positions_N - 0.30) / 0.10))
+    if objective.token_weight == "early":
+        gain = objective.early_token_gain
+        loss = loss * ((1 - positions_N) * (1 + gain) + positions_N)
+    if objective.entropy_weight == "confidence":
+        floor, scale = objective.entropy_weight_floor, objective.entropy_weight_scale
+        confidence = (-entropy / scale).exp()
+        loss = loss * (confidence + floor * (1 - confidence))
     ignored = torch.tensor([i in objective.ignored_token_ids for i in sampled_ids_N.tolist()])
     return loss.masked_fill(ignored, 0.0), gate
+
+
+def dense_overlap(
+    log_q: torch.Tensor, log_p: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """|top_k(p) ∩ top_k(q)| / k, and the mass of p and of q on that intersection, each [N]."""
+    found = []
+    for rows in zip(log_p, log_q, strict=True):
+        best = [row.argsort(descending=True, stable=True)[:top_k].tolist() for row in rows]
+        both = sorted(set(best[0]) & set(best[1]))
+        found.append([len(both) / len(best[0]), *(row[both].exp().sum() for row in rows)])
+    return torch.tensor(found, dtype=log_p.dtype).view(-1, 3).unbind(-1)

@@ -75,7 +75,7 @@ ids, positions = torch.arange(16), torch.linspace(0, 1, 16)
 def ours(student):
     terms = vocab_parallel_terms(student, teacher, sampled_ids=ids, top_k=4)
     over_vocab = lambda h: sum_over_vocab(h, student, teacher, terms)
-    signals = TokenSignals(terms.kl, terms.picked, torch.zeros(16), over_vocab)
+    signals = TokenSignals(terms.kl, terms.picked, torch.zeros(16), over_vocab, None)
     return token_objective(signals, objective, coefficients_at(objective, START)).loss_N
 
 def dense(student):

@@ -82,6 +82,9 @@ class NotingTeachers:
             self.events.append("score")
             yield packed[0]
 
+    def following(self, *_):
+        return nullcontext()
+
 
 def noting_step(events: list, faults: dict[int, str]):
     """`faults`: kind of a fault by optimizer step."""
@@ -94,6 +97,7 @@ def noting_step(events: list, faults: dict[int, str]):
         assert len(taken) == STEP, "one sequence to a microbatch"
         step = progress.steps
         compared = " of equal replicas" if options["compare_replicas"] else ""
+        compared += " diagnosed" if options["diagnose"] else ""
         events.append(f"step {step}{' beside the engine' if compare_engine else ''}{compared}")
         names = ("entropy/teacher", "entropy/student", "mismatch/logprob_abs")
         counted = dict.fromkeys(names, Histogram(Bins("linear", 0.0, 4.0, 2), (2, 1)))
@@ -123,7 +127,7 @@ def run(tmp_path, monkeypatch):
             },
             "checkpoint": {"save_interval": 2},
             "evaluation": {"interval": 2, "tasks": ["countdown"]},
-            "logging": {"record_tokens_interval": 0},
+            "logging": {"record_tokens_interval": 0, "diagnostics_interval": 0},
         }
         for section, own in sections.items():
             options[section] |= own
@@ -300,6 +304,12 @@ def test_replicas_are_compared_before_every_nth_step(run):
     events = run(training={"check_replicas_interval": 3})
     compared = [e for e in events if e.endswith("of equal replicas")]
     assert [e.split()[1] for e in compared] == ["0", "3"]
+
+
+def test_the_first_step_of_every_nth_iteration_is_diagnosed(run):
+    for interval, steps in ((2, ["0", "4"]), (1, ["0", "2", "4"]), (0, [])):
+        events = run(logging={"diagnostics_interval": interval})
+        assert [e.split()[1] for e in events if e.endswith("diagnosed")] == steps
 
 
 def test_a_disk_that_is_full_loses_neither_run_nor_message(run, tmp_path):

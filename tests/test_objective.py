@@ -21,9 +21,11 @@ from megatron_eopd.losses.objective import (
     token_objective,
     token_weights,
 )
+from megatron_eopd.losses.overlap import top_k_overlap
 from megatron_eopd.losses.vocab_sum import sum_over_vocab
 from megatron_eopd.objectives import FORWARD_KL, GATES, PRESETS, REVERSE_KL
 from megatron_eopd.schedules import START, Progress
+from tests.dense_objective import dense_overlap
 
 # Shapes: N tokens, V vocabulary.
 N, V = 64, 40
@@ -51,8 +53,13 @@ def signals_of(logits, objective, rollout_logprobs=None) -> TokenSignals:
     )
     if rollout_logprobs is None:
         rollout_logprobs = terms.picked.sampled_student_logprobs.detach()
+    unlisted = teacher if objective.top_k_support == "student" else student
     return TokenSignals(
-        terms.kl, terms.picked, rollout_logprobs, lambda h: sum_over_vocab(h, *logits, terms)
+        terms.kl,
+        terms.picked,
+        rollout_logprobs,
+        lambda h: sum_over_vocab(h, *logits, terms),
+        lambda: top_k_overlap(terms.picked, unlisted, min(objective.top_k, V), terms.vocabulary),
     )
 
 
@@ -63,7 +70,7 @@ def evaluate(logits, *, rollout_logprobs=None, weight=None, alpha=None, tau=None
     coefficients = coefficients_at(objective, START)
     if tau is not None:
         coefficients = Coefficients(coefficients.forward_kl_weight, tau)
-    loss, gate = token_objective(signals, objective, coefficients, weight)
+    loss, gate, _ = token_objective(signals, objective, coefficients, weight)
     (gradient,) = torch.autograd.grad(loss.sum(), logits[0])
     return loss.detach(), gate, gradient
 
@@ -181,7 +188,7 @@ def test_sampled_gradient_has_the_mean_of_the_full_gradient_and_vopd_the_lower_v
     (expected,) = torch.autograd.grad(full, logits[0])
     for name in ("sampled", "vopd"):
         objective = ObjectiveConfig(name="opd", reverse_kl=name)
-        signals = TokenSignals(terms.kl, terms.picked, on_policy, lambda h: h)
+        signals = TokenSignals(terms.kl, terms.picked, on_policy, lambda h: h, lambda: None)
         loss = getattr(estimators, REVERSE_KL[name].function)(signals, objective).sum()
         (gradient,) = torch.autograd.grad(loss, logits[0], retain_graph=True)
         mean = (q.unsqueeze(-1) * gradient).sum(0)
@@ -227,14 +234,97 @@ def test_schedules_move_alpha_and_tau_and_then_stay():
     assert still == Coefficients(0.5, 0.8)
 
 
-def test_token_weights():
-    """The position weight is 0.25 + 0.75·σ((pos − 0.30) / 0.10); ignored tokens weigh nothing."""
+def weights_of(**options) -> list[float] | None:
     position, ids = torch.tensor([0.0, 0.3, 1.0]), torch.tensor([5, 6, 7])
-    assert token_weights(position, ids, ObjectiveConfig()) is None
-    weights = token_weights(
-        position, ids, ObjectiveConfig(token_weight="position", ignored_token_ids=(7,))
-    )
-    assert weights.tolist() == pytest.approx([0.25 + 0.75 / (1 + math.exp(3)), 0.625, 0.0])
+    entropy = torch.tensor([0.0, 2.0, 1e4])
+    weights = token_weights(position, ids, entropy, ObjectiveConfig(**options))
+    return None if weights is None else weights.tolist()
+
+
+def test_token_weights():
+    """The position weight is 0.25 + 0.75·σ((pos − 0.30) / 0.10), the early one 1 + γ·(1 − pos), a
+    sure teacher's f + (1 − f)·exp(−H / scale); together they are multiplied, and ignored tokens
+    weigh nothing."""
+    assert weights_of() is None
+    late = [0.25 + 0.75 / (1 + math.exp(3)), 0.625, 0.0]
+    assert weights_of(token_weight="position", ignored_token_ids=(7,)) == pytest.approx(late)
+    early = [1.4, 1.28, 1.0]
+    assert weights_of(token_weight="early", early_token_gain=0.4) == pytest.approx(early)
+    sure = {"entropy_weight": "confidence", "entropy_weight_floor": 0.1, "entropy_weight_scale": 2}
+    confidence = [1.0, 0.1 + 0.9 / math.e, 0.1]
+    assert weights_of(**sure) == pytest.approx(confidence)
+    both = weights_of(token_weight="early", early_token_gain=0.4, **sure)
+    assert both == pytest.approx([a * b for a, b in zip(early, confidence, strict=True)])
+
+
+def test_gates_on_the_student_and_on_disagreement(logits):
+    """They open by the student's own entropy, and where the top k share no more than a share of
+    their tokens; whose top k the support has makes no difference."""
+    student, teacher = (x.detach().double() for x in logits)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    entropy = -(log_q.exp() * log_q).sum(-1)
+    tau = entropy.median().item() - 1e-4
+    gate = evaluate(logits, gate="student", tau=tau)[1]
+    assert torch.equal(gate.bool(), entropy >= tau) and 0.4 < gate.mean() < 0.6
+    share = dense_overlap(log_q, log_p, 5)[0]
+    for bound in (0.0, 0.2, 1.0):
+        for support in ("teacher", "student", "union"):
+            options = {"gate_max_overlap": bound, "top_k": 5, "top_k_support": support}
+            gate = evaluate(logits, gate="disagreement", **options)[1]
+            assert torch.equal(gate.bool(), share <= bound)
+    # 1/5 in float32 is not 0.2: tokens on the bound are within it.
+    assert (share == 0.2).any() and (share == 0).any() and (share > 0.2).any()
+
+
+@pytest.mark.parametrize("support", ["teacher", "student"])
+def test_a_model_that_can_write_fewer_than_k_tokens_shares_no_more(support, logits):
+    """What is missing in a list is no token, of the listed model and of the other."""
+    student, teacher = (x.detach().clone() for x in logits)
+    student[:, :20] = teacher[:, :17] = teacher[:, 23:] = -torch.inf
+    objective = ObjectiveConfig(top_k=8, top_k_support=support)
+    overlap = signals_of((student, teacher), objective).overlap()
+    best_q = student.topk(8).indices
+    shared = [len({20, 21, 22} & set(row)) for row in best_q.tolist()]
+    assert overlap.share.tolist() == [count / 8 for count in shared] and max(shared) > 1
+    student[:, 22:] = -torch.inf
+    overlap = signals_of((student, teacher), objective).overlap()
+    assert (overlap.share == 2 / 8).all()
+    p = teacher.softmax(-1)
+    torch.testing.assert_close(overlap.teacher_mass, p[:, 20:22].sum(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(overlap.student_mass, torch.ones(N), rtol=1e-5, atol=1e-6)
+
+
+def test_a_term_above_its_clip_is_constant(logits):
+    """And has no gradient, in either KL; below the clip nothing changes."""
+    options = {"gate": "always", "reverse_kl_clip": 3.0, "forward_kl_clip": 2.0}
+    loss, _, gradient = evaluate(logits, **options)
+    terms = dense_kl_terms(*(x.detach() for x in logits))
+    over = terms.reverse_kl > 3.0, terms.forward_kl > 2.0
+    assert all(0 < (over[0] & over[1]).sum() < each.sum() < N for each in over)
+    expected = terms.reverse_kl.clamp(max=3.0) + terms.forward_kl.clamp(max=2.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(gradient.abs().amax(-1) == 0, over[0] & over[1])
+    free = ~over[0] & ~over[1]
+    whole = evaluate(logits, gate="always")
+    assert torch.equal(gradient[free], whole[2][free])
+    signals = signals_of(logits, objective := ObjectiveConfig(**options))
+    clipped = token_objective(signals, objective, Coefficients(1.0, 0.8)).clipped
+    assert list(clipped) == ["reverse_kl", "forward_kl"]
+    assert all(torch.equal(a, b) for a, b in zip(clipped.values(), over, strict=True))
+
+
+def test_a_clip_makes_an_infinite_divergence_finite(logits):
+    """A token that the student alone can write."""
+    student, teacher = logits[0].detach().requires_grad_(), logits[1].clone()
+    teacher[3, 7] = -torch.inf
+    loss, _, gradient = evaluate((student, teacher), name="opd", reverse_kl_clip=5.0)
+    assert loss[3] == 5 and not gradient[3].any() and gradient.isfinite().all()
+
+
+def test_a_clip_of_a_term_that_is_not_there_is_refused():
+    for name, term in (("opd", "forward_kl"), ("fkl", "reverse_kl")):
+        with pytest.raises(ValueError, match=f"{term}_clip=2 would be ignored with {term}=none"):
+            ObjectiveConfig.model_validate({"name": name, f"{term}_clip": 2})
 
 
 def test_contradicting_parts_are_refused_with_the_option_to_set(tmp_path):
@@ -273,35 +363,35 @@ def test_contradicting_parts_are_refused_with_the_option_to_set(tmp_path):
         ("eopd_paper", {"top_k_normalization": "tail"}),
         ("jsd", {"jsd_beta": 0.3}),
         ("skewed_kl", {"skew": 0.3}),
+        ("eopd", {"gate": "student"}),
+        ("eopd", {"gate": "disagreement"}),
+        ("eopd", {"gate": "disagreement", "gate_max_overlap": 0.4}),
+        ("eopd", {"reverse_kl_clip": 1.0}),
+        ("eopd", {"forward_kl_clip": 1.0}),
         ("opd", {"token_weight": "position"}),
+        ("opd", {"token_weight": "early"}),
+        ("opd", {"token_weight": "early", "early_token_gain": 2.0}),
+        ("opd", {"entropy_weight": "confidence"}),
+        ("opd", {"entropy_weight": "confidence", "entropy_weight_floor": 0.5}),
+        ("opd", {"entropy_weight": "confidence", "entropy_weight_scale": 0.3}),
         ("opd", {"ignored_token_ids": [3]}),
     ],
 )
 def test_no_option_is_read_and_then_forgotten(preset, changed, logits):
-    """Every option of the objective changes the loss of its preset."""
+    """Every option of the objective changes the loss of its preset; one that is part of another,
+    which comes first, that of the preset with the other."""
     values = []
-    without_schedule = {k: v for k, v in changed.items() if not k.startswith("schedule")}
-    for options in ({} if changed == without_schedule else without_schedule, changed):
+    *others, _ = changed.items()
+    for options in (dict(others), changed):
         objective = ObjectiveConfig.model_validate(
             {"name": preset, "entropy_threshold": 2.0} | options
         )
-        weight = token_weights(torch.linspace(0, 1, N), IDS, objective)
         at_half = coefficients_at(objective, after(1, of=3))
-        student, teacher = logits
-        terms = vocab_parallel_terms(
-            student,
-            teacher,
-            sampled_ids=IDS,
-            top_k=objective.top_k,
-            top_k_of=objective.top_k_support,
-        )
-        off_policy = terms.picked.sampled_student_logprobs.detach() - 0.7
-        signals = TokenSignals(
-            terms.kl,
-            terms.picked,
-            off_policy,
-            lambda h, terms=terms: sum_over_vocab(h, *logits, terms),
-        )
+        signals = signals_of(logits, objective)
+        off_policy = signals.rollout_logprobs_N - 0.7
+        signals = replace(signals, rollout_logprobs_N=off_policy)
+        entropy = signals.kl.teacher_entropy
+        weight = token_weights(torch.linspace(0, 1, N), IDS, entropy, objective)
         values.append(token_objective(signals, objective, at_half, weight).loss_N)
     assert not torch.allclose(*values), changed
 

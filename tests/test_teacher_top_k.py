@@ -9,6 +9,7 @@ from megatron_eopd.losses import dense_kl_terms
 from megatron_eopd.losses.estimators import TokenSignals
 from megatron_eopd.losses.kernels import LOWEST
 from megatron_eopd.losses.objective import Coefficients, token_objective
+from megatron_eopd.losses.overlap import top_k_overlap
 from megatron_eopd.losses.teacher_top_k import top_k_of_teacher, top_k_terms
 from megatron_eopd.losses.vocab_parallel import describe_non_finite
 from megatron_eopd.records import TeacherTopK
@@ -33,6 +34,9 @@ def objectives() -> list[ObjectiveConfig]:
         {"name": "eopd_paper"},
         {"name": "opd_sampled"},
         {"name": "eopd_mix", "reverse_kl": "topk", "forward_kl": "topk"},
+        {"name": "eopd_paper", "gate": "student", "entropy_threshold": 3.25},
+        {"name": "eopd_paper", "gate": "disagreement", "gate_max_overlap": 1 / 6},
+        {"name": "eopd_paper", "reverse_kl_clip": 1.2, "forward_kl_clip": 3.1},
     ]
     return [ObjectiveConfig.model_validate(common | own) for own in options]
 
@@ -65,10 +69,14 @@ def terms_of(student: torch.Tensor, teacher: TeacherTopK, ids: torch.Tensor, **o
     return top_k_terms(student, teacher, sampled_ids=ids, **({"vocab_size": W} | options))
 
 
-def losses(terms, rollout_logprobs: torch.Tensor, objective: ObjectiveConfig):
+def losses(terms, student: torch.Tensor, rollout_logprobs, objective: ObjectiveConfig):
     """(loss_N, gate_N) at α = 0.7, as the trainer makes them."""
-    signals = TokenSignals(terms.kl, terms.picked, rollout_logprobs, None)
-    return token_objective(signals, objective, Coefficients(0.7, objective.entropy_threshold))
+
+    def overlap():
+        return top_k_overlap(terms.picked, student, K, terms.vocabulary)
+
+    signals = TokenSignals(terms.kl, terms.picked, rollout_logprobs, None, overlap)
+    return token_objective(signals, objective, Coefficients(0.7, objective.entropy_threshold))[:2]
 
 
 def dense_losses(student, teacher, ids, rollout_logprobs, objective, weights):
@@ -140,7 +148,7 @@ def test_objectives_match_dense_float64(objective, inplace):
     expected = dense_losses(student, teacher, ids, rollout_logprobs, objective, weights)
     leaf = pad(student).requires_grad_()
     terms = terms_of(leaf, payload(pad(teacher), ids), ids, inplace_backward=inplace)
-    loss, gate = losses(terms, rollout_logprobs, objective)
+    loss, gate = losses(terms, leaf, rollout_logprobs, objective)
     (weights * loss).sum().backward()
     assert ((loss - expected[0]).abs() / expected[0].abs().clamp(min=1)).max() < 1e-5
     assert (gate - expected[1]).abs().max() < 1e-5
@@ -194,7 +202,7 @@ def test_k_of_the_whole_vocabulary_is_full_kl(normalization):
         top_k=W,
         top_k_normalization=normalization,
     )
-    loss, _ = losses(terms, rollout_logprobs, objective)
+    loss, _ = losses(terms, leaf, rollout_logprobs, objective)
     loss.sum().backward()
     # A tail of 1e-6 that the estimator always leaves costs that much.
     torch.testing.assert_close(loss.double(), expected[0], rtol=3e-5, atol=3e-5)
@@ -219,7 +227,7 @@ def test_a_teacher_that_can_write_fewer_than_k_tokens():
         expected = dense_losses(student, teacher, ids, rollout_logprobs, objective, torch.ones(N))
         leaf = student.clone().requires_grad_()
         terms = terms_of(leaf, found, ids)
-        loss, _ = losses(terms, rollout_logprobs, objective)
+        loss, _ = losses(terms, leaf, rollout_logprobs, objective)
         loss.sum().backward()
         torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(leaf.grad.double(), expected[2], rtol=1e-5, atol=1e-5)
@@ -243,7 +251,8 @@ def test_bfloat16_gradient_is_one_rounding_from_float64():
     objective = objectives()[0]
     expected = dense_losses(student, teacher, ids, rollout_logprobs, objective, torch.ones(N))
     leaf = student.clone().requires_grad_()
-    loss, _ = losses(terms_of(leaf, payload(teacher, ids), ids), rollout_logprobs, objective)
+    terms = terms_of(leaf, payload(teacher, ids), ids)
+    loss, _ = losses(terms, leaf, rollout_logprobs, objective)
     loss.sum().backward()
     assert leaf.grad.dtype == torch.bfloat16 and loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=1e-5)
@@ -280,7 +289,8 @@ def test_zero_tokens_are_fine():
     found = payload(teacher, ids)
     assert found.ids_NK.shape == (0, K)
     terms = terms_of(student, found, ids)
-    losses(terms, rollout_logprobs, objectives()[0])[0].sum().backward()
+    gated = ObjectiveConfig(name="eopd_paper", top_k=K, gate="disagreement")
+    losses(terms, student, rollout_logprobs, gated)[0].sum().backward()
     assert student.grad.shape == (0, W) and terms.non_finite_R2.tolist() == [[0, 0]]
 
 

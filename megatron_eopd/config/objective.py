@@ -25,15 +25,17 @@ class ObjectiveConfig(Section):
     """Estimator of KL(teacher ‖ student), or `jsd` in its place. Default: the preset's."""
     gate: Literal[*GATES] | None = None
     """When forward KL joins. `hard`: H ≥ entropy_threshold; `sigmoid`: gradually around it;
-    `quantile`: for the tokens of the step whose H is at or above its `gate_quantile`. Default: the
-    preset's."""
+    `quantile`: for the tokens of the step whose H is at or above its `gate_quantile`; `student`:
+    where the student's own entropy reaches entropy_threshold; `disagreement`: where both models'
+    top k overlap by no more than `gate_max_overlap`. Default: the preset's."""
     combine: Literal["add", "interpolate"] | None = None
     """`add`: reverse + α · gate · forward; `interpolate`: (1 − α · gate) · reverse + α · gate ·
     forward. Default: the preset's."""
     forward_kl_weight: float | None = Field(None, ge=0)
     """α, the weight of forward KL where the gate is open. Default: 0.5 for `fixed_mix`, else 1."""
     entropy_threshold: float = 0.8
-    """τ: teacher entropy, in nats, at or above which forward KL joins the loss."""
+    """τ: entropy, in nats, at or above which forward KL joins the loss; the teacher's, unless
+    `gate=student`."""
     final_forward_kl_weight: float | None = Field(None, ge=0)
     """α at the end of the schedule. Default: α does not move."""
     final_entropy_threshold: float | None = None
@@ -47,10 +49,19 @@ class ObjectiveConfig(Section):
     gate_quantile: float = Field(0.8, ge=0, le=1)
     """Of the `quantile` gate: share of the tokens of an optimizer step that stay closed. Costs one
     more pass of the teacher's LM head."""
+    gate_max_overlap: float = Field(0.5, ge=0, le=1)
+    """Of the `disagreement` gate: largest share of the teacher's `top_k` most probable tokens that
+    are among the student's. Costs one more pass over one model's logits."""
+    reverse_kl_clip: float | None = Field(None, gt=0)
+    """Largest value of the reverse KL term at a token, in nats; above it the term is constant and
+    has no gradient. Default: none."""
+    forward_kl_clip: float | None = Field(None, gt=0)
+    """The same of the forward KL term."""
     clip_ratio: float = Field(0.2, gt=0, lt=1)
     """ε of the `sampled` and `vopd` estimators: ratios outside [1 − ε, 1 + ε] are clipped."""
     top_k: int = Field(16, gt=0)
-    """Tokens in the support of `topk` estimators and of the topk/* metrics."""
+    """Tokens in the support of `topk` estimators and of the topk/* metrics; of each model in the
+    `disagreement` gate and the overlap/* metrics."""
     top_k_support: Literal["teacher", "student", "union"] = "teacher"
     """Whose most probable tokens the support has. Other than the teacher's costs one more pass over
     the student's logits."""
@@ -60,8 +71,18 @@ class ObjectiveConfig(Section):
     """β of `jsd`: weight of the teacher in the mixture, and of KL(teacher ‖ mixture)."""
     skew: float = Field(0.1, gt=0, lt=1)
     """s of `skewed`: weight of the first model in KL(first ‖ s · first + (1 − s) · second)."""
-    token_weight: Literal["uniform", "position"] = "uniform"
-    """`position`: tokens weigh 0.25 at the start of a response and about 1 from 60 % of it on."""
+    token_weight: Literal["uniform", "position", "early"] = "uniform"
+    """By the place in the response. `position`: tokens weigh 0.25 at its start and about 1 from
+    60 % of it on; `early`: from 1 + early_token_gain at its start evenly down to 1 at its end."""
+    early_token_gain: float = Field(0.5, gt=0)
+    """Of `token_weight=early`: how much more than the last token the first one weighs."""
+    entropy_weight: Literal["uniform", "confidence"] = "uniform"
+    """By the teacher's entropy H; multiplies `token_weight`. `confidence`: f + (1 − f) ·
+    exp(−H / scale), so that tokens at which the teacher is unsure count less."""
+    entropy_weight_floor: float = Field(0.25, gt=0, le=1)
+    """f of `entropy_weight=confidence`: the least that a token weighs."""
+    entropy_weight_scale: float = Field(1.0, gt=0)
+    """scale of `entropy_weight=confidence`, in nats."""
     max_trained_tokens: int | None = Field(None, gt=0)
     """Of each response only the first so many tokens are trained on and counted. What is behind
     them is neither scored nor seen by the student; `rollout.max_response_length` spares sampling
@@ -119,6 +140,13 @@ class ObjectiveConfig(Section):
             raise ValueError(
                 "combine=interpolate needs two terms, but forward_kl=none. Set combine=add."
             )
+        for term in ("reverse_kl", "forward_kl"):
+            clip = getattr(self, f"{term}_clip")
+            if clip is not None and getattr(formula, term) == "none":
+                raise ValueError(
+                    f"{term}_clip={clip:g} would be ignored with {term}=none. Leave {term}_clip "
+                    f"out, or set {term}=full."
+                )
         if self.inplace_backward and formula.needs_second_sweep:
             raise ValueError(
                 f"inplace_backward=true overwrites logits that reverse_kl={formula.reverse_kl} or "

@@ -137,6 +137,11 @@ class LoggingConfig(Section):
     """At which tokens the five most probable of both models are kept: where the teacher's entropy
     reaches `objective.entropy_threshold` or reverse KL 1 nat, or at all."""
 
+    diagnostics_interval: int = Field(10, ge=0)
+    """Iterations between looks at where student and teacher are apart: the metrics overlap/*,
+    by_position/* and by_entropy/*, of the iteration's first optimizer step; evaluations always have
+    them. Costs one more pass over one model's logits. 0: never."""
+
     @field_validator("trackers")
     @classmethod
     def _are_different(cls, value: tuple[str, ...]) -> tuple[str, ...]:

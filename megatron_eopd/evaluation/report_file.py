@@ -30,6 +30,10 @@ DIVERGENCES = {
     "forward_kl": "loss/forward_kl",
     "teacher_entropy": "entropy/teacher_mean",
     "student_entropy": "entropy/student_mean",
+    "entropy_gap": "entropy/gap",
+    "top_k_overlap": "overlap/top_k",
+    "overlap_teacher_mass": "overlap/teacher_mass",
+    "overlap_student_mass": "overlap/student_mass",
     "teacher_above_threshold": "above/teacher",
     "student_above_threshold": "above/student",
 }

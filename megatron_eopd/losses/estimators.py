@@ -17,6 +17,7 @@ import torch
 from megatron_eopd.config import ObjectiveConfig
 from megatron_eopd.losses.divergences import KLTerms
 from megatron_eopd.losses.kernels import LOWEST
+from megatron_eopd.losses.overlap import Overlap
 from megatron_eopd.losses.picked_tokens import PickedTokens
 from megatron_eopd.losses.vocab_sum import Integrand
 
@@ -33,6 +34,9 @@ class TokenSignals:
     """log q_old(x), as the engine that sampled x reported it."""
     sum_over_vocab: Callable[[Integrand], torch.Tensor]
     """Σ_v h(log q(v), log p(v)) as [N], for any pointwise h; one more sweep each."""
+    overlap: Callable[[], Overlap]
+    """Of both models' `objective.top_k` most probable tokens, whatever the support; one more pass
+    over one model's logits."""
 
 
 def full_reverse_kl(signals: TokenSignals, objective: ObjectiveConfig) -> torch.Tensor:
@@ -143,35 +147,79 @@ def _log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, share_of_a: float) ->
     return torch.logaddexp(log_a + math.log(share_of_a), log_b + math.log1p(-share_of_a))
 
 
-# A gate: (teacher entropy [N], threshold in nats, options) → how far it is open [N], 0 to 1. The
-# threshold of a quantile is a scalar tensor: nobody asks the device for it.
+# A gate: (signals, threshold in nats, options) → how far it is open [N], 0 to 1. The threshold of a
+# quantile is a scalar tensor: nobody asks the device for it.
 
 
 def hard_gate(
-    entropy_N: torch.Tensor, threshold: float | torch.Tensor, _: ObjectiveConfig
+    signals: TokenSignals, threshold: float | torch.Tensor, _: ObjectiveConfig
 ) -> torch.Tensor:
     """1[H ≥ τ]."""
-    return (entropy_N >= threshold).float()
+    return (signals.kl.teacher_entropy >= threshold).float()
 
 
 def sigmoid_gate(
-    entropy_N: torch.Tensor, threshold: float | torch.Tensor, objective: ObjectiveConfig
+    signals: TokenSignals, threshold: float | torch.Tensor, objective: ObjectiveConfig
 ) -> torch.Tensor:
     """sigmoid((H − τ) / width)."""
-    return torch.sigmoid((entropy_N - threshold) / objective.gate_width)
+    return torch.sigmoid((signals.kl.teacher_entropy - threshold) / objective.gate_width)
 
 
-def open_gate(entropy_N: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.ones_like(entropy_N)
+def student_gate(
+    signals: TokenSignals, threshold: float | torch.Tensor, _: ObjectiveConfig
+) -> torch.Tensor:
+    """1[H(q) ≥ τ], without a gradient."""
+    return (signals.kl.student_entropy >= threshold).float()
 
 
-def closed_gate(entropy_N: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.zeros_like(entropy_N)
+def disagreement_gate(
+    signals: TokenSignals, _: float | torch.Tensor, objective: ObjectiveConfig
+) -> torch.Tensor:
+    """1[|top_k(p) ∩ top_k(q)| / k ≤ gate_max_overlap]."""
+    return (signals.overlap().share <= objective.gate_max_overlap).float()
 
 
-TOKEN_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "uniform": torch.ones_like,
-    # Answers count more than what leads to them: 0.25 at the start, 1 from 60 % of the response on.
-    "position": lambda position_N: 0.25 + 0.75 * torch.sigmoid((position_N - 0.30) / 0.10),
+def open_gate(signals: TokenSignals, *_: object) -> torch.Tensor:
+    return torch.ones_like(signals.kl.teacher_entropy)
+
+
+def closed_gate(signals: TokenSignals, *_: object) -> torch.Tensor:
+    return torch.zeros_like(signals.kl.teacher_entropy)
+
+
+def _all_alike(values_N: torch.Tensor, _: ObjectiveConfig) -> torch.Tensor:
+    return torch.ones_like(values_N)
+
+
+def _late_tokens(position_N: torch.Tensor, _: ObjectiveConfig) -> torch.Tensor:
+    """Answers count more than what leads to them: 0.25 at the start, 1 from 60 % of the response
+    on."""
+    return 0.25 + 0.75 * torch.sigmoid((position_N - 0.30) / 0.10)
+
+
+def _early_tokens(position_N: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor:
+    """1 + γ·(1 − position). What IW-OPD's weight (arXiv 2606.22600), 1 + γ·(1 − Σ_{s<t}|A_s| /
+    Σ_s|A_s|), is for a response along which both models are apart by equal amounts |A|."""
+    return 1 + objective.early_token_gain * (1 - position_N)
+
+
+def _confident_teacher(entropy_N: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor:
+    """f + (1 − f)·exp(−H / scale): 1 where the teacher is sure, never below f."""
+    floor = objective.entropy_weight_floor
+    return floor + (1 - floor) * torch.exp(-entropy_N / objective.entropy_weight_scale)
+
+
+Weight = Callable[[torch.Tensor, ObjectiveConfig], torch.Tensor]
+
+TOKEN_WEIGHTS: dict[str, Weight] = {
+    "uniform": _all_alike,
+    "position": _late_tokens,
+    "early": _early_tokens,
 }
 """Relative position of each token in its response, 0 to 1 → its weight [N]."""
+
+ENTROPY_WEIGHTS: dict[str, Weight] = {
+    "uniform": _all_alike,
+    "confidence": _confident_teacher,
+}
+"""The teacher's entropy at each token, in nats → its weight [N]."""

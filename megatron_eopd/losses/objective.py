@@ -1,7 +1,7 @@
 """The per-token objective, composed of the parts in estimators.py as the options say.
 
-    add           loss = w · { reverse + α · gate(H) · forward }
-    interpolate   loss = w · { (1 − λ) · reverse + λ · forward },   λ = α · gate(H)
+    add           loss = w · { reverse + α · gate · forward }
+    interpolate   loss = w · { (1 − λ) · reverse + λ · forward },   λ = α · gate
 
 A preset names the parts, and every part can be replaced by its own option. α and the gate's
 threshold τ may move while the run goes on.
@@ -15,7 +15,7 @@ import torch
 
 from megatron_eopd.config import ObjectiveConfig
 from megatron_eopd.losses import estimators
-from megatron_eopd.losses.estimators import TOKEN_WEIGHTS, TokenSignals
+from megatron_eopd.losses.estimators import ENTROPY_WEIGHTS, TOKEN_WEIGHTS, TokenSignals
 from megatron_eopd.objectives import FORWARD_KL, GATES, REVERSE_KL
 from megatron_eopd.schedules import Progress, scheduled
 
@@ -50,6 +50,9 @@ class TokenLosses(NamedTuple):
     and microbatches."""
     gate_N: torch.Tensor
     """How far each token's gate is open, 0 to 1."""
+    clipped: dict[str, torch.Tensor]
+    """`reverse_kl`, `forward_kl` → bool [N], where the term was above its clip, whatever the gate;
+    of the terms that have one."""
 
 
 def token_objective(
@@ -58,28 +61,39 @@ def token_objective(
     coefficients: Coefficients,
     weight_N: torch.Tensor | None = None,
 ) -> TokenLosses:
-    """Each token's loss. The gate at a token comes from the teacher's entropy at that token."""
+    """Each token's loss. The gate at a token comes from what is known of that token."""
     formula = objective.formula
-    entropy_N = signals.kl.teacher_entropy
     gate = getattr(estimators, GATES[formula.gate].function)
-    gate_N = gate(entropy_N, coefficients.entropy_threshold, objective)
+    gate_N = gate(signals, coefficients.entropy_threshold, objective)
     share_N = coefficients.forward_kl_weight * gate_N
-    loss_N = torch.zeros_like(entropy_N)
-    if (row := REVERSE_KL[formula.reverse_kl]) is not None:
-        rest_N = 1 - share_N if formula.combine == "interpolate" else 1.0
-        loss_N = loss_N + rest_N * getattr(estimators, row.function)(signals, objective)
-    if (row := FORWARD_KL[formula.forward_kl]) is not None:
-        loss_N = loss_N + share_N * getattr(estimators, row.function)(signals, objective)
-    return TokenLosses(loss_N if weight_N is None else weight_N * loss_N, gate_N)
+    rest_N = 1 - share_N if formula.combine == "interpolate" else 1.0
+    loss_N, clipped = torch.zeros_like(gate_N), {}
+    for name, row, clip, factor in (
+        ("reverse_kl", REVERSE_KL[formula.reverse_kl], objective.reverse_kl_clip, rest_N),
+        ("forward_kl", FORWARD_KL[formula.forward_kl], objective.forward_kl_clip, share_N),
+    ):
+        if row is None:
+            continue
+        term_N = getattr(estimators, row.function)(signals, objective)
+        if clip is not None:
+            clipped[name] = term_N > clip
+            term_N = term_N.clamp(max=clip)
+        loss_N = loss_N + factor * term_N
+    return TokenLosses(loss_N if weight_N is None else weight_N * loss_N, gate_N, clipped)
 
 
 def token_weights(
-    position_N: torch.Tensor, sampled_ids_N: torch.Tensor, objective: ObjectiveConfig
+    position_N: torch.Tensor,
+    sampled_ids_N: torch.Tensor,
+    teacher_entropy_N: torch.Tensor,
+    objective: ObjectiveConfig,
 ) -> torch.Tensor | None:
-    """float32 [N]; None when every token has weight 1."""
-    if objective.token_weight == "uniform" and not objective.ignored_token_ids:
+    """float32 [N], the product of what the options ask for; None when every token has weight 1."""
+    options = (objective.token_weight, objective.entropy_weight)
+    if options == ("uniform", "uniform") and not objective.ignored_token_ids:
         return None
-    weight_N = TOKEN_WEIGHTS[objective.token_weight](position_N)
+    weight_N = TOKEN_WEIGHTS[objective.token_weight](position_N, objective)
+    weight_N = weight_N * ENTROPY_WEIGHTS[objective.entropy_weight](teacher_entropy_N, objective)
     # One by one: a tensor of them would be copied to the device, which waits for it.
     for token_id in objective.ignored_token_ids:
         weight_N = weight_N.masked_fill(sampled_ids_N == token_id, 0.0)

@@ -1,14 +1,20 @@
 """Every name that a run writes to metrics.jsonl, with its unit and what it means.
 
 The one source: TensorBoard shows these texts, and the tables of docs/metrics.md are made of them.
-In a name `<task>` stands for the name of an evaluation task, `N` for the number of an engine, and
-`k` behind `@` or `^` for a number of samples.
+In a name `<task>` stands for the name of an evaluation task, `N` for the number of an engine or of
+a part of all tokens, and `k` behind `@` or `^` for a number of samples.
 """
 
 import re
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
+
+NUM_QUARTERS = 4
+"""Equal parts of a response, for by_position/*."""
+ENTROPY_EDGES = (0.1, 0.4, 0.8, 1.6)
+"""Of the teacher, in nats: where the parts of by_entropy/* meet. An entropy on an edge is in the
+upper one."""
 
 
 class Metric(NamedTuple):
@@ -41,6 +47,15 @@ _LOSS = (
     Metric(
         "loss/forward_kl_ungated", "nats", "KL(teacher ‖ student) over tokens with a closed gate"
     ),
+    *(
+        Metric(
+            f"loss/{term}_clipped",
+            "share",
+            f"tokens whose {text} term was above `objective.{term}_clip`, also where the gate "
+            f"keeps it out of the loss; where that is set",
+        )
+        for term, text in (("reverse_kl", "reverse KL"), ("forward_kl", "forward KL"))
+    ),
 )
 
 _ENTROPY = (
@@ -69,7 +84,8 @@ _ENTROPY = (
     Metric(
         "gate/threshold",
         "nats",
-        "τ as it was used: scheduled, or the quantile of the step; for objectives with a gate",
+        "τ as it was used: scheduled, or the quantile of the step; for objectives whose gate has "
+        "one",
     ),
 )
 
@@ -95,6 +111,47 @@ _TOP_K = (
         "`objective.top_k_support` says otherwise",
     ),
     Metric("topk/sampled_outside", "share", "sampled tokens outside the support"),
+)
+
+_OF_A_PART = (
+    ("overlap", "share", "`overlap/top_k`"),
+    ("teacher_mass", "share", "`overlap/teacher_mass`"),
+    ("student_mass", "share", "`overlap/student_mass`"),
+    ("entropy_gap", "nats", "`entropy/gap`"),
+    ("reverse_kl", "nats", "`loss/reverse_kl`"),
+    ("forward_kl", "nats", "`loss/forward_kl`"),
+)
+
+_DIAGNOSTICS = (
+    Metric(
+        "overlap/top_k",
+        "share",
+        "of the teacher's `objective.top_k` most probable tokens those that are among the "
+        "student's, too",
+    ),
+    Metric("overlap/teacher_mass", "share", "teacher probability on the tokens that are in both"),
+    Metric("overlap/student_mass", "share", "student probability on the tokens that are in both"),
+    Metric(
+        "entropy/gap",
+        "nats",
+        "entropy of the teacher less that of the student, mean over tokens; negative of a student "
+        "that is less sure",
+    ),
+    *(
+        Metric(f"by_position/N/{name}", unit, f"{text} over quarter N of the responses")
+        for name, unit, text in _OF_A_PART
+    ),
+    Metric(
+        "by_entropy/N/tokens",
+        "share",
+        f"tokens in bucket N of the teacher's entropy: 1 is below {ENTROPY_EDGES[0]} nats, "
+        + ", ".join(f"{n} from {edge}" for n, edge in enumerate(ENTROPY_EDGES, start=2))
+        + " on",
+    ),
+    *(
+        Metric(f"by_entropy/N/{name}", unit, f"{text} over bucket N of the teacher's entropy")
+        for name, unit, text in _OF_A_PART
+    ),
 )
 
 _ROLLOUT = (
@@ -349,6 +406,19 @@ _EVALUATION = (
         "mean entropy of the teacher on the student's own answers",
     ),
     Metric("eval/<task>/student_entropy", "nats", "mean entropy of the student on its own answers"),
+    *(
+        Metric(
+            f"eval/<task>/{figure}",
+            unit,
+            f"`{whole}` on the student's own answers to held-out prompts",
+        )
+        for figure, unit, whole in (
+            ("top_k_overlap", "share", "overlap/top_k"),
+            ("overlap_teacher_mass", "share", "overlap/teacher_mass"),
+            ("overlap_student_mass", "share", "overlap/student_mass"),
+            ("entropy_gap", "nats", "entropy/gap"),
+        )
+    ),
     Metric(
         "eval/<task>/teacher_above_threshold",
         "share",
@@ -368,6 +438,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "Entropy and gate": _ENTROPY,
     "End of a response": _END,
     "Top k": _TOP_K,
+    "Student against teacher": _DIAGNOSTICS,
     "Rollouts, engine, weight sync": _ROLLOUT + _SYNC + _ENGINES,
     "Reference answers": _REFERENCES,
     "Optimizer and packing": _OPTIMIZER,

@@ -36,6 +36,7 @@ def train_step(
     num_rounds: int,
     progress: Progress,
     compare_engine: bool = False,
+    diagnose: bool = False,
     compare_replicas: bool = False,
     skip_above: float | None = None,
     notes: TokenNotes | None = None,
@@ -45,9 +46,9 @@ def train_step(
     taken; only the fault of the update itself comes when it was.
 
     `rounds`: `num_rounds` portions of the microbatches, each taken when the one before is done.
-    `progress`: of the run before this step. `compare_engine`: see StepSettings. `skip_above`: a
-    bound of the gradient norm. `notes`: where signals of some tokens are taken down.
-    `around_update`: entered where the weights change.
+    `progress`: of the run before this step. `compare_engine`, `diagnose`: see StepSettings.
+    `skip_above`: a bound of the gradient norm. `notes`: where signals of some tokens are taken
+    down. `around_update`: entered where the weights change.
 
     Raises:
         ReplicaError: on every rank, where `compare_replicas` asks for the comparison.
@@ -60,6 +61,7 @@ def train_step(
         num_rounds=num_rounds,
         progress=progress,
         compare_engine=compare_engine,
+        diagnose=diagnose,
         notes=notes,
     )
     shared = share_from_last_stage(means, context)
@@ -92,6 +94,7 @@ def accumulate_gradients(
     num_rounds: int,
     progress: Progress,
     compare_engine: bool,
+    diagnose: bool = False,
     notes: TokenNotes | None = None,
     force_all_reduce: bool = False,
 ) -> Means:
@@ -108,7 +111,9 @@ def accumulate_gradients(
     remaining = iter(rounds)
     for number in range(num_rounds):
         microbatches = next(remaining)
-        settings = token_loss.settings(microbatches, progress, compare_engine, notes=notes)
+        settings = token_loss.settings(
+            microbatches, progress, compare_engine, diagnose=diagnose, notes=notes
+        )
         with student.accumulating(is_last=number == num_rounds - 1):
             _run_round(student, token_loss, microbatches, means, settings, context)
         num_tokens += sum(batch.num_valid_tokens for batch in microbatches)
@@ -157,13 +162,14 @@ def measure(
     progress: Progress = START,
     compare_engine: bool = False,
 ) -> Reduced:
-    """The loss metrics of the batch without a step, on every rank, and entropies over the position.
+    """The loss metrics of the batch without a step, on every rank, entropies over the position, and
+    where student and teacher are apart.
     `progress`: of the run, which α and τ may depend on; evaluations of all iterations are made with
     those of the start. `notes`, `compare_engine`: as in train_step."""
     means = Means()
     for microbatches in rounds:
         settings = token_loss.settings(
-            microbatches, progress, compare_engine, by_position=True, notes=notes
+            microbatches, progress, compare_engine, by_position=True, diagnose=True, notes=notes
         )
 
         def at_last_stage(

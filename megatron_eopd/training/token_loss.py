@@ -8,7 +8,7 @@ function of logits runs once per chunk of tokens instead of once per microbatch.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -27,6 +27,7 @@ from megatron_eopd.losses.objective import (
     token_objective,
     token_weights,
 )
+from megatron_eopd.losses.overlap import Overlap, top_k_overlap
 from megatron_eopd.losses.teacher_top_k import TopKTerms, top_k_terms
 from megatron_eopd.losses.token_details import TokenDetails, details_of_logits, details_of_top_k
 from megatron_eopd.losses.vocab_parallel import TokenTerms, vocab_parallel_terms
@@ -43,6 +44,7 @@ from megatron_eopd.schedules import Progress
 from megatron_eopd.teacher.heads import Heads, teacher_logits, teacher_top_k
 from megatron_eopd.tokens.notes import TokenNotes
 from megatron_eopd.tokens.record import TOP
+from megatron_eopd.training.diagnostics import add_diagnostics
 
 NON_FINITE = "non_finite"
 """The tally of tokens with non-finite logits, [R, 2] per tensor-parallel rank and model."""
@@ -60,6 +62,8 @@ class StepSettings:
     while the student still has the weights that sampled the batch."""
     by_position: bool = False
     """Also measure entropies over the relative position in the response; for evaluations."""
+    diagnose: bool = False
+    """Also measure where student and teacher are apart; see training/diagnostics.py."""
     notes: TokenNotes | None = None
     """Where signals of some tokens are taken down."""
 
@@ -94,6 +98,7 @@ class TokenLoss:
         progress: Progress,
         compare_engine: bool = False,
         by_position: bool = False,
+        diagnose: bool = False,
         notes: TokenNotes | None = None,
     ) -> StepSettings:
         """For the optimizer step that comes next. Collective over the data-parallel ranks of
@@ -103,7 +108,7 @@ class TokenLoss:
         if GATES[objective.formula.gate].needs_whole_step and self._is_last_stage:
             threshold = self._entropy_quantile(microbatches, objective.gate_quantile)
             coefficients = replace(coefficients, entropy_threshold=threshold)
-        return StepSettings(coefficients, compare_engine, by_position, notes)
+        return StepSettings(coefficients, compare_engine, by_position, diagnose, notes)
 
     def __call__(
         self, batch: MicroBatch, hidden_S1H: torch.Tensor, means: Means, settings: StepSettings
@@ -137,7 +142,8 @@ class TokenLoss:
         target_ids_C = batch.target_ids_N[rows]
         rollout_logprobs_C = batch.rollout_logprobs_N[rows]
         signals, terms, details = self._signals(batch, logits_CV, rows, rollout_logprobs_C)
-        weight_C = token_weights(batch.positions_N[rows], target_ids_C, objective)
+        positions_C = batch.positions_N[rows]
+        weight_C = token_weights(positions_C, target_ids_C, signals.kl.teacher_entropy, objective)
         losses = token_objective(signals, objective, settings.coefficients, weight_C)
         with torch.no_grad():
             means.tally(NON_FINITE, terms.non_finite_R2)
@@ -145,13 +151,15 @@ class TokenLoss:
             _add_ends(means, terms, target_ids_C, self._stop_ids)
             if self._config.rollout.uses_references:
                 _add_by_source(means, losses, terms, batch.sampled_N[rows])
-            if GATES[objective.formula.gate].reads_entropy:
+            if GATES[objective.formula.gate].has_threshold:
                 # float64: 0.8 in float32 is 0.800000012.
                 zeros_C = torch.zeros_like(losses.gate_N, dtype=torch.float64)
                 means.add("gate/threshold", zeros_C + settings.coefficients.entropy_threshold)
             if settings.by_position:
                 threshold = settings.coefficients.entropy_threshold
-                _add_by_position(means, terms, batch.positions_N[rows], threshold)
+                _add_by_position(means, terms, positions_C, threshold)
+            if settings.diagnose:
+                add_diagnostics(means, terms.kl, signals.overlap(), positions_C)
             difference_C = None
             if settings.compare_engine:
                 logprobs_C = self._engine_view(terms, logits_CV, target_ids_C)
@@ -188,7 +196,8 @@ class TokenLoss:
                 sampled_ids=target_ids_C,
                 inplace_backward=overwrites_logits(objective),
             )
-            signals = TokenSignals(top_k.kl, top_k.picked, rollout_logprobs_C, _refused)
+            overlap = self._overlap(top_k, logits_CV)
+            signals = TokenSignals(top_k.kl, top_k.picked, rollout_logprobs_C, _refused, overlap)
             details = partial(details_of_top_k, logits_CV, teacher, top_k, target_ids_C, top_k=TOP)
             return signals, top_k, details
         # Without a token there is no teacher, and any logits will do.
@@ -209,7 +218,10 @@ class TokenLoss:
         def over_vocab(integrand: Integrand) -> torch.Tensor:
             return sum_over_vocab(integrand, logits_CV, teacher_logits_CV, terms)
 
-        signals = TokenSignals(terms.kl, terms.picked, rollout_logprobs_C, over_vocab)
+        # The sweep has listed the top k of one model; the other's logits have theirs.
+        unlisted_CV = teacher_logits_CV if objective.top_k_support == "student" else logits_CV
+        overlap = self._overlap(terms, unlisted_CV)
+        signals = TokenSignals(terms.kl, terms.picked, rollout_logprobs_C, over_vocab, overlap)
         details = partial(
             details_of_logits,
             logits_CV,
@@ -231,6 +243,14 @@ class TokenLoss:
             teacher_temperature=self._config.teacher_temperature,
             **asked,
         )
+
+    def _overlap(
+        self, terms: TokenTerms | TopKTerms, unlisted_CV: torch.Tensor
+    ) -> Callable[[], Overlap]:
+        """Found once, when somebody asks. `unlisted_CV`: logits of the model whose top k are not
+        the first ones of `terms.picked`."""
+        top_k = min(self._config.objective.top_k, self._vocab_size)
+        return cache(partial(top_k_overlap, terms.picked, unlisted_CV, top_k, terms.vocabulary))
 
     def _engine_view(
         self, terms: TokenTerms | TopKTerms, logits_CV: torch.Tensor, target_ids_C: torch.Tensor
@@ -283,6 +303,8 @@ def _add_loss_metrics(
     kl, picked = terms.kl, terms.picked
     gated_N = losses.gate_N >= 0.5
     means.add("loss/total", losses.loss_N)
+    for name, is_above_N in losses.clipped.items():
+        means.add(f"loss/{name}_clipped", is_above_N)
     for name, values_N in (("reverse_kl", kl.reverse_kl), ("forward_kl", kl.forward_kl)):
         means.add(f"loss/{name}", values_N)
         means.add(f"loss/{name}_gated", values_N, gated_N)

@@ -27,7 +27,12 @@ Combination = tuple[tuple[str, str], ...]
 
 AXES: dict[str, tuple[str, ...]] = {
     "objective": tuple(PRESETS),
-    "gate": ("preset", "hard", "sigmoid", "quantile", "always", "never"),
+    "gate": (
+        *("preset", "hard", "sigmoid", "quantile", "student", "disagreement"),
+        *("always", "never"),
+    ),
+    "weights": ("uniform", "position", "early and confidence"),
+    "clip": ("none", "reverse_kl", "forward_kl"),
     "payload": ("hidden", "logits", "topk"),
     "exchange": ("whole step", "1", "2"),
     "recompute": ("none", "selective", "full"),
@@ -49,12 +54,21 @@ MOST_RANKS = 4
 BOUNDS = {"float32": (1e-5, 1e-5, 1e-5), "bfloat16": (5e-3, 0.03, 0.1)}
 """Of loss, terms and gradients; relative."""
 # In bfloat16 where no teacher entropy of the batch is near: rounding, up to 0.1 nats, must open no
-# gate, since one token's forward KL is a tenth of a gradient. The quantile is of the same tokens.
+# gate, since one token's forward KL is a tenth of a gradient. The quantile is of the same tokens;
+# and so for the student's entropy and the tokens in both top k.
 THRESHOLD = {"float32": 2.8, "bfloat16": 2.135}
 QUANTILE = {"float32": 0.6, "bfloat16": 0.058}
+STUDENT_THRESHOLD = {"float32": 4.85, "bfloat16": 4.396}
+MAX_OVERLAP = {"float32": 0.0, "bfloat16": 0.25}
+# Above all terms in bfloat16.
+CLIP = {
+    "reverse_kl": {"float32": 3.3, "bfloat16": 50.0},
+    "forward_kl": {"float32": 2.7, "bfloat16": 50.0},
+}
 OPTIONS = {
     "objective": ("reverse_kl", "forward_kl", "combine"),
     "gate": ("gate",),
+    "clip": ("reverse_kl_clip", "forward_kl_clip"),
     "payload": ("teacher.payload",),
     "exchange": ("microbatches_per_exchange",),
     "logits": ("logits_dtype",),
@@ -68,6 +82,9 @@ ATTEMPTS = 200
 
 def case_of(setting: Setting) -> Case:
     """The run of a setting."""
+    dtype, clipped = setting["dtype"], setting["clip"]
+    is_weighted = setting["weights"] == "early and confidence"
+    thresholds = STUDENT_THRESHOLD if setting["gate"] == "student" else THRESHOLD
     objective = {
         "name": setting["objective"],
         "gate": None if setting["gate"] == "preset" else setting["gate"],
@@ -77,9 +94,14 @@ def case_of(setting: Setting) -> Case:
         "inplace_backward": setting["inplace"] == "yes",
         "top_k": 4,
         "top_k_support": setting["support"],
-        "gate_quantile": QUANTILE[setting["dtype"]],
-        "entropy_threshold": THRESHOLD[setting["dtype"]],
+        "gate_quantile": QUANTILE[dtype],
+        "gate_max_overlap": MAX_OVERLAP[dtype],
+        "entropy_threshold": thresholds[dtype],
+        "token_weight": "early" if is_weighted else setting["weights"],
+        "entropy_weight": "confidence" if is_weighted else "uniform",
     }
+    if clipped != "none":
+        objective[f"{clipped}_clip"] = CLIP[clipped][dtype]
     recompute = None if setting["recompute"] == "none" else setting["recompute"]
     exchange = None if setting["exchange"] == "whole step" else int(setting["exchange"])
     teacher = {"microbatches_per_exchange": exchange}
@@ -103,7 +125,8 @@ def case_of(setting: Setting) -> Case:
 def alone(setting: Setting) -> Setting:
     """What it is compared with: one process, and the plain way for all that must change nothing.
     The top k is another estimate of the same divergences, so that payload stays."""
-    kept = {axis: setting[axis] for axis in ("objective", "gate", "support", "dtype", "logits")}
+    axes = ("objective", "gate", "weights", "clip", "support", "dtype", "logits")
+    kept = {axis: setting[axis] for axis in axes}
     payload = "topk" if setting["payload"] == "topk" else "hidden"
     return PLAIN | kept | {"payload": payload}
 

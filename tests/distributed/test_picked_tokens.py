@@ -7,12 +7,13 @@ import torch.distributed as dist
 from megatron_eopd.config import ObjectiveConfig
 from megatron_eopd.losses.estimators import TokenSignals
 from megatron_eopd.losses.kernels import LOWEST
-from megatron_eopd.losses.objective import Coefficients, token_objective
+from megatron_eopd.losses.objective import Coefficients, token_objective, token_weights
+from megatron_eopd.losses.overlap import top_k_overlap
 from megatron_eopd.losses.top_k import top_k_of_rows
 from megatron_eopd.losses.vocab_parallel import vocab_parallel_terms
 from megatron_eopd.losses.vocab_sum import sum_over_vocab
 from megatron_eopd.objectives import PRESETS
-from tests.dense_objective import dense_token_loss
+from tests.dense_objective import dense_overlap, dense_token_loss
 from tests.distributed.test_losses import TEMPERATURES, case_logits, cut, join, relative_error
 from tests.ranks import run_ranks
 
@@ -28,7 +29,9 @@ def top_ids(logits: torch.Tensor, k: int) -> list[list[int]]:
 def check_picked(N: int, W: int, k: int, dtype: torch.dtype, support: str):
     tp, rank = dist.get_world_size(), dist.get_rank()
     width = -(-W // tp) + 3
-    student, teacher = (x.to(dtype) for x in case_logits("flat", N, W))
+    student, teacher = case_logits("flat", N, W)
+    # Alike enough for tokens that are in the top k of both.
+    student, teacher = student.to(dtype), (student + teacher).to(dtype)
     ids = torch.randint(W, (N,), generator=torch.Generator().manual_seed(2))
     shard = cut(student, width, rank).requires_grad_()
     terms = vocab_parallel_terms(
@@ -52,6 +55,10 @@ def check_picked(N: int, W: int, k: int, dtype: torch.dtype, support: str):
     dense = student.double().requires_grad_()
     log_q = (dense / TEMPERATURES["student_temperature"]).log_softmax(-1)
     log_p = (teacher.double() / TEMPERATURES["teacher_temperature"]).log_softmax(-1)
+    unlisted = cut(teacher, width, rank) if support == "student" else shard
+    overlap = top_k_overlap(picked, unlisted, min(k, W), terms.vocabulary)
+    for value, reference in zip(overlap, dense_overlap(log_q.detach(), log_p, k), strict=True):
+        assert not value.requires_grad and (value - reference).abs().max() < 1e-6
     rows = torch.arange(N)
     assert (picked.sampled_student_logprobs - log_q[rows, ids]).abs().max() < 1e-5
     assert (picked.sampled_teacher_logprobs - log_p[rows, ids]).abs().max() < 1e-5
@@ -70,7 +77,19 @@ def check_picked(N: int, W: int, k: int, dtype: torch.dtype, support: str):
     assert relative_error(join(shard.grad, W), dense.grad) < tolerance
 
 
+def check_missing_tokens():
+    """The first ranks have no token that the student can write, and one of the teacher's best."""
+    width, rank = -(-40 // dist.get_world_size()), dist.get_rank()
+    student, teacher = torch.full((1, 40), -torch.inf), torch.zeros(1, 40)
+    student[0, 38:] = 0.0
+    teacher[0, [0, 38, 7, 12]] = torch.tensor([5.0, 4.0, 3.0, 2.0])
+    shards = cut(student, width, rank), cut(teacher, width, rank)
+    terms = vocab_parallel_terms(*shards, tp_group=dist.group.WORLD, vocab_size=40, top_k=4)
+    assert top_k_overlap(terms.picked, shards[0], 4, terms.vocabulary).share == 1 / 4
+
+
 def check_all_picked():
+    check_missing_tokens()
     for dtype in (torch.float32, torch.bfloat16):
         for support in ("teacher", "student", "union"):
             check_picked(4, 37, 5, dtype, support)
@@ -80,8 +99,9 @@ def check_all_picked():
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_sampled_and_top_k_tokens_match_dense_float64(tp, tmp_path):
-    """Ids, log-probabilities and gradients, wherever the tokens' columns are; duplicates (the
-    sampled token in the top k, a token in both top ks) add up; equal logits go by their id."""
+    """Ids, log-probabilities, gradients and what both top ks share, wherever the tokens' columns
+    are; duplicates (the sampled token in the top k, a token in both top ks) add up; equal logits go
+    by their id."""
     run_ranks(tp, tmp_path, check_all_picked)
 
 
@@ -116,8 +136,22 @@ def options_to_check() -> list[ObjectiveConfig]:
     more = [
         common | {"name": "jsd", "gate": "hard", "reverse_kl": "skewed", "skew": 0.4},
         common | {"name": "eopd", "token_weight": "position", "ignored_token_ids": (1, 5)},
+        common | {"name": "eopd", "token_weight": "early", "early_token_gain": 2.0},
+        common | {"name": "eopd", "entropy_weight": "confidence", "entropy_weight_scale": 2.0},
+        common | {"name": "opd_sampled", "token_weight": "early", "entropy_weight": "confidence"},
+        common | {"name": "eopd", "gate": "student", "entropy_threshold": 3.25},
+        common | {"name": "eopd", "reverse_kl_clip": 1.5, "forward_kl_clip": 2.0},
+        common | {"name": "eopd_paper", "reverse_kl_clip": 1.2, "forward_kl_clip": 3.9},
+        common | {"name": "jsd", "forward_kl_clip": 0.3},
     ]
-    return [ObjectiveConfig.model_validate(options) for options in presets + top_k + more]
+    more += [
+        common | {"name": name, "gate": "disagreement"} | {"top_k_support": support}
+        for name in ("eopd", "eopd_paper")
+        for support in ("teacher", "student", "union")
+    ]
+    overlaps = {"gate_max_overlap": 1 / 6}  # as many shared tokens as some rows have
+    every = [overlaps | options for options in presets + top_k + more]
+    return [ObjectiveConfig.model_validate(options) for options in every]
 
 
 def check_objectives(N: int, W: int):
@@ -149,18 +183,19 @@ def check_objectives(N: int, W: int):
 
         shard = cut(student, width, rank).requires_grad_()
         teacher_shard = cut(teacher, width, rank)
-        loss, gate = objective_on_shards(
+        loss, gate, clipped = objective_on_shards(
             shard, teacher_shard, ids, rollout_logprobs, positions, objective, alpha, W
         )
         (weights * loss).sum().backward()
         assert ((loss - expected).abs() / expected.abs().clamp(min=1)).max() < 1e-5, objective
         assert (gate - expected_gate).abs().max() < 1e-4
+        # A gate or clip that is the same for all tokens would check little.
+        assert objective.formula.gate in ("always", "never") or 0 < gate.sum() < N, objective
+        assert all(0 < is_above.sum() < N for is_above in clipped.values()), objective
         assert relative_error(join(shard.grad, W), dense.grad) < 2e-5, objective
 
 
 def objective_on_shards(student, teacher, ids, rollout_logprobs, positions, objective, alpha, W):
-    from megatron_eopd.losses.objective import token_weights
-
     terms = vocab_parallel_terms(
         student,
         teacher,
@@ -176,16 +211,22 @@ def objective_on_shards(student, teacher, ids, rollout_logprobs, positions, obje
         terms.picked,
         rollout_logprobs,
         lambda integrand: sum_over_vocab(integrand, student, teacher, terms),
+        lambda: top_k_overlap(
+            terms.picked,
+            teacher if objective.top_k_support == "student" else student,
+            objective.top_k,
+            terms.vocabulary,
+        ),
     )
     coefficients = Coefficients(alpha, objective.entropy_threshold)
-    return token_objective(
-        signals, objective, coefficients, token_weights(positions, ids, objective)
-    )
+    weights = token_weights(positions, ids, terms.kl.teacher_entropy, objective)
+    return token_objective(signals, objective, coefficients, weights)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_every_objective_matches_dense_float64(tp, tmp_path):
-    """All presets, all top-k policies, mixtures, gates and weights: values and gradients."""
+    """All presets, all top-k policies, mixtures, gates, clips and weights: values and
+    gradients."""
     run_ranks(tp, tmp_path, check_objectives, 8, 61)
 
 

@@ -25,7 +25,7 @@ def check_objectives(N: int, W: int, dtype: torch.dtype):
         expected = whole.dense_losses(student, teacher, ids, rollout_logprobs, objective, weights)
         shard = cut(student, width, rank).requires_grad_()
         terms = whole.terms_of(shard, found, ids, **options)
-        loss, gate = whole.losses(terms, rollout_logprobs, objective)
+        loss, gate = whole.losses(terms, shard, rollout_logprobs, objective)
         (weights * loss).sum().backward()
         assert ((loss - expected[0]).abs() / expected[0].abs().clamp(min=1)).max() < 1e-5, objective
         assert (gate - expected[1]).abs().max() < 1e-5
