@@ -106,7 +106,7 @@ def _work(config: Config, context: ParallelContext) -> Work:
     chunks = build_model(path, config.model, context)
     load_weights(chunks, path, context)
     teacher = ColocatedTeacher(config.teacher, "teacher", config, (), vocab_size, context)
-    pool = TeacherPool({DEFAULT_TEACHER: teacher}, {DEFAULT_TEACHER: teacher.head_VH}, context)
+    pool = TeacherPool({DEFAULT_TEACHER: teacher}, context)
     token_loss = TokenLoss(chunks[-1], pool.heads, config, vocab_size, context)
     student = make_trainable(chunks, config, context)
     ids = torch.randint(vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -81,7 +81,7 @@ def measure(config: Config, context: ParallelContext, path: Path) -> dict[int, l
     chunks = load_model(config.student.hf_path, config.model, context)
     vocab_size = SHAPE["vocab_size"]
     teacher = ColocatedTeacher(config.teacher, "teacher", config, (), vocab_size, context)
-    pool = TeacherPool({DEFAULT_TEACHER: teacher}, {DEFAULT_TEACHER: teacher.head_VH}, context)
+    pool = TeacherPool({DEFAULT_TEACHER: teacher}, context)
     token_loss = TokenLoss(chunks[-1], pool.heads, config, vocab_size, context)
     student = make_trainable(chunks, config, context)
     generator = torch.Generator().manual_seed(1)

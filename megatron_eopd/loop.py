@@ -201,7 +201,7 @@ def optimize(
     rounds = [rounds_of(plan, exchange_size(config)) for plan in plans[first:]]
     # All steps at once: a teacher on its own ranks goes on while the student trains.
     all_rounds = [portion for step in rounds for portion in step]
-    scored = times.each("score", session.teachers.microbatches(all_rounds))
+    scored = times.each("score", session.teachers.microbatches(all_rounds, times))
     recorder = TokenRecorder(session, iteration, rollouts, first)
     every = config.logging.diagnostics_interval
     is_diagnosed = every > 0 and iteration % every == 0

@@ -27,6 +27,7 @@ from megatron_eopd.data.prompts import PromptSet, load_prompts
 from megatron_eopd.data.run_tokenizers import RunTokenizers, load_run_tokenizers
 from megatron_eopd.data.teacher_prompts import (
     PromptsOfTeachers,
+    names_of_teachers,
     prompts_of_teachers,
     shown_more,
 )
@@ -52,7 +53,7 @@ from megatron_eopd.parallel.worlds import student_layout, teacher_layout
 from megatron_eopd.planning.activations import Lengths, Load, Platform
 from megatron_eopd.planning.memory import Placed, Setup, describe, describe_saving, plan_memory
 from megatron_eopd.planning.shapes import Models
-from megatron_eopd.records import DEFAULT_TEACHER, Prompt, teacher_name
+from megatron_eopd.records import Prompt, teacher_name
 from megatron_eopd.rollout.choice import EngineChoice, choose_engine
 from megatron_eopd.rollout.placement import assumed_nodes, places_of
 from megatron_eopd.rollout.recording import Recording
@@ -182,7 +183,7 @@ def recording_of(config: Config, vocab_size: int, layout: Layout) -> Recording |
         num_rollouts=config.rollout.batch_size,
         vocab_size=vocab_size,
         max_length=max_length,
-        teachers=(DEFAULT_TEACHER, *config.teachers),
+        teachers=names_of_teachers(config),
         shown_more=shown_more(config),
         refuses_references=(
             f"objective.reverse_kl={formula.reverse_kl}" if formula.needs_sampled_tokens else ""
@@ -206,7 +207,7 @@ def _training_prompts(
         config.data,
         tokenizer,
         config.seed,
-        [DEFAULT_TEACHER, *config.teachers],
+        names_of_teachers(config),
         rows=training_rows(config.data.prompts),
         read_by_teachers=read_by_teachers,
         max_reference_length=config.rollout.max_response_length if reads_references else None,
@@ -264,7 +265,7 @@ def _shorter(option: str, room: int) -> str:
 
 def scores(section: str, prompt: Prompt) -> bool:
     """Whether this teacher scores the prompt's responses."""
-    return prompt.teacher == teacher_name(section)
+    return prompt.is_scored_by(teacher_name(section))
 
 
 def check_answers(config: Config, inputs: Inputs) -> None:

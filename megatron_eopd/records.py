@@ -30,6 +30,10 @@ DEFAULT_TEACHER = "teacher"
 """The one of the section `[teacher]`; the others have the names of `[teachers.NAME]`."""
 
 
+ALL_TEACHERS = "all"
+"""In the place of a teacher's name: every one scores the same tokens."""
+
+
 def teacher_name(section: str) -> str:
     """As prompts name the teacher of a section."""
     return section.removeprefix("teachers.") if section != "teacher" else DEFAULT_TEACHER
@@ -55,11 +59,14 @@ class Prompt:
     """What a grader needs to judge a response; may be empty."""
     prompt_ids: tuple[int, ...]
     teacher: str = DEFAULT_TEACHER
-    """Which teacher scores its responses."""
+    """Which teacher scores its responses, or ALL_TEACHERS."""
     context: tuple[Turn, ...] = ()
     """The turns of a chat before `text`, a system turn among them."""
     teacher_ids: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     """Teacher → what it reads in the place of `prompt_ids`, where that is something else."""
+
+    def is_scored_by(self, teacher: str) -> bool:
+        return self.teacher in (teacher, ALL_TEACHERS)
 
     def ids_for(self, teacher: str) -> tuple[int, ...]:
         """The prompt as this teacher reads it."""
@@ -173,11 +180,12 @@ class TeacherSignal:
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout with the teacher's signal. Made by the teacher, read by data.packing."""
+    """A rollout with its teachers' signals. Made by the teachers, read by data.packing."""
 
     rollout: Rollout
-    signal: TeacherSignal | None
-    """Present on the ranks of the student's last pipeline stage, None elsewhere."""
+    signals: tuple[TeacherSignal, ...] = ()
+    """Of each teacher that scores it, on the ranks of the student's last pipeline stage; none
+    elsewhere."""
 
 
 class TeacherPart(NamedTuple):
@@ -249,7 +257,8 @@ class MicroBatch:
     responses: tuple[ResponseTokens, ...]
     """Whose tokens the N are, in order. On the host."""
     teacher: tuple[TeacherPart, ...]
-    """Together they speak of all N tokens. Empty where ScoredRollout has no signal."""
+    """A part for each teacher; together they speak of all N tokens, and several of the same ones
+    where a prompt is scored by all of them. Empty where ScoredRollout has no signal."""
 
     @property
     def num_valid_tokens(self) -> int:

@@ -48,22 +48,42 @@ def teachers_of(config: Config) -> TeacherLogits:
 def dense_step(
     config: Config, rollouts: Sequence[Rollout], teacher_logits: TeacherLogits | None = None
 ) -> dict:
-    """{"terms", "gradients", "metrics"}. `rollouts`: whole responses."""
+    """{"terms", "gradients", "metrics"}; without terms where losses are summed over teachers.
+    `rollouts`: whole responses."""
     teacher_logits = teacher_logits or teachers_of(config)
     student, count = load_float64(config.student.hf_path), config.objective.max_trained_tokens
     total, num_tokens, terms = 0.0, 0, {}
     for rollout in rollouts:
         student_NV = response_logits(student, rollout.prompt.prompt_ids, rollout.response_ids)
-        teacher_NV = teacher_logits(rollout.prompt.teacher, rollout)
-        loss_N = token_losses(config, rollout, student_NV, teacher_NV)[:count]
+        spoken = _spoken(config, rollout, teacher_logits)
+        loss_N = sum(
+            weight * token_losses(config, rollout, student_NV, teacher_NV)[:count]
+            for weight, teacher_NV in spoken
+        )
         total = total + loss_N.sum()
         num_tokens += len(loss_N)
-        terms |= _terms(config, rollout, student_NV[:count], teacher_NV[:count])
+        if config.objective.teacher_mixture != "divergences":
+            ((_, teacher_NV),) = spoken
+            terms |= _terms(config, rollout, student_NV[:count], teacher_NV[:count])
     (total / num_tokens).backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}
     norm = sum(g.square().sum() for g in gradients.values()) ** 0.5
     metrics = {"loss/total": (total / num_tokens).item(), "grad_norm": norm.item()}
     return {"terms": terms, "gradients": gradients, "metrics": metrics}
+
+
+def _spoken(
+    config: Config, rollout: Rollout, teacher_logits: TeacherLogits
+) -> list[tuple[float, torch.Tensor]]:
+    """(weight, logits [N, V]) of each teacher; of a mixture of distributions, of that one."""
+    weights = {teacher_name(s): t.weight for s, t in config.all_teachers.items()}
+    own = {n: w for n, w in weights.items() if rollout.prompt.is_scored_by(n)}
+    logits = [(weight, teacher_logits(name, rollout)) for name, weight in own.items()]
+    if config.objective.teacher_mixture != "distributions":
+        return logits
+    total, temperature = sum(own.values()), config.teacher_temperature
+    p_NV = sum(weight / total * (x / temperature).softmax(-1) for weight, x in logits)
+    return [(total, temperature * p_NV.log())]
 
 
 def token_losses(

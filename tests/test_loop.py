@@ -77,7 +77,7 @@ class NotingTeachers:
     def __init__(self, events: list):
         self.events = events
 
-    def microbatches(self, rounds):
+    def microbatches(self, rounds, times):
         for packed in rounds:
             self.events.append("score")
             yield packed[0]

@@ -37,7 +37,9 @@ def written_in_code() -> set[str]:
 def samples() -> set[str]:
     """A name as runs write it for each that is registered."""
     return {
-        re.sub(r"(?<=[@^])k$", "4", m.name.replace("<task>", "math").replace("/N/", "/0/"))
+        re.sub(
+            r"(?<=[@^])k$", "4", re.sub("<task>|<teacher>", "math", m.name).replace("/N/", "/0/")
+        )
         for m in all_metrics()
     }
 

@@ -33,6 +33,13 @@ def test_means_weigh_tokens_not_batches():
     assert divide([{"x": (3.0, 3.0)}, {"x": (5.0, 1.0)}]) == {"x": 2.0}
 
 
+def test_what_a_mask_leaves_out_does_not_matter():
+    """Not even where it is infinite or no number."""
+    means = Means()
+    means.add("x", torch.tensor([1.0, torch.inf, torch.nan, 3.0]), torch.tensor([1, 0, 0, 1]) > 0)
+    assert divide([{"x": tuple(means._sums["x"].tolist())}]) == {"x": 2.0}
+
+
 def test_a_mean_over_nothing_is_no_mean_and_nan_stays_out_of_the_file(tmp_path):
     means = divide([{"gated": (0.0, 0.0), "all": (1.0, 2.0), "broken": (math.nan, 2.0)}])
     assert means.keys() == {"all", "broken"} and math.isnan(means["broken"])

@@ -33,6 +33,7 @@ def check_across_sections(config: "Config") -> None:
         return
     _check_teachers(config)
     _check_teacher_prompts(config)
+    _check_mixture(config)
     if GATES[config.objective.formula.gate].needs_whole_step:
         _check_whole_step(config)
     if config.teacher.payload == "topk":
@@ -166,6 +167,34 @@ def _check_teachers(config: "Config") -> None:
                 f"teachers.{name}.microbatches_per_exchange would be ignored: all teachers "
                 f"hand over the same portions. Set teacher.microbatches_per_exchange."
             )
+
+
+def _check_mixture(config: "Config") -> None:
+    mixture = config.objective.teacher_mixture
+    if mixture == "none":
+        return
+    if not config.teachers:
+        raise ValueError(
+            f"objective.teacher_mixture={mixture} mixes several teachers, and there is only "
+            f"[teacher]. Add [teachers.NAME], or leave the option out."
+        )
+    if mixture == "distributions" and config.teacher.payload == "topk":
+        raise ValueError(
+            "objective.teacher_mixture=distributions needs the whole distribution of each teacher, "
+            "and teacher.payload=topk holds a part of it. Set teacher.payload=hidden, or "
+            "teacher_mixture=divergences."
+        )
+    if mixture == "divergences" and config.objective.inplace_backward:
+        raise ValueError(
+            "objective.inplace_backward=true overwrites logits that teacher_mixture=divergences "
+            "reads once for each teacher. Set inplace_backward=false."
+        )
+    if mixture == "divergences" and GATES[config.objective.formula.gate].needs_whole_step:
+        raise ValueError(
+            f"objective.gate={config.objective.formula.gate} finds one threshold among the "
+            f"entropies of all tokens, and teacher_mixture=divergences has several at each. Set "
+            f"gate=hard, or teacher_mixture=distributions."
+        )
 
 
 def _check_teacher_prompts(config: "Config") -> None:

@@ -1,5 +1,6 @@
 """The whole configuration."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +136,13 @@ class Config(Section):
     def _have_names_of_their_own(cls, value: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
         if "teacher" in value:
             raise ValueError("a teacher named teacher is the one of [teacher]. Name it otherwise.")
+        if "all" in value:
+            raise ValueError("all stands for every teacher in a line. Name it otherwise.")
+        wrong = [name for name in value if not re.fullmatch(r"[\w.-]+", name)]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]!r} names metrics, too. Write it in letters, digits, _, . and -."
+            )
         return value
 
     @model_validator(mode="after")

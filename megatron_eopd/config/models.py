@@ -70,6 +70,8 @@ class TeacherConfig(Section):
     """Student's token → teacher's token, as text: the two swap their places in the teacher's
     distribution. Needed where the models end an answer differently, as with a base student and an
     instruct teacher, `{ "<|endoftext|>" = "<|im_end|>" }`."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Of several teachers: of what this one says of a token, in the loss."""
     placement: Literal["colocated", "separate"] = "colocated"
     """`colocated`: on the student's ranks. `separate`: on `world_size` ranks of its own, behind the
     student's in the same torchrun world."""

@@ -83,6 +83,11 @@ class ObjectiveConfig(Section):
     """f of `entropy_weight=confidence`: the least that a token weighs."""
     entropy_weight_scale: float = Field(1.0, gt=0)
     """scale of `entropy_weight=confidence`, in nats."""
+    teacher_mixture: Literal["none", "divergences", "distributions"] = "none"
+    """What becomes of several teachers. `none`: a prompt is scored by the one that its line names,
+    else by [teacher]. Otherwise a line that names none, or `all`, is scored by every teacher:
+    `divergences` minimises the sum over teachers of weight · loss; `distributions` the loss to the
+    mean of their distributions by weight, times the sum of the weights."""
     max_trained_tokens: int | None = Field(None, gt=0)
     """Of each response only the first so many tokens are trained on and counted. What is behind
     them is neither scored nor seen by the student; `rollout.max_response_length` spares sampling

@@ -262,19 +262,20 @@ def _make_microbatch(
         sampled_N=sampled_N.bool(),
         positions_N=positions_N,
         responses=tuple(responses),
-        teacher=join_signals([s.signal for s in scored]),
+        teacher=join_signals([s.signals for s in scored]),
     )
 
 
-def join_signals(signals: Sequence[TeacherSignal | None]) -> tuple[TeacherPart, ...]:
+def join_signals(signals: Sequence[Sequence[TeacherSignal]]) -> tuple[TeacherPart, ...]:
     """One part for each teacher, from the signals of consecutive rollouts; none without signals."""
     by_teacher: dict[str, list[tuple[range, TeacherSignal]]] = {}
     first = 0
-    for signal in signals:
-        if signal is None:
+    for of_rollout in signals:
+        if not of_rollout:
             return ()
-        run = range(first, first + signal.num_tokens)
-        by_teacher.setdefault(signal.teacher, []).append((run, signal))
+        run = range(first, first + of_rollout[0].num_tokens)
+        for signal in of_rollout:
+            by_teacher.setdefault(signal.teacher, []).append((run, signal))
         first = run.stop
     parts = []
     for teacher, members in by_teacher.items():

@@ -2,7 +2,7 @@
 that stands beside them; or an error that names file and line.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -50,8 +50,8 @@ class Row(NamedTuple):
         return cls(where, chat.text, context=context, is_cut=chat.is_cut)
 
 
-def prompt_rows(path: Path, data: DataConfig, teachers: Collection[str]) -> Iterator[Row]:
-    """Rows of the prompt file `data.prompts`."""
+def prompt_rows(path: Path, data: DataConfig, teachers: Sequence[str]) -> Iterator[Row]:
+    """Rows of the prompt file `data.prompts`. `teachers`: as load_prompts has them."""
     if not path.exists():
         tasks = ", ".join(BUILT_IN_TASKS)
         raise ConfigError(
@@ -112,10 +112,10 @@ def _answer(where: str, value: Any) -> str:
     return text
 
 
-def _teacher(where: str, row: dict[str, Any], key: str, teachers: Collection[str]) -> str:
+def _teacher(where: str, row: dict[str, Any], key: str, teachers: Sequence[str]) -> str:
     teacher = row.get(key)
     if teacher is None:  # parquet has a column in every row or in none
-        return DEFAULT_TEACHER
+        return teachers[0]
     if teacher not in teachers:
         raise ConfigError(
             f"{where}: {key}={teacher!r} is no teacher of this run. Known are "

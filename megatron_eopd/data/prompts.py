@@ -6,7 +6,7 @@ without having stored anything.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class PromptSet:
 
     def longest_for(self, teacher: str) -> int:
         """Tokens of the longest prompt that this teacher reads; 0 where it reads none."""
-        own = (p for p in self._prompts if p.teacher == teacher)
+        own = (p for p in self._prompts if p.is_scored_by(teacher))
         return max((len(p.ids_for(teacher)) for p in own), default=0)
 
     @cached_property
@@ -123,15 +123,15 @@ def load_prompts(
     data: DataConfig,
     tokenizer: Tokenizer,
     seed: int,
-    teachers: Collection[str] = (DEFAULT_TEACHER,),
+    teachers: Sequence[str] = (DEFAULT_TEACHER,),
     *,
     rows: Iterable[Row] | None = None,
     read_by_teachers: PromptsOfTeachers | None = None,
     max_reference_length: int | None = None,
 ) -> PromptSet:
-    """`teachers`: names that lines may have under `data.teacher_key`; `rows`: of a built-in task,
-    where `data.prompts` names one; `read_by_teachers`: what they are shown;
-    `max_reference_length`, in tokens: every prompt needs a reference answer under
+    """`teachers`: names that lines may have under `data.teacher_key`, the one of lines without a
+    name first; `rows`: of a built-in task, where `data.prompts` names one; `read_by_teachers`: what
+    they are shown; `max_reference_length`, in tokens: every prompt needs a reference answer under
     `data.response_key`, at most so long.
 
     Raises:
@@ -139,6 +139,8 @@ def load_prompts(
     """
     if rows is None:
         rows = prompt_rows(Path(data.prompts), data, teachers)
+    else:
+        rows = (row._replace(teacher=teachers[0]) for row in rows)
     encoder = PromptEncoder(data, tokenizer)
     references = None
     if max_reference_length is not None:

@@ -18,7 +18,7 @@ from megatron_eopd.data.encoding import PromptEncoder, TokenIds
 from megatron_eopd.data.prompt_files import Row, places
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.records import Turn, teacher_name
+from megatron_eopd.records import ALL_TEACHERS, DEFAULT_TEACHER, Turn, teacher_name
 
 Found = TypeVar("Found")
 
@@ -142,6 +142,17 @@ def prompts_of_teachers(config: Config, tokenizers: Mapping[str, Tokenizer]) -> 
     return PromptsOfTeachers(found)
 
 
+def default_teacher(config: Config) -> str:
+    """Who scores the prompts that name no teacher."""
+    return DEFAULT_TEACHER if config.objective.teacher_mixture == "none" else ALL_TEACHERS
+
+
+def names_of_teachers(config: Config) -> list[str]:
+    """What a prompt may name, the default first."""
+    names = [DEFAULT_TEACHER, *config.teachers]
+    return names if default_teacher(config) in names else [ALL_TEACHERS, *names]
+
+
 def shown_more(config: Config) -> list[str]:
     """Teachers whose prompts are written for them, whether or not they come out as the student's
     do."""
@@ -163,13 +174,15 @@ class PromptsOfTeachers:
     """Rows with a column for teachers that no option reads."""
 
     def ids(self, row: Row) -> dict[str, TokenIds]:
-        """Of the teacher that scores the row's responses."""
+        """Of the teachers that score the row's responses."""
         self.num_unread += TEACHER_PROMPT in row.columns and not self.by_name
         read = {name: own.ids(row) for name, own in self._of(row).items()}
         return {name: ids for name, ids in read.items() if ids is not None}
 
     def _of(self, row: Row) -> dict[str, TeacherPrompts]:
-        return {name: own for name, own in self.by_name.items() if name == row.teacher}
+        return {
+            name: own for name, own in self.by_name.items() if row.teacher in (name, ALL_TEACHERS)
+        }
 
     def of_problems(self, rows: Sequence[Row]) -> list[dict[str, TokenIds]]:
         """As `ids` of an evaluation's problems. Where they have not all that a prompt is made of,

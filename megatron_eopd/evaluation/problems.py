@@ -9,7 +9,7 @@ from itertools import islice
 
 from megatron_eopd.config import Config, EvaluationConfig
 from megatron_eopd.data.encoding import PromptEncoder
-from megatron_eopd.data.teacher_prompts import PromptsOfTeachers
+from megatron_eopd.data.teacher_prompts import PromptsOfTeachers, default_teacher
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.grading_pool import GradingPool
@@ -55,7 +55,8 @@ def load_problem_sets(
     encoder = PromptEncoder(config.data, tokenizer)
     tasks = open_tasks(options, with_suffix=not config.data.prompt_suffix)
     shown = read_by_teachers or PromptsOfTeachers()
-    return [_load(task, options.num_problems, encoder, shown) for task in tasks]
+    teacher = default_teacher(config)
+    return [_load(task, options.num_problems, encoder, shown, teacher) for task in tasks]
 
 
 def grading_pool(problem_sets: Sequence[ProblemSet], options: EvaluationConfig) -> GradingPool:
@@ -67,11 +68,14 @@ def grading_pool(problem_sets: Sequence[ProblemSet], options: EvaluationConfig) 
     )
 
 
-def _load(task: Task, count: int, encoder: PromptEncoder, shown: PromptsOfTeachers) -> ProblemSet:
+def _load(
+    task: Task, count: int, encoder: PromptEncoder, shown: PromptsOfTeachers, teacher: str
+) -> ProblemSet:
+    """`teacher`: who scores them."""
     problems = list(islice(task.problems(), count))
     if not problems:
         raise ConfigError(f"evaluation.tasks: {task.name} has no problems.")
-    rows = [row_of(problem) for problem in problems]
+    rows = [row_of(problem)._replace(teacher=teacher) for problem in problems]
     read = shown.of_problems(rows)
     prompts = [encoder.prompt(n, *each) for n, each in enumerate(zip(rows, read, strict=True))]
     return ProblemSet(task, problems, prompts)

@@ -22,7 +22,7 @@ from megatron_eopd.evaluation.reports import (
     read_reports,
 )
 from megatron_eopd.metrics.means import Sums, divide
-from megatron_eopd.training.token_loss import NUM_POSITIONS
+from megatron_eopd.training.token_metrics import NUM_POSITIONS
 
 REPORTED_K = (1, 4, 8, 16, 32, 64)
 DIVERGENCES = {

@@ -36,9 +36,10 @@ def logits_dtype(objective: ObjectiveConfig) -> torch.dtype | None:
 
 def overwrites_logits(objective: ObjectiveConfig) -> bool:
     """Whether the gradient is written over the student's logits. A chunk's are read by nobody else,
-    unless an estimator sweeps them once more."""
-    is_chunked = objective.head == "chunked"
-    return objective.inplace_backward or (is_chunked and not objective.formula.needs_second_sweep)
+    unless an estimator sweeps them once more, or each of several teachers does."""
+    is_read_again = objective.formula.needs_second_sweep
+    is_read_again |= objective.teacher_mixture == "divergences"
+    return objective.inplace_backward or (objective.head == "chunked" and not is_read_again)
 
 
 def chunked_head_loss(

@@ -38,8 +38,10 @@ class Means:
     def add(self, name: str, values_N: torch.Tensor, mask_N: torch.Tensor | None = None) -> None:
         """Mean over the tokens where the mask is set; over all of them without a mask."""
         values_N = values_N.double()  # a float32 sum of 300 tokens is off by 1e-7
-        weights = torch.ones_like(values_N) if mask_N is None else mask_N.double()
-        entry = torch.stack([(values_N * weights).sum(), weights.sum()])
+        counts_N = torch.ones_like(values_N)
+        if mask_N is not None:  # a product with 0 would make NaN of an infinite divergence
+            values_N, counts_N = values_N.where(mask_N, 0.0), mask_N.double()
+        entry = torch.stack([values_N.sum(), counts_N.sum()])
         self._sums[name] = self._sums.get(name, 0) + entry
 
     def keep(self, name: str, values_N: torch.Tensor, bins: Bins) -> None:

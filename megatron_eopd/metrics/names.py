@@ -1,8 +1,9 @@
 """Every name that a run writes to metrics.jsonl, with its unit and what it means.
 
 The one source: TensorBoard shows these texts, and the tables of docs/metrics.md are made of them.
-In a name `<task>` stands for the name of an evaluation task, `N` for the number of an engine or of
-a part of all tokens, and `k` behind `@` or `^` for a number of samples.
+In a name `<task>` stands for the name of an evaluation task, `<teacher>` for that of a teacher, `N`
+for the number of an engine or of a part of all tokens, and `k` behind `@` or `^` for a number of
+samples.
 """
 
 import re
@@ -153,6 +154,25 @@ _DIAGNOSTICS = (
         for name, unit, text in _OF_A_PART
     ),
 )
+
+_TEACHERS = (
+    Metric("teacher/<teacher>/token_share", "share", "tokens that this teacher scores"),
+    Metric(
+        "teacher/<teacher>/loss",
+        "nats",
+        "what is minimised, at this teacher's tokens, its weight included",
+    ),
+    Metric("teacher/<teacher>/reverse_kl", "nats", "KL(student ‖ teacher) at its tokens"),
+    Metric("teacher/<teacher>/forward_kl", "nats", "KL(teacher ‖ student) at its tokens"),
+    Metric("teacher/<teacher>/entropy", "nats", "its entropy, mean over its tokens"),
+    Metric("teacher/<teacher>/gate_fraction", "share", "mean of the gate at its tokens"),
+    Metric(
+        "time/score_<teacher>",
+        "s",
+        "rank 0's time for this teacher's pass, or for waiting for it; part of `time/score`",
+    ),
+)
+"""Of runs with several; where their distributions are mixed, share and time alone."""
 
 _ROLLOUT = (
     Metric(
@@ -342,7 +362,7 @@ _TIME = (
             "GiB",
             f"`memory/cuda_peak_gib` of the stage `time/{stage}`",
         )
-        for stage in ("rollout", "score", "train", "sync", "record")
+        for stage in ("rollout", "score", "train", "sync", "record", "score_<teacher>")
     ),
 )
 
@@ -439,6 +459,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "End of a response": _END,
     "Top k": _TOP_K,
     "Student against teacher": _DIAGNOSTICS,
+    "Several teachers": _TEACHERS,
     "Rollouts, engine, weight sync": _ROLLOUT + _SYNC + _ENGINES,
     "Reference answers": _REFERENCES,
     "Optimizer and packing": _OPTIMIZER,
@@ -463,7 +484,8 @@ def find(name: str) -> Metric | None:
 def _lookup() -> tuple[dict[str, Metric], list[tuple[re.Pattern[str], Metric]]]:
     exact, patterns = {}, []
     for metric in all_metrics():
-        pattern = re.escape(metric.name).replace("<task>", "[^/]+").replace("/N/", r"/\d+/")
+        pattern = re.sub("<task>|<teacher>", "[^/]+", re.escape(metric.name))
+        pattern = pattern.replace("/N/", r"/\d+/")
         pattern = re.sub(r"(@|\\\^)k$", r"\1\\d+", pattern)
         if pattern == re.escape(metric.name):
             exact[metric.name] = metric

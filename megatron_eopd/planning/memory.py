@@ -399,7 +399,8 @@ def _payload_bytes(setup: Setup) -> int:
     """On a rank of the student's last stage, while it trains."""
     student = setup.student
     tokens = setup.microbatches_per_exchange * student.load.response_tokens // student.layout.cp
-    return tokens * max(_payload_row(setup, s, student.columns) for s in setup.teachers)
+    rows = [_payload_row(setup, section, student.columns) for section in setup.teachers]
+    return tokens * (max(rows) if setup.config.objective.teacher_mixture == "none" else sum(rows))
 
 
 def _payload_row(setup: Setup, section: str, columns: int) -> int:
@@ -436,8 +437,13 @@ def _logit_bytes(setup: Setup) -> int:
     row = logit * (1 if overwrites_logits(objective) else 2)
     if logit > own:  # the gradient, as the products behind it take it
         row += own
-    if setup.config.teacher.payload == "hidden":
-        row += max(logit, *(itemsize(teacher.dtype) for teacher in setup.teachers.values()))
+    sizes = [itemsize(teacher.dtype) for teacher in setup.teachers.values()]
+    if objective.teacher_mixture == "none":
+        row += max(logit, *sizes) if setup.config.teacher.payload == "hidden" else 0
+    elif objective.teacher_mixture == "divergences":  # each sweep keeps its own, and adds up
+        row += sum(max(logit, size) for size in sizes) + own
+    else:
+        row += 4 + sum(max(logit, size) for size in sizes)
     return _logit_rows(setup) * student.columns * row
 
 

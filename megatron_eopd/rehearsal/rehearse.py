@@ -5,7 +5,7 @@ Every sample is as long as the longest, and every microbatch full. Student and t
 their real size; only their weights are not read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.packing import Limits, PackedRollouts, exchange_size, rounds_of
+from megatron_eopd.data.teacher_prompts import default_teacher
 from megatron_eopd.models.build import build_model
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.hf_config import read_hf_config
@@ -70,7 +71,7 @@ def rehearse(config: Config, world_size: int, rank: int, lengths: Lengths) -> Re
     layout, watch = role.layout(config, rank), Watch()
     students = student_layout(config, world_size)
     load = Load.of(config.training, lengths, students)
-    plan = full_plan(load, lengths, students, map(teacher_name, config.all_teachers))
+    plan = full_plan(load, lengths, students, config)
     with fake_world(layout, watch) as context:
         watch.enter("start")
         if role.name == STUDENT:
@@ -84,9 +85,7 @@ def rehearse(config: Config, world_size: int, rank: int, lengths: Lengths) -> Re
     return Rehearsal(rank, role.name, layout, num_parameters, load.num_microbatches, tallies)
 
 
-def full_plan(
-    load: Load, lengths: Lengths, layout: Layout, teachers: Iterable[str] = ()
-) -> PackedRollouts:
+def full_plan(load: Load, lengths: Lengths, layout: Layout, config: Config) -> PackedRollouts:
     """An optimizer step whose microbatches are all full: as many of the longest samples as go in,
     and a shorter one for the rest."""
     count, rest = divmod(load.tokens, lengths.total)
@@ -94,14 +93,16 @@ def full_plan(
     response = rest * lengths.response // lengths.total
     last = replace(lengths, prompt=rest - response, response=response)
     samples = [lengths] * count + [last] * (response > 0)
-    batch = [_rollout(each, teachers) for each in samples]
+    batch = [_rollout(each, config) for each in samples]
     return [[batch] * load.num_microbatches for _ in range(layout.dp)]
 
 
-def _rollout(lengths: Lengths, teachers: Iterable[str]) -> Rollout:
-    read = lengths.of_teachers.prompt
-    shown = dict.fromkeys(teachers, (0,) * read) if read != lengths.prompt else {}
-    prompt = Prompt(0, "", "", (0,) * lengths.prompt, teacher_ids=shown)
+def _rollout(lengths: Lengths, config: Config) -> Rollout:
+    read, shown = lengths.of_teachers.prompt, {}
+    if read != lengths.prompt:
+        shown = {teacher_name(section): (0,) * read for section in config.all_teachers}
+    ids, scored_by = (0,) * lengths.prompt, default_teacher(config)
+    prompt = Prompt(0, "", "", ids, scored_by, teacher_ids=shown)
     return Rollout(prompt, 0, (0,) * lengths.response, (0.0,) * lengths.response, "length", 0)
 
 

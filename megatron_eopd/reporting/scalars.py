@@ -43,6 +43,9 @@ def iteration_scalars(
     }
     scalars |= _rollout_scalars(rollouts) | memory
     scalars |= {f"time/{stage}": seconds for stage, seconds in times.seconds.items()}
+    scored = [seconds for stage, seconds in times.seconds.items() if stage.startswith("score_")]
+    if scored:  # a stage within another counts for itself alone
+        scalars["time/score"] = scalars.get("time/score", 0.0) + sum(scored)
     scalars["time/total"] = times.total
     scalars["throughput/tokens_per_s"] = num_tokens(rollouts) / times.total
     return scalars

@@ -153,9 +153,12 @@ class Recording:
                 f"the prompt's teacher is {prompt.teacher!r}, and this run has "
                 f"{', '.join(self.teachers)}. Name it in [teachers], or change the line."
             )
-        elif prompt.teacher in self.shown_more and prompt.teacher not in prompt.teacher_ids:
+        lacking = [
+            n for n in self.shown_more if prompt.is_scored_by(n) and n not in prompt.teacher_ids
+        ]
+        if lacking:
             yield (
-                f"no prompt in it of the teacher {prompt.teacher!r}, which by the options reads "
+                f"no prompt in it of the teacher {lacking[0]!r}, which by the options reads "
                 f"another one than the student. Record with these options, or leave out "
                 f"data.teacher_prompt_key, data.teacher_prompt_template and the teacher's prompt.*."
             )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megatron_eopd.losses.head_products import logits_of
+from megatron_eopd.losses.teacher_mixture import Spoken
 from megatron_eopd.records import HiddenStates, Logits, TeacherPart, TeacherTopK
 
 Heads = Mapping[str, torch.Tensor]
@@ -28,6 +29,22 @@ def teacher_logits(
     with torch.no_grad():
         here = _of_rows(parts, rows)
         return _scatter(here, [_logits_of(part, heads, dtype) for part in here])
+
+
+def spoken_logits(
+    parts: Sequence[TeacherPart],
+    rows: slice,
+    heads: Heads,
+    weights: Mapping[str, float],
+    dtype: torch.dtype | None = None,
+) -> list[Spoken]:
+    """What each teacher says of the tokens `rows`, counted from the first of them."""
+    with torch.no_grad():
+        here = [part for part in _of_rows(parts, rows) if part.runs]
+        return [
+            Spoken(weights[part.teacher], part.runs, _logits_of(part, heads, dtype))
+            for part in here
+        ]
 
 
 def teacher_top_k(

@@ -121,7 +121,7 @@ class TeacherModel:
         Collective over the ranks of the teacher.
         """
         own = plan[self.context.layout.dp_rank]
-        unscored = [[ScoredRollout(items[n].read, None) for n in batch] for batch in own]
+        unscored = [[ScoredRollout(items[n].read) for n in batch] for batch in own]
         batches = make_microbatches(unscored, self.context.layout, self.context.device)
         with self._resident():
             payloads = map_hidden(self.chunks, batches, self._payload, self.context)

@@ -5,7 +5,7 @@ in the microbatch, so the loss never knows how many there are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from megatron_eopd.models.mcore_files import MCoreCheckpoint
 from megatron_eopd.parallel.collectives import collecting, raise_together
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.records import MicroBatch, Payload, ScoredRollout, TeacherSignal
+from megatron_eopd.run_log import StageTimes
 from megatron_eopd.teacher.assignment import Item, as_read, items_of
 from megatron_eopd.teacher.colocated import ColocatedTeacher
 from megatron_eopd.teacher.following import Followed
@@ -80,10 +81,13 @@ class TeacherPool:
         """Those that may follow the student."""
         return [(n, t) for n, t in self._teachers.items() if isinstance(t, ColocatedTeacher)]
 
-    def microbatches(self, rounds: Sequence[PackedRollouts]) -> Iterator[list[MicroBatch]]:
+    def microbatches(
+        self, rounds: Sequence[PackedRollouts], times: StageTimes | None = None
+    ) -> Iterator[list[MicroBatch]]:
         """Of this rank, round by round. Collective over all ranks of student and teachers.
 
-        Teachers on ranks of their own know of all rounds at once and work ahead.
+        Teachers on ranks of their own know of all rounds at once and work ahead. `times`: where
+        each of several teachers is a stage of its own.
         """
         by_round = [dict(enumerate(items_of(packed))) for packed in rounds]
         streams = {
@@ -92,12 +96,12 @@ class TeacherPool:
         }
         for packed in rounds:
             # No name for it here: a generator would hold on to all payloads while it waits.
-            yield self._assemble(packed, _next_of_each(streams))
+            yield self._assemble(packed, _next_of_each(streams, times))
 
     def _assemble(
-        self, packed: PackedRollouts, payloads: Mapping[int, tuple[str, Payload]]
+        self, packed: PackedRollouts, signals: Mapping[int, Sequence[TeacherSignal]]
     ) -> list[MicroBatch]:
-        """`payloads`: item → its teacher's name and payload."""
+        """`signals`: of each item, by its number."""
         layout, device = self._context.layout, self._context.device
         # Items are numbered through all data-parallel ranks: see items_of.
         number = sum(len(batch) for rank in packed[: layout.dp_rank] for batch in rank)
@@ -105,23 +109,25 @@ class TeacherPool:
         for rollouts in packed[layout.dp_rank]:
             scored = []
             for rollout in rollouts:
-                signal = TeacherSignal(*payloads[number]) if number in payloads else None
-                scored.append(ScoredRollout(rollout, signal))
+                scored.append(ScoredRollout(rollout, tuple(signals.get(number, ()))))
                 number += 1
             batches.append(scored)
         return make_microbatches(batches, layout, device)
 
 
 def _next_of_each(
-    streams: Mapping[str, Iterator[dict[int, Payload]]],
-) -> dict[int, tuple[str, Payload]]:
-    return {
-        n: (name, payload)
-        for name, stream in streams.items()
-        for n, payload in next(stream).items()
-    }
+    streams: Mapping[str, Iterator[dict[int, Payload]]], times: StageTimes | None
+) -> dict[int, list[TeacherSignal]]:
+    found: dict[int, list[TeacherSignal]] = {}
+    for name, stream in streams.items():
+        is_timed = times is not None and len(streams) > 1
+        with times(f"score_{name}") if is_timed else nullcontext():
+            payloads = next(stream)
+        for number, payload in payloads.items():
+            found.setdefault(number, []).append(TeacherSignal(name, payload))
+    return found
 
 
 def _of_teacher(items: Mapping[int, Item], name: str) -> dict[int, Item]:
-    own = {n: item for n, item in items.items() if item.rollout.prompt.teacher == name}
+    own = {n: item for n, item in items.items() if item.rollout.prompt.is_scored_by(name)}
     return as_read(own, name)

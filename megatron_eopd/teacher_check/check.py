@@ -144,7 +144,7 @@ def first_prompt(prompts: PromptSet, teacher: str) -> Prompt | None:
     """The first one for the teacher that is not long; of long ones the shortest."""
     shortest = None
     for prompt in map(prompts.__getitem__, range(len(prompts))):
-        if prompt.teacher != teacher:
+        if not prompt.is_scored_by(teacher):
             continue
         length = len(prompt.ids_for(teacher))
         if length <= MAX_PROMPT_TOKENS:

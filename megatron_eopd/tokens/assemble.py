@@ -123,7 +123,9 @@ def _prompts(
     for rollout in rollouts:
         prompt = rollout.prompt
         key = (prompt.index, prompt.prompt_ids)
-        read = b"".join(piece(i)[0] for i in prompt.teacher_ids.get(prompt.teacher, ()))
+        # Of several teachers' the first one's.
+        ids = next((ids for n, ids in prompt.teacher_ids.items() if prompt.is_scored_by(n)), ())
+        read = b"".join(piece(i)[0] for i in ids)
         found[key] = RecordedPrompt(
             prompt.index,
             prompt.text,

@@ -49,13 +49,15 @@ class TokenNotes:
         rows: slice,
         columns: Mapping[str, torch.Tensor],
         details: Callable[[slice], TokenDetails],
+        is_wanted: Callable[[Rollout], bool] = lambda _: True,
     ) -> None:
         """What is wanted of a chunk.
 
         Collective over tensor-parallel ranks, which have the same tokens. `rows`: which tokens of
-        the microbatch the chunk has; `columns`: each [C]; `details`: of a part of the chunk.
+        the microbatch the chunk has; `columns`: each [C]; `details`: of a part of the chunk;
+        `is_wanted`: where several teachers come with the same responses, of which.
         """
-        for part, owners in self._wanted(batch, rows):
+        for part, owners in self._wanted(batch, rows, is_wanted):
             own = {name: values_C[part].detach().clone() for name, values_C in columns.items()}
             own |= details(part)._asdict()
             numbers = [number for number, tokens in owners for _ in tokens]
@@ -64,7 +66,7 @@ class TokenNotes:
             self._kept.append(own)
 
     def _wanted(
-        self, batch: MicroBatch, rows: slice
+        self, batch: MicroBatch, rows: slice, is_wanted: Callable[[Rollout], bool]
     ) -> Iterator[tuple[slice, list[tuple[int, Sequence[int]]]]]:
         """Pieces of the chunk as long as possible, and which responses' tokens they are."""
         pieces: list[tuple[slice, list[tuple[int, Sequence[int]]]]] = []
@@ -73,7 +75,7 @@ class TokenNotes:
             begin, end = max(first, rows.start or 0), first + len(part.tokens)
             end = end if rows.stop is None else min(end, rows.stop)
             number = self._numbers.get(id(part.rollout))
-            if number is not None and begin < end:
+            if number is not None and begin < end and is_wanted(part.rollout):
                 owner = (number, part.tokens[begin - first : end - first])
                 place = slice(begin - (rows.start or 0), end - (rows.start or 0))
                 if pieces and pieces[-1][0].stop == place.start:

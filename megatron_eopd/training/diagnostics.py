@@ -42,5 +42,4 @@ def _add_part(
     means: Means, folder: str, figures: dict[str, torch.Tensor], inside_N: torch.Tensor
 ) -> None:
     for name, values_N in figures.items():
-        # An infinite divergence outside would make the sum over a part NaN.
-        means.add(f"{folder}/{name}", values_N.where(inside_N, 0.0), inside_N)
+        means.add(f"{folder}/{name}", values_N, inside_N)

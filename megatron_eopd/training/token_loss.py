@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
+import torch.distributed as dist
 
 from megatron_eopd.config import Config
 from megatron_eopd.losses.chunked_head import (
@@ -28,28 +29,42 @@ from megatron_eopd.losses.objective import (
     token_weights,
 )
 from megatron_eopd.losses.overlap import Overlap, top_k_overlap
+from megatron_eopd.losses.teacher_mixture import mixed_logits
 from megatron_eopd.losses.teacher_top_k import TopKTerms, top_k_terms
 from megatron_eopd.losses.token_details import TokenDetails, details_of_logits, details_of_top_k
 from megatron_eopd.losses.vocab_parallel import TokenTerms, vocab_parallel_terms
 from megatron_eopd.losses.vocab_sum import Integrand, sum_over_vocab
-from megatron_eopd.metrics.histogram import LOGPROB_DIFFERENCE, entropy_bins
+from megatron_eopd.metrics.histogram import entropy_bins
 from megatron_eopd.metrics.means import Means
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.objectives import GATES
 from megatron_eopd.parallel.init import ParallelContext
 from megatron_eopd.parallel.quantile import spread_quantile
 from megatron_eopd.parallel.vocab import vocab_parallel_logprobs
-from megatron_eopd.records import Bins, MicroBatch
+from megatron_eopd.records import ALL_TEACHERS, MicroBatch, teacher_name
 from megatron_eopd.schedules import Progress
-from megatron_eopd.teacher.heads import Heads, teacher_logits, teacher_top_k
+from megatron_eopd.teacher.heads import Heads, spoken_logits, teacher_logits, teacher_top_k
 from megatron_eopd.tokens.notes import TokenNotes
 from megatron_eopd.tokens.record import TOP
 from megatron_eopd.training.diagnostics import add_diagnostics
+from megatron_eopd.training.several_teachers import (
+    own_tokens,
+    pick,
+    spread,
+    weights_of_tokens,
+)
+from megatron_eopd.training.token_metrics import (
+    add_by_position,
+    add_by_source,
+    add_ends,
+    add_loss_metrics,
+    add_mismatch,
+    add_of_teacher,
+    columns_of,
+)
 
 NON_FINITE = "non_finite"
 """The tally of tokens with non-finite logits, [R, 2] per tensor-parallel rank and model."""
-NUM_POSITIONS = 10
-"""Equal parts of a response, from its first token to its last."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,11 @@ class TokenLoss:
         self._teacher_heads = teacher_heads
         self._config = config
         self._vocab_size = vocab_size
+        self._weights = {
+            teacher_name(section): teacher.weight
+            for section, teacher in config.all_teachers.items()
+        }
+        """Of each teacher."""
         self._entropy_bins = entropy_bins(vocab_size)
         self._groups = context.groups
         self._is_last_stage = context.layout.is_last_stage
@@ -138,6 +158,43 @@ class TokenLoss:
         logits_CV: torch.Tensor,
         rows: slice,
     ) -> torch.Tensor:
+        if self._config.objective.teacher_mixture == "divergences":
+            loss_C = self._loss_over_teachers(batch, means, settings, logits_CV, rows)
+        else:
+            loss_C = self._loss_of_tokens(batch, means, settings, logits_CV, rows)
+        means.add("loss/total", loss_C.detach())
+        return loss_C.sum()
+
+    def _loss_over_teachers(
+        self,
+        batch: MicroBatch,
+        means: Means,
+        settings: StepSettings,
+        logits_CV: torch.Tensor,
+        rows: slice,
+    ) -> torch.Tensor:
+        """[C]: the sum over each token's teachers, with a sweep for each of them."""
+        count = len(logits_CV)
+        loss_C = torch.zeros(count, device=logits_CV.device)
+        for name in self._weights:
+            own = own_tokens(batch, rows, name)
+            logits_MV = pick(logits_CV, own.runs)
+            loss_M = self._loss_of_tokens(own.batch, means, settings, logits_MV, own.rows, name)
+            loss_C = loss_C + spread(loss_M, own.runs, count)
+            is_own_C = spread(torch.ones_like(loss_M), own.runs, count)
+            means.add(f"teacher/{name}/token_share", is_own_C.detach())
+        return loss_C
+
+    def _loss_of_tokens(
+        self,
+        batch: MicroBatch,
+        means: Means,
+        settings: StepSettings,
+        logits_CV: torch.Tensor,
+        rows: slice,
+        teacher: str | None = None,
+    ) -> torch.Tensor:
+        """[C], by what its teachers say of each token; `teacher`: where it is this one alone."""
         objective = self._config.objective
         target_ids_C = batch.target_ids_N[rows]
         rollout_logprobs_C = batch.rollout_logprobs_N[rows]
@@ -145,19 +202,24 @@ class TokenLoss:
         positions_C = batch.positions_N[rows]
         weight_C = token_weights(positions_C, target_ids_C, signals.kl.teacher_entropy, objective)
         losses = token_objective(signals, objective, settings.coefficients, weight_C)
+        losses = losses._replace(loss_N=losses.loss_N * self._weight(batch, rows, losses.gate_N))
         with torch.no_grad():
             means.tally(NON_FINITE, terms.non_finite_R2)
-            _add_loss_metrics(means, losses, terms, target_ids_C, self._entropy_bins)
-            _add_ends(means, terms, target_ids_C, self._stop_ids)
+            add_loss_metrics(means, losses, terms, target_ids_C, self._entropy_bins)
+            if teacher is not None:
+                add_of_teacher(means, teacher, losses, terms, torch.ones_like(losses.gate_N) > 0)
+            elif len(self._weights) > 1:
+                self._add_by_teacher(means, losses, terms, batch, rows)
+            add_ends(means, terms, target_ids_C, self._stop_ids)
             if self._config.rollout.uses_references:
-                _add_by_source(means, losses, terms, batch.sampled_N[rows])
+                add_by_source(means, losses, terms, batch.sampled_N[rows])
             if GATES[objective.formula.gate].has_threshold:
                 # float64: 0.8 in float32 is 0.800000012.
                 zeros_C = torch.zeros_like(losses.gate_N, dtype=torch.float64)
                 means.add("gate/threshold", zeros_C + settings.coefficients.entropy_threshold)
             if settings.by_position:
                 threshold = settings.coefficients.entropy_threshold
-                _add_by_position(means, terms, positions_C, threshold)
+                add_by_position(means, terms, positions_C, threshold)
             if settings.diagnose:
                 add_diagnostics(means, terms.kl, signals.overlap(), positions_C)
             difference_C = None
@@ -167,12 +229,44 @@ class TokenLoss:
                 difference_C = (logprobs_C - rollout_logprobs_C).where(
                     batch.sampled_N[rows], torch.nan
                 )
-                _add_mismatch(means, difference_C, batch.sampled_N[rows])
+                add_mismatch(means, difference_C, batch.sampled_N[rows])
             if settings.notes is not None:
                 threshold = settings.coefficients.entropy_threshold
-                columns = _columns(losses, terms, difference_C, threshold)
-                settings.notes.take(batch, rows, columns, details)
-        return losses.loss_N.sum()
+                columns = columns_of(losses, terms, difference_C, threshold)
+                # Of several teachers of a response the first one is taken down.
+                first = next(iter(self._weights))
+                settings.notes.take(
+                    batch,
+                    rows,
+                    columns,
+                    details,
+                    lambda r: teacher in (None, first) or r.prompt.teacher != ALL_TEACHERS,
+                )
+        return losses.loss_N
+
+    def _weight(self, batch: MicroBatch, rows: slice, like_C: torch.Tensor) -> torch.Tensor | float:
+        """Of each token, by its teachers."""
+        mixes = self._config.objective.teacher_mixture == "distributions"
+        if not mixes and set(self._weights.values()) == {1.0}:
+            return 1.0
+        return weights_of_tokens(batch.teacher, rows, self._weights, like_C)
+
+    def _add_by_teacher(
+        self,
+        means: Means,
+        losses: TokenLosses,
+        terms: TokenTerms | TopKTerms,
+        batch: MicroBatch,
+        rows: slice,
+    ) -> None:
+        """Of each teacher. Where distributions are mixed, divergences and entropy are no single
+        one's."""
+        for name in self._weights:
+            parts = [part for part in batch.teacher if part.teacher == name]
+            own_C = weights_of_tokens(parts, rows, {name: 1.0}, losses.gate_N) > 0
+            means.add(f"teacher/{name}/token_share", own_C)
+            if self._config.objective.teacher_mixture == "none":
+                add_of_teacher(means, name, losses, terms, own_C)
 
     def _signals(
         self,
@@ -203,9 +297,7 @@ class TokenLoss:
         # Without a token there is no teacher, and any logits will do.
         teacher_logits_CV = logits_CV.detach()
         if batch.teacher:
-            teacher_logits_CV = teacher_logits(
-                batch.teacher, rows, self._teacher_heads, self._logits_dtype
-            )
+            teacher_logits_CV = self._teacher_logits(batch, rows)
         terms = self._terms(
             logits_CV,
             teacher_logits_CV,
@@ -232,6 +324,24 @@ class TokenLoss:
             swept_top_k=0 if objective.top_k_support == "student" else objective.top_k,
         )
         return signals, terms, details
+
+    def _teacher_logits(self, batch: MicroBatch, rows: slice) -> torch.Tensor:
+        """[C, V]; where distributions are mixed, logits of the mixture."""
+        parts, heads, dtype = batch.teacher, self._teacher_heads, self._logits_dtype
+        if self._config.objective.teacher_mixture != "distributions":
+            return teacher_logits(parts, rows, heads, dtype)
+        spoken = spoken_logits(parts, rows, heads, self._weights, dtype)
+        if not spoken:  # of no tokens
+            return teacher_logits(parts, rows, heads, torch.float32)
+        width = spoken[0].logits_MV.shape[-1]
+        before = dist.get_rank(self._groups.tp) * width
+        return mixed_logits(
+            spoken,
+            len(range(*rows.indices(batch.num_valid_tokens))),
+            num_columns=min(max(self._vocab_size - before, 0), width),
+            temperature=self._config.teacher_temperature,
+            tp_group=self._groups.tp,
+        )
 
     def _terms(self, logits: torch.Tensor, teacher_logits: torch.Tensor, **asked) -> TokenTerms:
         return vocab_parallel_terms(
@@ -285,112 +395,9 @@ class TokenLoss:
             return
         for first in range(0, batch.num_valid_tokens, self._chunk_size):
             rows = slice(first, first + self._chunk_size)
-            logits_CV = teacher_logits(batch.teacher, rows, self._teacher_heads, self._logits_dtype)
+            logits_CV = self._teacher_logits(batch, rows)
             yield self._terms(logits_CV, logits_CV).kl.teacher_entropy
 
 
 def _refused(integrand: Integrand) -> torch.Tensor:
     raise AssertionError("config/checks.py refuses sums over the vocabulary for payload=topk")
-
-
-def _add_loss_metrics(
-    means: Means,
-    losses: TokenLosses,
-    terms: TokenTerms | TopKTerms,
-    target_ids_N: torch.Tensor,
-    entropies: Bins,
-) -> None:
-    kl, picked = terms.kl, terms.picked
-    gated_N = losses.gate_N >= 0.5
-    means.add("loss/total", losses.loss_N)
-    for name, is_above_N in losses.clipped.items():
-        means.add(f"loss/{name}_clipped", is_above_N)
-    for name, values_N in (("reverse_kl", kl.reverse_kl), ("forward_kl", kl.forward_kl)):
-        means.add(f"loss/{name}", values_N)
-        means.add(f"loss/{name}_gated", values_N, gated_N)
-        means.add(f"loss/{name}_ungated", values_N, ~gated_N)
-    means.add("gate/fraction", losses.gate_N)
-    means.add("entropy/teacher_mean", kl.teacher_entropy)
-    means.add("entropy/student_mean", kl.student_entropy)
-    means.add("entropy/student_gated", kl.student_entropy, gated_N)
-    means.keep("entropy/teacher", kl.teacher_entropy, entropies)
-    means.keep("entropy/student", kl.student_entropy, entropies)
-    mass_N = (picked.top_teacher_logprobs.exp() * picked.top_valid).sum(-1)
-    inside_N = ((picked.top_ids == target_ids_N.unsqueeze(-1)) & picked.top_valid).any(-1)
-    means.add("topk/teacher_mass", mass_N)
-    means.add("topk/sampled_outside", (~inside_N).float())
-
-
-def _add_ends(
-    means: Means,
-    terms: TokenTerms | TopKTerms,
-    target_ids_N: torch.Tensor,
-    stop_ids: Sequence[int],
-) -> None:
-    """What both models think of the tokens that ended a response."""
-    is_end_N = torch.zeros_like(target_ids_N, dtype=torch.bool)
-    for stop_id in stop_ids:
-        is_end_N |= target_ids_N == stop_id
-    means.add("end/student_logprob", terms.picked.sampled_student_logprobs, is_end_N)
-    means.add("end/teacher_logprob", terms.picked.sampled_teacher_logprobs, is_end_N)
-
-
-def _add_by_source(
-    means: Means, losses: TokenLosses, terms: TokenTerms | TopKTerms, sampled_N: torch.Tensor
-) -> None:
-    """The main figures once more, apart for the student's samples and for reference answers."""
-    for source, mask_N in (("sampled", sampled_N), ("reference", ~sampled_N)):
-        means.add(f"{source}/loss", losses.loss_N, mask_N)
-        means.add(f"{source}/reverse_kl", terms.kl.reverse_kl, mask_N)
-        means.add(f"{source}/forward_kl", terms.kl.forward_kl, mask_N)
-        means.add(f"{source}/gate_fraction", losses.gate_N, mask_N)
-        means.add(f"{source}/teacher_entropy", terms.kl.teacher_entropy, mask_N)
-        means.add(f"{source}/student_entropy", terms.kl.student_entropy, mask_N)
-
-
-def _add_by_position(
-    means: Means,
-    terms: TokenTerms | TopKTerms,
-    positions_N: torch.Tensor,
-    threshold: float | torch.Tensor,
-) -> None:
-    """Entropies in each part of the response, and how often they reach the threshold."""
-    entropies = {"teacher": terms.kl.teacher_entropy, "student": terms.kl.student_entropy}
-    parts_N = (positions_N * NUM_POSITIONS).long().clamp(max=NUM_POSITIONS - 1)
-    for who, entropy_N in entropies.items():
-        above_N = entropy_N >= threshold
-        means.add(f"above/{who}", above_N)
-        for part in range(NUM_POSITIONS):
-            means.add(f"entropy_at/{who}/{part}", entropy_N, parts_N == part)
-            means.add(f"above_at/{who}/{part}", above_N, parts_N == part)
-
-
-def _add_mismatch(means: Means, difference_N: torch.Tensor, sampled_N: torch.Tensor) -> None:
-    """Of the tokens that an engine wrote; nan at the others."""
-    means.keep("mismatch/logprob_abs", difference_N.abs(), LOGPROB_DIFFERENCE)
-    difference_N = difference_N.abs().where(sampled_N, 0.0)
-    means.add("mismatch/logprob_abs_mean", difference_N, sampled_N)
-    means.add("mismatch/mult_prob_error", difference_N.exp(), sampled_N)
-
-
-def _columns(
-    losses: TokenLosses,
-    terms: TokenTerms | TopKTerms,
-    difference_N: torch.Tensor | None,
-    threshold: float | torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """By the names of tokens.record.SIGNALS, and τ, which moves from step to step.
-
-    `difference_N`: from the engine, where it was measured.
-    """
-    if difference_N is None:
-        difference_N = torch.full_like(losses.loss_N, torch.nan)
-    return {
-        "threshold": torch.zeros_like(losses.gate_N, dtype=torch.float64) + threshold,
-        "loss": losses.loss_N,
-        "gate": losses.gate_N,
-        "student_logprob": terms.picked.sampled_student_logprobs,
-        "teacher_logprob": terms.picked.sampled_teacher_logprobs,
-        "engine_mismatch": difference_N,
-        **terms.kl._asdict(),
-    }

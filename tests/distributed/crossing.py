@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from megatron_eopd.objectives import PRESETS
-from megatron_eopd.records import Rollout
+from megatron_eopd.records import ALL_TEACHERS, Rollout
 from tests.distributed.parity import Case, Distance, distance, run_cases
 
 Setting = Mapping[str, str]
@@ -47,6 +47,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "cp": ("1", "2"),
     "dp": ("1", "2"),
     "placement": ("colocated", "separate"),
+    "mixture": ("none", "divergences", "distributions"),
 }
 PLAIN: Setting = {axis: values[0] for axis, values in AXES.items()}
 SIZES = ("tp", "pp", "cp", "dp")
@@ -74,9 +75,10 @@ OPTIONS = {
     "logits": ("logits_dtype",),
     "support": ("top_k_support",),
     "inplace": ("inplace_backward",),
+    "mixture": ("teacher_mixture",),
 }
 """Axis → the options of which a refusal that has to do with it must name one."""
-ATTEMPTS = 200
+ATTEMPTS = 600
 """Random completions of a pair before it counts as refused."""
 
 
@@ -99,6 +101,7 @@ def case_of(setting: Setting) -> Case:
         "entropy_threshold": thresholds[dtype],
         "token_weight": "early" if is_weighted else setting["weights"],
         "entropy_weight": "confidence" if is_weighted else "uniform",
+        "teacher_mixture": setting["mixture"],
     }
     if clipped != "none":
         objective[f"{clipped}_clip"] = CLIP[clipped][dtype]
@@ -107,6 +110,8 @@ def case_of(setting: Setting) -> Case:
     teacher = {"microbatches_per_exchange": exchange}
     if setting["placement"] == "separate":
         teacher |= {"placement": "separate", "world_size": 1, "parallel": {}}
+    # The same model, so that no threshold is near: how others mix is for test_several_teachers.py.
+    second = {"hf_path": "teacher", "payload": setting["payload"], "weight": 0.5}
     budget = {"micro_batch_size": None, "max_tokens_per_microbatch": 64}
     return Case(
         **{size: int(setting[size][0]) for size in SIZES},
@@ -117,6 +122,7 @@ def case_of(setting: Setting) -> Case:
         training=budget if setting["packing"] == "tokens" else {},
         other={
             "objective": objective,
+            "teachers": {"more": second} if setting["mixture"] != "none" else {},
             "model": {"dtype": setting["dtype"], "recompute_granularity": recompute},
         },
     )
@@ -125,7 +131,7 @@ def case_of(setting: Setting) -> Case:
 def alone(setting: Setting) -> Setting:
     """What it is compared with: one process, and the plain way for all that must change nothing.
     The top k is another estimate of the same divergences, so that payload stays."""
-    axes = ("objective", "gate", "weights", "clip", "support", "dtype", "logits")
+    axes = ("objective", "gate", "weights", "clip", "support", "dtype", "logits", "mixture")
     kept = {axis: setting[axis] for axis in axes}
     payload = "topk" if setting["payload"] == "topk" else "hidden"
     return PLAIN | kept | {"payload": payload}
@@ -237,6 +243,14 @@ def cross(strength: int) -> Crossing:
 
 def _complete(combination: Combination, draw: random.Random) -> Setting:
     return {axis: draw.choice(values) for axis, values in AXES.items()} | dict(combination)
+
+
+def half_of_all(rollouts: list[Rollout]) -> list[Rollout]:
+    """Every other prompt is scored by all teachers that there are."""
+    return [
+        replace(r, prompt=replace(r.prompt, teacher=ALL_TEACHERS)) if n % 2 else r
+        for n, r in enumerate(rollouts)
+    ]
 
 
 def near_logprobs(student: Path, rollouts: list[Rollout], temperature: float) -> list[Rollout]:

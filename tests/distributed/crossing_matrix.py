@@ -12,6 +12,7 @@ from tests.distributed.crossing import (
     MOST_RANKS,
     case_of,
     cross,
+    half_of_all,
     is_right,
     near_logprobs,
     run,
@@ -27,7 +28,7 @@ def main() -> int:
     begin, crossing = time.monotonic(), cross(strength=3)
     with tempfile.TemporaryDirectory() as name:
         models = make_models(Path(name) / "models")
-        rollouts = near_logprobs(models["student"], unequal_rollouts(16, seed=11), 0.8)
+        rollouts = near_logprobs(models["student"], half_of_all(unequal_rollouts(16, seed=11)), 0.8)
         (Path(name) / "runs").mkdir()
         distances = run(crossing.settings, models, rollouts, Path(name) / "runs")
     pairs = zip(crossing.settings, distances, strict=True)

@@ -53,7 +53,7 @@ class Case:
     """Options of [teacher] beside path and payload."""
     training: dict = field(default_factory=dict)
     other: dict = field(default_factory=dict)
-    """Other sections."""
+    """Other sections. A teacher in them may have the name of a model for a path."""
     swaps: tuple[tuple[int, int], ...] = ()
     """Of every teacher: what eos_token_map comes to."""
     vocab_size: int | None = None
@@ -90,6 +90,8 @@ class Case:
         }
         for section, own in self.other.items():
             options[section] = options.get(section, {}) | own
+        for teacher in options.get("teachers", {}).values():
+            teacher["hf_path"] = models.get(teacher["hf_path"], teacher["hf_path"])
         return Config.model_validate(options)
 
     def describe(self) -> str:
@@ -175,14 +177,17 @@ def _rank_main(rank, port, world_size, numbered, models, rollouts, out) -> None:
     dist.destroy_process_group()
 
 
-def _check_notes(notes: TokenNotes, shared, rollouts: list[Rollout], context) -> None:
-    """Whatever the options, every token was taken down once, with the values of the metrics."""
+def _check_notes(
+    notes: TokenNotes, shared, rollouts: list[Rollout], context, *, is_summed: bool
+) -> None:
+    """Whatever the options, every token was taken down once, with the values of the metrics.
+    `is_summed`: over teachers, of which the first is taken down."""
     columns = notes.gather(context)
     if columns is None:
         return
     places = set(zip(columns["response"].tolist(), columns["token"].tolist(), strict=True))
     assert len(places) == len(columns["token"]) == sum(len(r.response_ids) for r in rollouts)
-    for name in ("reverse_kl", "forward_kl"):
+    for name in () if is_summed else ("reverse_kl", "forward_kl"):
         total = columns[name].astype("float64").sum()
         assert abs(total - shared.sums[f"loss/{name}"][0]) <= 1e-5 * abs(total), name
 
@@ -212,10 +217,13 @@ def _student_case(config, swaps, vocab_size, world_size, rollouts, store, contex
             force_all_reduce=True,
         )
         shared = share_from_last_stage(means, context)
-        _check_notes(notes, shared, rollouts, context)
+        is_summed = config.objective.teacher_mixture == "divergences"
+        _check_notes(notes, shared, rollouts, context, is_summed=is_summed)
     student.optimizer.prepare_grads()
     metrics = divide([shared.sums]) | {"grad_norm": student.optimizer.get_grad_norm()}
-    terms = _terms_by_token(packed[context.layout.dp_rank], loss.seen, context.layout)
+    terms = {}  # of a sum there are several at a token
+    if not is_summed:
+        terms = _terms_by_token(packed[context.layout.dp_rank], loss.seen, context.layout)
     gradients = _whole_gradients(student, hf_config, context)
     out.mkdir(exist_ok=True)
     found = {"terms": terms, "gradients": gradients, "metrics": metrics}
@@ -282,9 +290,10 @@ def distance(found: dict, expected: dict) -> Distance:
         for x in (found, expected)
     )
     loss = ((ours - theirs).abs() / theirs).max().item()
-    keys = sorted(expected["terms"])
-    ours, theirs = (torch.stack([x["terms"][key] for key in keys]) for x in (found, expected))
-    terms = max(_relative(ours[:, n], theirs[:, n]) for n in range(len(TERMS)))
+    keys, terms = sorted(expected["terms"]), 0.0
+    if keys:
+        ours, theirs = (torch.stack([x["terms"][key] for key in keys]) for x in (found, expected))
+        terms = max(_relative(ours[:, n], theirs[:, n]) for n in range(len(TERMS)))
     gradients = {
         name: _relative(found["gradients"][name], gradient)
         for name, gradient in expected["gradients"].items()

@@ -15,6 +15,7 @@ from tests.distributed.crossing import (
     alone,
     case_of,
     cross,
+    half_of_all,
     is_right,
     near_logprobs,
     refusal,
@@ -46,7 +47,7 @@ def test_every_pair_is_run_or_refused_by_name(crossing):
 
 def test_every_pair_gives_what_one_process_gives(crossing, tmp_path, capsys):
     models = make_models(tmp_path / "models")
-    rollouts = near_logprobs(models["student"], unequal_rollouts(16, seed=11), 0.8)
+    rollouts = near_logprobs(models["student"], half_of_all(unequal_rollouts(16, seed=11)), 0.8)
     (tmp_path / "runs").mkdir()
     distances = run(crossing.settings, models, rollouts, tmp_path / "runs")
     wrong = [

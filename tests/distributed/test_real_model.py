@@ -119,7 +119,7 @@ def write_metrics(configs, rollouts, tp, pp, path) -> None:
     chunks = build_model(config.student.hf_path, config.model, context)
     load_weights(chunks, config.student.hf_path, context)
     teacher = ColocatedTeacher(config.teacher, "teacher", config, (), hf_config.vocab_size, context)
-    pool = TeacherPool({DEFAULT_TEACHER: teacher}, {DEFAULT_TEACHER: teacher.head_VH}, context)
+    pool = TeacherPool({DEFAULT_TEACHER: teacher}, context)
     found = []
     for config in configs:
         token_loss = TokenLoss(chunks[-1], pool.heads, config, hf_config.vocab_size, context)

@@ -46,7 +46,7 @@ def perform_for_real(configs, out):
     for number, config in enumerate(configs):
         context, watch = context_for(1, 1), RealWatch()
         load = Load.of(config.training, LENGTHS, context.layout)
-        plan = rehearsal.full_plan(load, LENGTHS, context.layout)
+        plan = rehearsal.full_plan(load, LENGTHS, context.layout, config)
         with watch:
             watch.enter("start")
             rehearsal.perform_student(config, plan, context, watch)
