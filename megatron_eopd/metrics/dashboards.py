@@ -32,6 +32,23 @@ _TRAINING: dict[str, dict[str, Chart]] = {
         "threshold": _lines("gate/threshold"),
         "top k": _lines("topk/teacher_mass", "topk/sampled_outside"),
     },
+    "Student against teacher": {
+        "top k in common": _lines("overlap/top_k", "overlap/(teacher|student)_mass"),
+        "entropy gap": _lines("entropy/gap"),
+        "reverse KL by quarter of the response": _lines(r"by_position/\d+/reverse_kl"),
+        "reverse KL by the teacher's entropy": _lines(r"by_entropy/\d+/reverse_kl"),
+        "tokens by the teacher's entropy": _lines(r"by_entropy/\d+/tokens"),
+        "top k in common by the teacher's entropy": _lines(r"by_entropy/\d+/overlap"),
+        "clipped": _lines("loss/(reverse|forward)_kl_clipped"),
+    },
+    "Several teachers": {
+        "share of tokens": _lines("teacher/.+/token_share"),
+        "reverse KL of each": _lines("teacher/.+/reverse_kl"),
+        "forward KL of each": _lines("teacher/.+/forward_kl"),
+        "entropy of each": _lines("teacher/.+/entropy"),
+        "gate of each": _lines("teacher/.+/gate_fraction"),
+        "scoring": _lines("time/score_.+"),
+    },
     "Responses": {
         "length": _lines("rollout/length_mean", "reference/length_mean"),
         "truncated and repeated": _lines("rollout/truncated_fraction", "rollout/repetition"),
@@ -69,7 +86,10 @@ _TRAINING: dict[str, dict[str, Chart]] = {
 }
 
 
-_OF_SOME_RUNS = ("by source", "device")
+_OF_SOME_RUNS = (
+    *("by source", "device", "clipped", "share of tokens", "reverse KL of each"),
+    *("forward KL of each", "entropy of each", "gate of each", "scoring"),
+)
 """Charts of what a run has from its first iteration on, or never."""
 
 
@@ -97,6 +117,7 @@ def dashboards(names: Collection[str]) -> dict[str, dict[str, Chart]]:
         (category, {t: c for t, c in own.items() if t not in _OF_SOME_RUNS or _has(c, names)})
         for category, own in _TRAINING.items()
     )
+    others = [(category, own) for category, own in others if own]
     return dict([first, *([("Evaluation", charts)] if charts else []), *others])
 
 

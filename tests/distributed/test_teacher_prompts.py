@@ -131,7 +131,7 @@ def test_the_same_prompt_for_both_is_bitwise_a_run_without_one(models, tmp_path)
             assert all(torch.equal(g, b["gradients"][n]) for n, g in a["gradients"].items())
 
 
-@pytest.mark.parametrize("layout", [{}, {"cp": 2}, {"tp": 2, "pp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"cp": 2}, {"tp": 2, "pp": 2}, {"tp": 4}], ids=str)
 def test_only_the_first_tokens_of_a_response_are_trained_on(layout, models, rollouts, tmp_path):
     """What is behind them enters neither the loss nor the number of tokens; positions are those in
     the whole response."""
