@@ -22,7 +22,7 @@ import pytest
 
 from megatron_eopd import view
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.tokens.file import evaluation_file, training_file, write_tokens
+from megatron_eopd.tokens.file import evaluation_file, read_tokens, training_file, write_tokens
 from megatron_eopd.tokens.record import TOP, Piece
 from megatron_eopd.viewing import page as pages
 from megatron_eopd.viewing.beside import beside
@@ -738,3 +738,24 @@ def test_the_reader_shows_valid_text_as_it_is():
             parts = reader.read(Piece(content[begin:end], False))
             seen += "".join(part.text for part in parts if part.kind == "text")
         assert seen == text
+
+
+def test_the_text_form_has_what_the_teacher_reads_instead():
+    record = make_record()
+    shown = record.prompts[0]._replace(read_by_teacher="the sum\x1b[2J is\n19")
+    text = lines_of(replace(record, prompts=(shown, *record.prompts[1:])))
+    assert text.count("what the teacher reads in its place") == 1
+    assert "\x1b[2J" not in text and "\n19\n" in text
+
+
+def test_a_recording_of_the_format_before_is_read(tmp_path):
+    """It does not say what a teacher reads."""
+    path, record = tmp_path / "000001.npz", make_record()
+    write_tokens(path, record)
+    columns = dict(np.load(path))
+    texts = json.loads(columns["about"].tobytes()) | {"format": 1}
+    for prompt in texts["prompts"]:
+        del prompt["read_by_teacher"]
+    columns["about"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+    np.savez(path, **columns)
+    assert read_tokens(path).prompts == record.prompts

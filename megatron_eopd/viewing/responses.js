@@ -81,7 +81,7 @@ function promptElement(group) {
     element.append(title, text);
     if (prompt.read_by_teacher) {
       const read = addParts(make("div", { class: "text" }), partsOfText(prompt.read_by_teacher), true);
-      element.append(make("details", {}, make("summary", {}, `what ${prompt.teacher} reads`), read));
+      element.append(make("details", {}, make("summary", {}, "what the teacher reads in its place"), read));
     }
     const forks = forkTable(group);
     if (forks) element.append(forks);

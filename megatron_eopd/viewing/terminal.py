@@ -91,7 +91,7 @@ def _prompt(record: TokenRecord, prompt: int) -> Iterator[str]:
     yield f"── prompt {told.index}{answer}"
     yield from (plain(line) for line in told.text.split("\n"))
     if told.read_by_teacher:
-        yield f"── as the teacher {plain(told.teacher)} reads it"
+        yield "── what the teacher reads in its place"
         yield from (plain(line) for line in told.read_by_teacher.split("\n"))
 
 

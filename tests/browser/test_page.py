@@ -781,3 +781,14 @@ def test_the_quick_start_stands_beside_its_beginning(show):
         assert float(value) == pytest.approx(expected, abs=1e-4)
     page.keyboard.press("c")
     assert len(listed(page)) == 8
+
+
+def test_what_the_teacher_reads_stands_under_the_prompt(show):
+    """Of a prompt that it reads otherwise; markup in it does nothing."""
+    record = make_record()
+    shown = record.prompts[0]._replace(read_by_teacher="<b>the sum</b> is\n19")
+    page = show(html_of(replace(record, prompts=(shown, *record.prompts[1:]))))
+    told = page.locator(".prompt details")
+    assert told.count() == 1
+    told.locator("summary").click()
+    assert "<b>the sum</b> is" in told.inner_text() and told.locator("b").count() == 0
