@@ -145,7 +145,7 @@ def open_session(
                     config, roles, tokenizers.swaps, tokenizers.vocab_size, store, context
                 )
             )
-            if directory is not None:
+            if directory is not None and any(t.follows for t in config.all_teachers.values()):
                 vocab_size = read_hf_config(config.student.hf_path).vocab_size
                 teachers.read(MCoreCheckpoint(directory), vocab_size)
         with times("engine"):

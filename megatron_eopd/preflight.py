@@ -145,6 +145,7 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
             *_unknown_keys(config),
             *tokenizers.warnings,
             *(prompts.warnings if prompts else []),
+            *shown.warnings(),
         ],
     )
 

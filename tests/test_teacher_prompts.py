@@ -9,9 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_eopd import preflight
-from megatron_eopd.config import load_config
+from megatron_eopd.config import DataConfig, load_config
 from megatron_eopd.config.data import fields_of_template
 from megatron_eopd.data.packing import Limits
+from megatron_eopd.data.prompt_files import Row
+from megatron_eopd.data.teacher_prompts import TeacherPrompts
 from megatron_eopd.data.tokenizer import load_tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.parallel.layout import Layout
@@ -61,6 +63,14 @@ def test_dotted_columns_numbers_and_braces(inputs):
     lines = [{"prompt": "7 :", "more": {"gold": 5}}]
     template = "data.teacher_prompt_template={more.gold} {prompt} {more.gold}"
     assert texts(inputs(template, lines=lines)) == ["5 7 : 5"]
+    rows = [Row("a line 1", "7 :", columns=lines[0])]
+    for template, expected in (
+        (r"\boxed{{{more.gold}}} {{prompt}} {prompt}", r"\boxed{5} {prompt} 7 :"),
+        ("{{{{}}}}{prompt}", "{{}}7 :"),
+    ):
+        data = DataConfig(teacher_prompt_template=template)
+        own = TeacherPrompts("teacher", data, load_tokenizer(MODELS / "student"))
+        assert own._as_read(rows[0]).text == expected
     assert fields_of_template(r"\boxed{{{a.b}}} {a.b} {c}") == ["a.b", "c"]
 
 
@@ -123,8 +133,12 @@ def test_problems_of_an_evaluation_are_shown_what_they_have(inputs):
         text = with_solution.tokenizers.student.show(prompt.ids_for("teacher"))
         assert text == f"{problem.columns['solution']} {problem.text}"
         assert problems.task.grade(problem.answer, problem.columns["solution"]).verdict == "right"
-    (problems,) = inputs(*options, HINT).problem_sets
+    assert with_solution.warnings == []
+    without = inputs(*options, HINT)
+    (problems,) = without.problem_sets
     assert all(p.ids_for("teacher") == p.prompt_ids for p in problems.prompts)
+    (told,) = without.warnings
+    assert "on countdown: not all of its problems have hint, so the teacher" in told
 
 
 def test_every_line_that_lacks_a_column_is_named(inputs):
@@ -180,6 +194,19 @@ def test_a_column_for_teachers_that_no_option_reads_is_told(inputs):
     lines = [{"prompt": "1 :", "teacher_prompt": "2 :"}] * 2
     (told,) = inputs(lines=lines).warnings
     assert "2 lines have a teacher_prompt, and no option reads it" in told
+
+
+def test_special_tokens_in_what_a_teacher_reads_are_told(inputs):
+    lines = [{"prompt": "1 :", "hint": "2 <eos> 3"}]
+    told = "\n".join(inputs(HINT, lines=lines).warnings)
+    assert "1 prompts of [teacher] hold special tokens in their text" in told
+
+
+def test_a_clock_in_the_teachers_template_is_told(inputs, tmp_path):
+    template = "{{ strftime_now('%d') | int }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    model = chat_model(tmp_path / "teacher", template)
+    (told,) = inputs(f"teacher.hf_path={model}", "teacher.prompt.apply_chat_template=true").warnings
+    assert "writes the day on which it is read into the prompts" in told
 
 
 def test_the_preview_shows_both(inputs):

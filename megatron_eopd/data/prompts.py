@@ -158,7 +158,7 @@ def load_prompts(
     if not prompts:
         raise ConfigError(f"data.prompts={data.prompts}: no prompts in it.")
     shown.check()
-    warnings = special.warnings() + shown.warnings()
+    warnings = special.warnings()
     if data.apply_chat_template:  # the last prompt's chat stands for all
         options = data.chat_template_kwargs
         warnings += clock_warnings(encoder.tokenizer, prompts[-1].turns, **options)

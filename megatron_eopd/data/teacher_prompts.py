@@ -8,6 +8,7 @@ them, and is written with the teacher's own tokenizer. The response behind it is
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any, TypeVar
 
 from megatron_eopd.config import Config, DataConfig
@@ -16,6 +17,7 @@ from megatron_eopd.data.chats import is_blank, is_unicode, read_chat
 from megatron_eopd.data.columns import ABSENT, look_up
 from megatron_eopd.data.encoding import PromptEncoder, TokenIds
 from megatron_eopd.data.prompt_files import Row, places
+from megatron_eopd.data.prompt_warnings import SpecialTexts, clock_warnings
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.records import ALL_TEACHERS, DEFAULT_TEACHER, Turn, teacher_name
@@ -38,18 +40,16 @@ class TeacherPrompts:
         self._template = data.teacher_prompt_template
         key = data.teacher_prompt_key
         self._names = [key] if key else fields_of_template(self._template or f"{{{QUESTION}}}")
+        self._special = SpecialTexts(tokenizer)
+        self._last: tuple[Turn, ...] | None = None
+        """Of the prompts, which stands for all."""
         self._missing: dict[str, list[str]] = {}
         """Column → the rows that lack it."""
         self._known: set[str] = set()
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """With the chat template that writes the prompts."""
-        return self._encoder.tokenizer
-
-    def fits(self, row: Row) -> bool:
-        """Whether the row has all that this teacher's prompt is made of."""
-        return not self._lacking(row)
+    def lacking(self, row: Row) -> list[str]:
+        """The columns that this teacher's prompt is made of and the row has not."""
+        return [name for name in self._names if self._text(row, name) is None]
 
     def ids(self, row: Row) -> TokenIds | None:
         """None where a column is missing, which `check` then tells.
@@ -57,17 +57,23 @@ class TeacherPrompts:
         Raises:
             ConfigError: as PromptEncoder.ids.
         """
-        lacking = self._lacking(row)
+        lacking = self.lacking(row)
         self._known.update(row.columns)
         for name in lacking:
             self._missing.setdefault(name, []).append(row.where)
-        if lacking:
-            return None
-        return self._told(lambda: self._encoder.ids(self._as_read(row)))
+        return None if lacking else self._told(lambda: self._ids(self._as_read(row)))
 
     def plain_ids(self, row: Row) -> TokenIds:
         """Of the question alone, as this teacher's template writes it."""
-        return self._told(lambda: self._encoder.ids(row))
+        return self._told(lambda: self._ids(row))
+
+    def _ids(self, row: Row) -> TokenIds:
+        self._last = self._encoder.turns(row)
+        self._special.look_at(row.where, (turn.content for turn in self._last))
+        ids = self._encoder.ids(row)
+        if not ids:  # then no token would predict the first one of a response
+            raise ConfigError(f"{row.where}: the teacher's prompt comes out as no token at all.")
+        return ids
 
     def check(self) -> None:
         """
@@ -88,8 +94,13 @@ class TeacherPrompts:
             f"tools/prepare_data.py --keep copies a column."
         )
 
-    def _lacking(self, row: Row) -> list[str]:
-        return [name for name in self._names if self._text(row, name) is None]
+    def warnings(self) -> list[str]:
+        """What a person should look at."""
+        found = self._special.warnings(f"prompts of [{self._section}]")
+        if self._last is not None and self._data.apply_chat_template:
+            options = self._data.chat_template_kwargs
+            found += clock_warnings(self._encoder.tokenizer, self._last, **options)
+        return found
 
     def _text(self, row: Row, name: str) -> Any:
         """What a column says; None where it says nothing."""
@@ -110,7 +121,7 @@ class TeacherPrompts:
             row = row._replace(text=chat.text, context=tuple(Turn(*t) for t in chat.context))
         elif self._template is not None:
             texts = {name: self._text(row, name) for name in self._names}
-            row = row._replace(text=_filled(self._template, texts))
+            row = row._replace(text=_Filling().vformat(self._template, (), texts))
         if not all(is_unicode(turn.content) for turn in (*row.context, Turn("user", row.text))):
             raise ConfigError(f"{row.where}: the teacher's prompt is not valid Unicode.")
         return row
@@ -125,11 +136,11 @@ class TeacherPrompts:
             ) from None
 
 
-def _filled(template: str, texts: Mapping[str, Any]) -> str:
-    """As str.format, with dotted names."""
-    for number, name in enumerate(texts):
-        template = template.replace(f"{{{name}}}", f"{{t[{number}]}}")
-    return template.format(t=list(texts.values()))
+class _Filling(Formatter):
+    """As str.format, but that a dot is a part of a name."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[field_name], field_name
 
 
 def prompts_of_teachers(config: Config, tokenizers: Mapping[str, Tokenizer]) -> "PromptsOfTeachers":
@@ -172,6 +183,8 @@ class PromptsOfTeachers:
     by_name: Mapping[str, TeacherPrompts] = field(default_factory=dict)
     num_unread: int = 0
     """Rows with a column for teachers that no option reads."""
+    plain: list[str] = field(default_factory=list)
+    """What is to be said of evaluations whose problems a teacher reads without that."""
 
     def ids(self, row: Row) -> dict[str, TokenIds]:
         """Of the teachers that score the row's responses."""
@@ -184,13 +197,22 @@ class PromptsOfTeachers:
             name: own for name, own in self.by_name.items() if row.teacher in (name, ALL_TEACHERS)
         }
 
-    def of_problems(self, rows: Sequence[Row]) -> list[dict[str, TokenIds]]:
+    def of_problems(self, task: str, rows: Sequence[Row]) -> list[dict[str, TokenIds]]:
         """As `ids` of an evaluation's problems. Where they have not all that a prompt is made of,
         the teacher reads the question alone, by its own template."""
-        fits = {name: all(map(own.fits, rows)) for name, own in self.by_name.items()}
+        lacking = {
+            name: sorted({column for row in rows for column in own.lacking(row)})
+            for name, own in self.by_name.items()
+        }
+        for name, columns in lacking.items():
+            if columns:
+                self.plain.append(
+                    f"evaluation on {task}: not all of its problems have {', '.join(columns)}, so "
+                    f"the teacher {name!r} reads the questions alone, and divergences are to that."
+                )
         return [
             {
-                name: own.ids(row) if fits[name] else own.plain_ids(row)
+                name: own.plain_ids(row) if lacking[name] else own.ids(row)
                 for name, own in self._of(row).items()
             }
             for row in rows
@@ -205,9 +227,11 @@ class PromptsOfTeachers:
             own.check()
 
     def warnings(self) -> list[str]:
-        if not self.num_unread:
-            return []
-        return [
-            f"{self.num_unread} lines have a {TEACHER_PROMPT}, and no option reads it: teachers "
-            f"see the student's prompt. Set data.teacher_prompt_key={TEACHER_PROMPT}."
-        ]
+        """What nobody can tell to be wrong, and a person should look at."""
+        found = [*self.plain, *(text for own in self.by_name.values() for text in own.warnings())]
+        if self.num_unread:
+            found.append(
+                f"{self.num_unread} lines have a {TEACHER_PROMPT}, and no option reads it: "
+                f"teachers see the student's prompt. Set data.teacher_prompt_key={TEACHER_PROMPT}."
+            )
+        return found

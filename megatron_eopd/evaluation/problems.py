@@ -76,6 +76,6 @@ def _load(
     if not problems:
         raise ConfigError(f"evaluation.tasks: {task.name} has no problems.")
     rows = [row_of(problem)._replace(teacher=teacher) for problem in problems]
-    read = shown.of_problems(rows)
+    read = shown.of_problems(task.name, rows)
     prompts = [encoder.prompt(n, *each) for n, each in enumerate(zip(rows, read, strict=True))]
     return ProblemSet(task, problems, prompts)
