@@ -65,6 +65,7 @@ def evaluate_student(session: Session, directory: Path, model: Json, *, anew: bo
         chunks=session.chunks,
         teachers=session.teachers,
         token_loss=session.token_loss,
+        checkpoint=session.resumed_from if session.student is None else None,
     )
     return evaluator.evaluate(session.problem_sets, directory, model, anew=anew)
 
@@ -110,6 +111,8 @@ def save(session: Session, work: Unfinished) -> None:
         figures=work.figures,
         grad_norms=session.guard.grad_norms,
         skipped_in_a_row=session.guard.skipped_in_a_row,
+        followers=config.followers,
+        teachers_digest=session.prompts.teachers_digest,
     )
     is_first = session.context.layout.rank == 0  # which writes them
     texts = work.files(config, session.tokenizer) if is_first else {}

@@ -4,11 +4,14 @@ In: a Config and a world size. Out: nothing, or an error that names the option; 
 numbers that --dry-run prints.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -178,18 +181,56 @@ def recording_of(config: Config, vocab_size: int, layout: Layout) -> Recording |
     budget = config.training.max_tokens_per_microbatch
     if budget is not None:
         max_length = min(max_length, budget - budget % layout.sequence_multiple)
+    _check_recorded_teachers(config)
     formula = config.objective.formula
+    sections = {teacher_name(section): t for section, t in config.all_teachers.items()}
+    shown = {n: read_hf_config(sections[n].hf_path).vocab_size for n in shown_more(config)}
     return Recording(
         config.rollout.replay,
         num_rollouts=config.rollout.batch_size,
         vocab_size=vocab_size,
         max_length=max_length,
         teachers=names_of_teachers(config),
-        shown_more=shown_more(config),
+        shown_more=shown,
         refuses_references=(
             f"objective.reverse_kl={formula.reverse_kl}" if formula.needs_sampled_tokens else ""
         ),
     )
+
+
+def _check_recorded_teachers(config: Config) -> None:
+    """A recording holds what teachers were shown: by other options they would not read it."""
+    path = config.rollout.replay.parent / "config.json"
+    if not path.is_file():  # a folder of somebody's own
+        return
+    options: list[tuple[str, Any, Any]] = []
+    with suppress(ValueError, KeyError, TypeError, AttributeError):  # of no run of this version
+        before, now = json.loads(path.read_text()), json.loads(config.model_dump_json())
+        options += _prompt_options(before, now)
+    for name, ours, theirs in options:
+        if ours != theirs:
+            raise ConfigError(
+                f"rollout.replay={config.rollout.replay}: it was recorded with {name}={theirs}, "
+                f"and {name}={ours} now; what teachers read is in the recording. Set it as it was, "
+                f"or draw responses anew."
+            )
+
+
+def _prompt_options(before: dict, now: dict) -> Iterator[tuple[str, Any, Any]]:
+    """(option, its value now, its value in a recorded run)."""
+    for name in ("teacher_prompt_key", "teacher_prompt_template"):
+        yield f"data.{name}", now["data"][name], before["data"][name]
+    yield "teacher.prompt", now["teacher"]["prompt"], before["teacher"]["prompt"]
+    for name, teacher in now["teachers"].items():
+        if name in before["teachers"]:
+            other = before["teachers"][name]["prompt"]
+            yield f"teachers.{name}.prompt", teacher["prompt"], other
+    mixes = [tree["objective"]["teacher_mixture"] != "none" for tree in (now, before)]
+    if mixes[0] != mixes[1]:
+        yield (
+            "objective.teacher_mixture",
+            *(tree["objective"]["teacher_mixture"] for tree in (now, before)),
+        )
 
 
 def _check_layout(teacher: TeacherConfig, section: str, config: Config, student: Layout) -> None:

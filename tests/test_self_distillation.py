@@ -28,8 +28,13 @@ def test_a_teacher_that_is_the_student_has_its_files():
     assert own.teacher.tokenizer == own.student.tokenizer
     more = config("teachers.old.source=student", "teachers.old.lag_steps=2")
     assert more.teachers["old"].hf_path == more.student.hf_path != more.teacher.hf_path
-    other = config(f"teacher.hf_path={MODELS / 'teacher'}", "teacher.source=student")
-    assert other.teacher.hf_path == MODELS / "teacher"
+    other = ["teacher.source=student", "teacher.ema_decay=0.9"]
+    assert (
+        config(f"teacher.hf_path={MODELS / 'teacher'}", *other).teacher.hf_path
+        == MODELS / "teacher"
+    )
+    explicit = config(*STUDENT, f"teacher.tokenizer={MODELS / 'teacher'}")
+    assert explicit.teacher.tokenizer == MODELS / "teacher"
     assert config(*STUDENT).model_dump(mode="json") == json.loads(
         config(*STUDENT).model_dump_json()
     )
@@ -50,6 +55,7 @@ def test_a_teacher_that_is_the_student_has_its_files():
             "Set placement=colocated",
         ),
         (["teacher.hf_path=none"], "teacher.hf_path"),
+        (["teacher.source=student"], "the student itself, and teacher.hf_path=.* another model"),
     ],
 )
 def test_options_that_contradict_each_other(overrides, message):

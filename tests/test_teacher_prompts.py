@@ -3,9 +3,12 @@ chat template. Bad input ends before a run begins."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from megatron_eopd import preflight
@@ -20,7 +23,9 @@ from megatron_eopd.parallel.layout import Layout
 from megatron_eopd.records import Prompt, Rollout
 from megatron_eopd.rollout.recording import Recording, write_rollouts
 from megatron_eopd.teacher.assignment import as_read, items_of, plan_locally
-from tests.test_preflight import MODELS, QUICKSTART, ROOT, refused  # noqa: F401  (a fixture)
+from tests.test_preflight import MODELS, QUICKSTART, ROOT, edit_json, refused
+
+__all__ = ["refused"]
 
 HINT = "data.teacher_prompt_template={prompt} {hint}"
 QUESTION = "1 2 3 4 -> 10 :"
@@ -56,7 +61,10 @@ def test_a_template_is_filled_from_the_columns_of_each_line(inputs):
     student = found.tokenizers.student
     assert {student.show(p.prompt_ids) for p in found.prompts} == {"1 2 3 4 -> 10 :"}
     assert found.prompts.longest == 7 and found.prompts.longest_for("teacher") == 10
-    assert found.prompts.digest != inputs().prompts.digest
+    assert found.prompts.digest == inputs().prompts.digest
+    digests = {found.prompts.teachers_digest, inputs().prompts.teachers_digest, ""}
+    other = inputs("data.teacher_prompt_template={hint} {prompt}").prompts.teachers_digest
+    assert len(digests | {other}) == 3
 
 
 def test_dotted_columns_numbers_and_braces(inputs):
@@ -78,8 +86,14 @@ def test_a_column_is_read_in_the_place_of_the_prompt(inputs):
     lines = [{"prompt": "1 :", "teacher_prompt": f"{n} 1 :"} for n in range(3)]
     found = inputs("data.teacher_prompt_key=teacher_prompt", lines=lines)
     assert texts(found) == ["0 1 :", "1 1 :", "2 1 :"]
-    chats = [{"prompt": "1 :", "told": [{"role": "user", "content": "9 :"}]}]
-    assert texts(inputs("data.teacher_prompt_key=told", lines=chats)) == ["9 :"]
+    asked, said = {"role": "user", "content": "9 :"}, {"role": "assistant", "content": "8"}
+    chats = [{"prompt": "1 :", "told": [asked, said]}]
+    found = inputs("data.teacher_prompt_key=told", lines=chats)
+    assert texts(found) == ["9 :"]
+    assert "1 chats of [teacher] went on behind the question, and were cut" in found.warnings[-1]
+    empty = [{"prompt": "1 :", "told": [{"role": "user", "content": " "}]}]
+    with pytest.raises(ConfigError, match="line 1: the prompt is empty"):
+        inputs("data.teacher_prompt_key=told", lines=empty)
 
 
 def test_each_teacher_may_read_its_own(inputs):
@@ -115,6 +129,49 @@ def test_a_teacher_has_a_chat_template_of_its_own(inputs, tmp_path):
     }
     with pytest.raises(ConfigError, match=r"\[teacher\] its prompts.*reads no such variable"):
         inputs(*chat, "teacher.prompt.chat_template_kwargs.effrt=3")
+
+
+def test_a_teacher_may_have_tokens_that_the_student_lacks(inputs, tmp_path):
+    """In its prompt; a response has shared ones alone."""
+    model = chat_model(
+        tmp_path / "teacher", "{% for m in messages %}<think> {{ m.content }}{% endfor %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(model)
+    edit_json(model / "config.json", vocab_size=128)
+    weights = load_file(model / "model.safetensors")
+    for name, weight in weights.items():
+        if weight.shape[0] == 112:
+            weights[name] = torch.cat([weight, weight[:16]])
+    save_file(weights, model / "model.safetensors")
+    options = [f"teacher.hf_path={model}", "teacher.prompt.apply_chat_template=true"]
+    found = inputs(*options, "objective.exclude_unshared_tokens=true")
+    assert {p.ids_for("teacher")[0] for p in found.prompts} == {112}
+    assert found.tokenizers.vocab_size == 112
+
+
+def test_a_template_file_is_looked_for_beside_the_configuration(tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "run.toml").write_text(
+        'run_dir = "r"\n[student]\nhf_path = "s"\n[teacher]\nhf_path = "t"\n[teacher.prompt]\n'
+        'apply_chat_template = true\nchat_template_file = "t.jinja"\n'
+    )
+    own = load_config(tmp_path / "run.toml").teacher.prompt
+    assert own.chat_template_file == tmp_path / "t.jinja"
+
+
+def test_a_recording_is_not_replayed_with_other_prompts_of_teachers(refused, tmp_path):
+    """It holds what they were shown."""
+    folder = tmp_path / "recorded/rollouts"
+    folder.mkdir(parents=True)
+    before = load_config(QUICKSTART, ["run_dir=x", "data.teacher_prompt_template={prompt} 7"])
+    (folder.parent / "config.json").write_text(before.model_dump_json())
+    message = refused(f"rollout.replay={folder}", "data.teacher_prompt_template={prompt} 8")
+    assert "it was recorded with data.teacher_prompt_template={prompt} 7" in message
+    more = [f"teachers.more.hf_path={MODELS / 'teacher'}", "objective.teacher_mixture=divergences"]
+    message = refused(f"rollout.replay={folder}", "data.teacher_prompt_template={prompt} 7", *more)
+    assert "it was recorded with objective.teacher_mixture=none" in message
 
 
 def test_a_prompt_that_comes_out_the_same_is_the_same(inputs):
@@ -231,12 +288,16 @@ def test_a_recording_holds_what_the_teacher_read(tmp_path):
         load_tokenizer(MODELS / "student"),
     )
     write_rollouts(tmp_path / "000000.jsonl", rollouts, tokenizer)
-    recording = Recording(tmp_path, 2, vocab_size=100, max_length=6, shown_more=["teacher"])
+    recording = Recording(tmp_path, 2, vocab_size=100, max_length=6, shown_more={"teacher": 100})
     assert recording.read(0) == rollouts
     with pytest.raises(ConfigError, match="line 1: 6 tokens, and at most 5 fit"):
-        Recording(tmp_path, 2, vocab_size=100, max_length=5).read(0)
+        replace(recording, max_length=5).read(0)
     with pytest.raises(ConfigError, match=r"line 1: teacher_ids.teacher has the token 8"):
-        Recording(tmp_path, 2, vocab_size=8, max_length=9).read(0)
+        replace(recording, shown_more={"teacher": 8}).read(0)
+    # A teacher may have more tokens than the student.
+    assert replace(recording, vocab_size=6).read(0) == rollouts
+    with pytest.raises(ConfigError, match="a prompt of the teacher 'teacher', which by the option"):
+        replace(recording, shown_more={}).read(0)
     write_rollouts(
         tmp_path / "000000.jsonl", [rollout(0, None)] * 2, load_tokenizer(MODELS / "student")
     )

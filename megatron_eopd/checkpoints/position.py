@@ -55,6 +55,10 @@ class Position:
     grad_norms: tuple[float, ...] = ()
     """Of the last optimizer steps, by which the next one is judged; see training/skipping.py."""
     skipped_in_a_row: int = 0
+    followers: dict[str, str] = field(default_factory=dict)
+    """Teacher → how it follows the student, as TeacherConfig.way_of_following has it."""
+    teachers_digest: str = ""
+    """Of what teachers read in the place of the prompts; empty where they read the same."""
     format: int = 1
 
     def steps_of(self, config: Config) -> int:

@@ -145,10 +145,33 @@ def check_position(
             f"{directory} was written with {' and '.join(different)}: its samples could not be "
             f"continued. Use another run_dir, or the options of {config.run_dir}/config.json."
         )
+    _check_teachers(directory, position, prompts, config)
     if position.iteration > config.training.train_iters:
         raise ConfigError(
             f"{directory} is at iteration {position.iteration}, past training.train_iters="
             f"{config.training.train_iters}. Raise it, or use another run_dir."
+        )
+
+
+def _check_teachers(
+    directory: Path, position: Position, prompts: PromptSet, config: Config
+) -> None:
+    if position.teachers_digest != prompts.teachers_digest:
+        raise ConfigError(
+            f"{directory} was written by a run whose teachers read other prompts. Set "
+            f"data.teacher_prompt_key, data.teacher_prompt_template, the teachers' prompt.* and "
+            f"objective.teacher_mixture as they are in {config.run_dir}/config.json, with the "
+            f"same lines in data.prompts; or use another run_dir."
+        )
+    if position.followers != config.followers:
+        before, now = (
+            ", ".join(f"{section}.{way}" for section, way in ways.items()) or "none"
+            for ways in (position.followers, config.followers)
+        )
+        raise ConfigError(
+            f"{directory}: teachers that follow the student were {before} there, and are {now} "
+            f"now. What a teacher would be by now is not known: set these options as they were. To "
+            f"begin anew from its weights, use another run_dir and student.hf_path={directory}."
         )
 
 

@@ -33,6 +33,7 @@ def check_across_sections(config: "Config") -> None:
         return
     _check_teachers(config)
     _check_teacher_prompts(config)
+    _check_self_teachers(config)
     _check_mixture(config)
     if GATES[config.objective.formula.gate].needs_whole_step:
         _check_whole_step(config)
@@ -166,6 +167,17 @@ def _check_teachers(config: "Config") -> None:
             raise ValueError(
                 f"teachers.{name}.microbatches_per_exchange would be ignored: all teachers "
                 f"hand over the same portions. Set teacher.microbatches_per_exchange."
+            )
+
+
+def _check_self_teachers(config: "Config") -> None:
+    for section, teacher in config.all_teachers.items():
+        is_frozen = teacher.source == "student" and not teacher.follows
+        if is_frozen and teacher.hf_path != config.student.hf_path:
+            raise ValueError(
+                f"{section}.source=student is the student itself, and {section}.hf_path="
+                f"{teacher.hf_path} another model. Set {section}.hf_path=none, or "
+                f"{section}.source=checkpoint."
             )
 
 

@@ -121,8 +121,9 @@ class Config(Section):
 
         def with_files(teacher: Any) -> Any:
             is_student = isinstance(teacher, dict) and teacher.get("source") == "student"
-            has_own = is_student and teacher.get("hf_path") not in (None, "none")
-            return teacher | student if is_student and not has_own else teacher
+            if not is_student or teacher.get("hf_path") not in (None, "none"):
+                return teacher
+            return student | {name: value for name, value in teacher.items() if name != "hf_path"}
 
         tree = dict(tree)
         if "teacher" in tree:
@@ -157,6 +158,12 @@ class Config(Section):
             return {}
         more = {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
         return {"teacher": self.teacher, **more}
+
+    @property
+    def followers(self) -> dict[str, str]:
+        """Section of a teacher that follows the student → how."""
+        teachers = self.all_teachers.items()
+        return {section: t.way_of_following for section, t in teachers if t.follows}
 
     @property
     def trained_response_length(self) -> int:

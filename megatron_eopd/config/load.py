@@ -125,6 +125,7 @@ def _input_paths(tree: dict[str, Any]) -> list[str]:
     models = ["student", "teacher", *(f"teachers.{name}" for name in names)]
     files = ["data.prompts", "data.chat_template_file", "rollout.replay", "checkpoint.load"]
     files.append("evaluation.data_dir")
+    files += [f"{model}.prompt.chat_template_file" for model in models[1:]]
     return [f"{model}.{key}" for model in models for key in ("hf_path", "tokenizer")] + files
 
 

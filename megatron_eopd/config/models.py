@@ -105,7 +105,14 @@ class TeacherConfig(Section):
     @property
     def follows(self) -> bool:
         """Whether its weights change with the student's."""
-        return self.ema_decay is not None or self.lag_steps is not None
+        return self.way_of_following != ""
+
+    @property
+    def way_of_following(self) -> str:
+        """What a state that was kept may not differ in; empty of a frozen teacher."""
+        if self.ema_decay is not None:
+            return "ema_decay"
+        return "" if self.lag_steps is None else f"lag_steps={self.lag_steps}"
 
     @model_validator(mode="after")
     def _fits_its_placement(self) -> "TeacherConfig":

@@ -83,7 +83,7 @@ class PromptEncoder:
                 f"{self._data.max_prompt_length}. Shorten the prompt or raise the option."
             )
         text = turns[-1].content
-        read = {name: self._share(ids) for name, ids in (teacher_ids or {}).items()}
+        read = dict(teacher_ids or {})
         return Prompt(index, text, row.answer, prompt_ids, row.teacher, turns[:-1], read)
 
 

@@ -6,6 +6,7 @@ without having stored anything.
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from megatron_eopd.data.prompt_warnings import SpecialTexts, clock_warnings
 from megatron_eopd.data.teacher_prompts import PromptsOfTeachers
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.records import DEFAULT_TEACHER, Prompt
+from megatron_eopd.records import ALL_TEACHERS, DEFAULT_TEACHER, Prompt
 
 
 class PromptSet:
@@ -81,10 +82,21 @@ class PromptSet:
 
     def _identity(self, prompt: Prompt) -> tuple[Any, ...]:
         # What is as in sets from before there was a choice says nothing, so that runs go on.
-        length = 4 if prompt.context else 3 if prompt.teacher != DEFAULT_TEACHER else 2
-        length = 5 if prompt.teacher_ids else length
-        told = (prompt.text, prompt.answer, prompt.teacher, prompt.context, prompt.teacher_ids)
-        return told[:length]
+        is_default = prompt.teacher in (DEFAULT_TEACHER, ALL_TEACHERS)
+        length = 4 if prompt.context else 2 if is_default else 3
+        return (prompt.text, prompt.answer, prompt.teacher, prompt.context)[:length]
+
+    @cached_property
+    def teachers_digest(self) -> str:
+        """Changes with anything that a teacher reads in the place of a prompt, and with who scores
+        all; empty where there is nothing of both."""
+        told = [(p.teacher == ALL_TEACHERS, p.teacher_ids) for p in self._prompts]
+        if not any(is_all or own for is_all, own in told):
+            return ""
+        return _digest(
+            (is_all, {name: _digest_of_ids(ids) for name, ids in own.items()})
+            for is_all, own in told
+        )
 
     @cached_property
     def references_digest(self) -> str:
@@ -117,6 +129,10 @@ def _digest(items: Iterable[Any]) -> str:
         sha.update((", " * (number > 0) + json.dumps(item)).encode())
     sha.update(b"]")
     return sha.hexdigest()
+
+
+def _digest_of_ids(ids: TokenIds) -> str:
+    return hashlib.sha256(array("I", ids).tobytes()).hexdigest()
 
 
 def load_prompts(

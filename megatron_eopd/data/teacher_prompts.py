@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from megatron_eopd.config import Config, DataConfig
 from megatron_eopd.config.data import fields_of_template
-from megatron_eopd.data.chats import is_blank, is_unicode, read_chat
+from megatron_eopd.data.chats import is_blank, is_unicode
 from megatron_eopd.data.columns import ABSENT, look_up
-from megatron_eopd.data.encoding import PromptEncoder, TokenIds
-from megatron_eopd.data.prompt_files import Row, places
+from megatron_eopd.data.encoding import PromptEncoder, TokenIds, shared_ids
+from megatron_eopd.data.prompt_files import Row, places, read_prompt
 from megatron_eopd.data.prompt_warnings import SpecialTexts, clock_warnings
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.errors import ConfigError
@@ -40,7 +40,8 @@ class TeacherPrompts:
         self._template = data.teacher_prompt_template
         key = data.teacher_prompt_key
         self._names = [key] if key else fields_of_template(self._template or f"{{{QUESTION}}}")
-        self._special = SpecialTexts(tokenizer)
+        self._special, self._share = SpecialTexts(tokenizer), shared_ids(tokenizer)
+        self._num_cut = 0
         self._last: tuple[Turn, ...] | None = None
         """Of the prompts, which stands for all."""
         self._missing: dict[str, list[str]] = {}
@@ -73,7 +74,7 @@ class TeacherPrompts:
         ids = self._encoder.ids(row)
         if not ids:  # then no token would predict the first one of a response
             raise ConfigError(f"{row.where}: the teacher's prompt comes out as no token at all.")
-        return ids
+        return self._share(ids)
 
     def check(self) -> None:
         """
@@ -100,6 +101,11 @@ class TeacherPrompts:
         if self._last is not None and self._data.apply_chat_template:
             options = self._data.chat_template_kwargs
             found += clock_warnings(self._encoder.tokenizer, self._last, **options)
+        if self._num_cut:
+            found.append(
+                f"{self._num_cut} chats of [{self._section}] went on behind the question, and were "
+                f"cut there: the student's response follows it."
+            )
         return found
 
     def _text(self, row: Row, name: str) -> Any:
@@ -117,7 +123,8 @@ class TeacherPrompts:
         """The row with the teacher's question in the place of the student's."""
         key = self._data.teacher_prompt_key
         if key is not None:
-            chat = read_chat(f"{row.where}, key {key}", self._text(row, key))
+            chat = read_prompt(row.where, {**row.columns, key: self._text(row, key)}, key)
+            self._num_cut += chat.is_cut
             row = row._replace(text=chat.text, context=tuple(Turn(*t) for t in chat.context))
         elif self._template is not None:
             texts = {name: self._text(row, name) for name in self._names}

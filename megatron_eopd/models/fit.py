@@ -130,7 +130,9 @@ def check_teacher(
 SAME_IN_BOTH = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "rope_parameters", "rms_norm_eps"),
-    "tie_word_embeddings",
+    *("tie_word_embeddings", "intermediate_size", "hidden_act", "attention_bias"),
+    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
+    *("decoder_sparse_step", "mlp_only_layers"),
 )
 """Of a student and a teacher that follows it; then their tensors' shapes are compared."""
 

@@ -8,7 +8,7 @@ against the run that reads it.
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +69,8 @@ class Recording:
     """Most tokens of prompt and response together."""
     teachers: Sequence[str] = (DEFAULT_TEACHER,)
     """Names that a prompt may give."""
-    shown_more: Collection[str] = ()
-    """Those of them that read another prompt than the student."""
+    shown_more: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Those of them that read another prompt than the student → the number of their tokens."""
     refuses_references: str = ""
     """The option that needs tokens which the student sampled; empty without one."""
 
@@ -123,16 +123,17 @@ class Recording:
     def _faults(self, rollout: Rollout) -> Iterator[str]:
         prompt, logprobs = rollout.prompt, rollout.response_logprobs
         parts = {"prompt_ids": prompt.prompt_ids, "response_ids": rollout.response_ids}
-        parts |= {f"teacher_ids.{name}": ids for name, ids in prompt.teacher_ids.items()}
         for name, ids in parts.items():
-            if not ids:
-                yield f"{name} is empty."
-            outside = [i for i in ids if not 0 <= i < self.vocab_size]
-            if outside:
+            yield from self._faults_of_ids(name, ids, "student", self.vocab_size)
+        for name, ids in prompt.teacher_ids.items():
+            if name not in self.shown_more:
                 yield (
-                    f"{name} has the token {outside[0]}, and the student's vocabulary is 0 to "
-                    f"{self.vocab_size - 1}. Replay what a model with the same tokenizer wrote."
+                    f"a prompt of the teacher {name!r}, which by the options reads the student's. "
+                    f"Set data.teacher_prompt_key, data.teacher_prompt_template or the teacher's "
+                    f"prompt.* as they were when it was recorded."
                 )
+            size = self.shown_more.get(name, 0)
+            yield from self._faults_of_ids(f"teacher_ids.{name}", ids, name, size)
         if len(logprobs) != len(rollout.response_ids):
             yield (
                 f"{len(logprobs)} response_logprobs for {len(rollout.response_ids)} response_ids; "
@@ -166,6 +167,18 @@ class Recording:
             yield (
                 f"a reference answer, and {self.refuses_references} needs tokens that the student "
                 f"sampled. Set objective.reverse_kl=full."
+            )
+
+    def _faults_of_ids(
+        self, name: str, ids: Sequence[int], who: str, vocab_size: int
+    ) -> Iterator[str]:
+        if not ids:
+            yield f"{name} is empty."
+        outside = [i for i in ids if not 0 <= i < vocab_size]
+        if outside:
+            yield (
+                f"{name} has the token {outside[0]}, and the {who}'s vocabulary is 0 to "
+                f"{vocab_size - 1}. Replay what a model with the same tokenizer wrote."
             )
 
 

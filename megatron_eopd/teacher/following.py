@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eopd.config import TeacherConfig
+from megatron_eopd.host_memory import in_blocks
 from megatron_eopd.models.causal_lm import CausalLM
 from megatron_eopd.models.export import Exporter
 from megatron_eopd.models.hf_config import read_hf_config
@@ -59,12 +60,28 @@ class Follower(Protocol):
         ...
 
 
+def _copied(
+    weights: Sequence[torch.Tensor], dtype: torch.dtype | None, *, always: bool = False
+) -> list[torch.Tensor]:
+    """In this type; the same tensors where they have it, unless `always`. Page-locked where those
+    are."""
+    if not always and all(weight.dtype == dtype for weight in weights):
+        return list(weights)
+    like = [torch.empty_like(w, dtype=dtype or w.dtype, device="meta") for w in weights]
+    if all(weight.is_pinned() for weight in weights):
+        places = in_blocks(like, pin_memory=True)
+    else:
+        pairs = zip(like, weights, strict=True)
+        places = [torch.empty_like(x, device=w.device) for x, w in pairs]
+    return [place.copy_(weight) for place, weight in zip(places, weights, strict=True)]
+
+
 class Averaged:
     """Exponential moving average."""
 
     def __init__(self, weights: Sequence[torch.Tensor], decay: float, interval: int) -> None:
         # float32: in bfloat16 a step of (1 − d) · difference is mostly lost in rounding.
-        self._weights = [weight.float() for weight in weights]
+        self._weights = _copied(weights, torch.float32)
         self._decay, self._interval = decay, interval
 
     def weights(self) -> Sequence[torch.Tensor]:
@@ -81,15 +98,17 @@ class Averaged:
             return
         for number, values in shards:
             weight = self._weights[number]
-            own = values.to(weight.device, torch.float32)
-            weight.mul_(self._decay).add_(own, alpha=1 - self._decay)
+            if weight.device != values.device:  # in host memory
+                values = values.to(weight.device)
+            weight.mul_(self._decay).add_(values.float(), alpha=1 - self._decay)
 
 
 class Lagged:
     """The student of some updates ago."""
 
     def __init__(self, weights: Sequence[torch.Tensor], count: int) -> None:
-        self._past = deque([weights, *([w.clone() for w in weights] for _ in range(count - 1))])
+        more = (_copied(weights, None, always=True) for _ in range(count - 1))
+        self._past = deque([weights, *more])
         """The oldest first."""
 
     def weights(self) -> Sequence[torch.Tensor]:

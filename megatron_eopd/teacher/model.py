@@ -94,7 +94,8 @@ class TeacherModel:
         return self._on_device(self.chunks[-1].lm_head_weight().data)
 
     def _on_device(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.to(self.context.device, self.dtype, non_blocking=True)
+        # First there, then in its type: a host would take long to cast.
+        return weight.to(self.context.device, non_blocking=True).to(self.dtype)
 
     def drop_head(self) -> None:
         """Nobody needs the head in this layout any more; a tied one stays, as the embedding, and

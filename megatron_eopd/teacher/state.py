@@ -49,7 +49,8 @@ def read_state(
         raise CheckpointError(
             f"{checkpoint.path}: holds nothing of the teacher {name!r} that follows the student "
             f"({len(missing)} of {len(pieces)} tensors are missing, the first is {missing[0]}). It "
-            f"was written with other options of this teacher, and what it would be by now is not "
-            f"known: set ema_decay or lag_steps as they were, or use another run_dir."
+            f"was written by a run without such a teacher. To begin with its weights, use another "
+            f"run_dir and student.hf_path={checkpoint.path}; to evaluate them, set teacher=none, "
+            f"or a teacher that does not follow."
         )
     checkpoint.fill(pieces, vocab_size)

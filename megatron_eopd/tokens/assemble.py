@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_eopd.config import Config
-from megatron_eopd.records import LOWEST, Rollout
+from megatron_eopd.records import ALL_TEACHERS, DEFAULT_TEACHER, LOWEST, Rollout
 from megatron_eopd.tokens.file import unfinished_of, write_tokens
 from megatron_eopd.tokens.notes import Columns
 from megatron_eopd.tokens.record import (
@@ -123,9 +123,9 @@ def _prompts(
     for rollout in rollouts:
         prompt = rollout.prompt
         key = (prompt.index, prompt.prompt_ids)
-        # Of several teachers' the first one's.
-        ids = next((ids for n, ids in prompt.teacher_ids.items() if prompt.is_scored_by(n)), ())
-        read = b"".join(piece(i)[0] for i in ids)
+        # Of several teachers the first one is taken down.
+        noted = DEFAULT_TEACHER if prompt.teacher == ALL_TEACHERS else prompt.teacher
+        read = b"".join(piece(i)[0] for i in prompt.teacher_ids.get(noted, ()))
         found[key] = RecordedPrompt(
             prompt.index,
             prompt.text,

@@ -89,6 +89,20 @@ class Run:
         assert report.fault is None
         return divide([report.sums])
 
+    def skip(self, number: int) -> None:
+        """A step whose gradient is too large."""
+        report = train_step(
+            self.student,
+            self.loss,
+            self.pool.microbatches(self.rounds),
+            self.context,
+            num_rounds=len(self.rounds),
+            progress=Progress(iterations=number, steps=number, train_iters=STEPS),
+            skip_above=0.0,
+            around_update=self.pool.following(self.student, number + 1),
+        )
+        assert report.fault.kind == "spike"
+
     def students_weights(self) -> dict[str, torch.Tensor]:
         return whole(self.student.chunks, self.config.student.hf_path, self.context)
 
@@ -162,6 +176,7 @@ LAYOUTS = {
     "over context": Case(cp=2),
     "cut otherwise": Case(tp=2, dp=2, teacher=own_layout(pp=2)),
     "interleaved": Case(pp=2, vpp=2, payload="logits"),
+    "overlapped": Case(dp=2, training={"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "top k": Case(tp=2, payload="topk", teacher=own_layout(pp=2)),
 }
 
@@ -215,6 +230,28 @@ def test_experts_follow(rollouts, tmp_path):
     case = Case(dp=2, ep=2, teacher=own_layout(pp=2))
     run_ranks(2, tmp_path, follow, case, models, rollouts, out, timeout_s=120)
     check_weights({way: merged(out, way) for way in FOLLOWERS})
+
+
+def skip(models, rollouts, out: Path) -> None:
+    layout = student_layout(Case().config(models), 1, 0)
+    context = join_groups(layout, torch.device("cpu"), timeout_minutes=1, seed=1)
+    found = {}
+    for name, following in FOLLOWERS.items():
+        with ExitStack() as stack:
+            run = Run(config_of(Case(), models, following), rollouts, context, stack)
+            run.step(0)
+            run.step(1)
+            before = run.teachers_weights()
+            run.skip(2)
+            after = run.teachers_weights()
+            found[name] = all(torch.equal(after[n], weight) for n, weight in before.items())
+    torch.save(found, out / "found.pt")
+    leave_groups()
+
+
+def test_a_step_that_is_skipped_moves_nothing(models, rollouts, tmp_path):
+    run_ranks(1, tmp_path, skip, models, rollouts, tmp_path, timeout_s=120)
+    assert torch.load(tmp_path / "found.pt") == dict.fromkeys(FOLLOWERS, True)
 
 
 def bytes_of_tensors() -> int:

@@ -3,12 +3,15 @@ the trainer's own sampler. (tests/e2e has vLLM's; test_interruption.py stops wit
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.multiprocessing import ProcessRaisedException
 
 from megatron_eopd.interruption import EXIT_STOPPED
 from tests.distributed.test_interruption import ROOT, few_prompts, rows, start
@@ -61,7 +64,7 @@ FOLLOWING = [
 ]
 
 
-def test_teachers_that_follow_go_on_as_if_nothing_had_happened(tmp_path, capfd):
+def test_teachers_that_follow_go_on_as_if_nothing_had_happened(tmp_path):
     """One in the student's layout and one in its own: what they are by now is in the checkpoint,
     also of a run that was stopped between two optimizer steps."""
     lines = [
@@ -72,10 +75,15 @@ def test_teachers_that_follow_go_on_as_if_nothing_had_happened(tmp_path, capfd):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert start(straight, *FOLLOWING) == 0
     assert start(stopped, *FOLLOWING, stop_at=("step 1", 1)) == EXIT_STOPPED
-    frozen = [option for option in FOLLOWING if "ema" not in option]
-    other = [*frozen, "teacher.lag_steps=9"]
-    assert start(stopped, *other) == 1
-    assert "holds nothing of the teacher 'teacher' that follows" in capfd.readouterr().err
+    late = "teachers.late.lag_steps"
+    for changed, told in (
+        ([f"{late}=2"], f"{late}=3 there, and are teacher.ema_decay, {late}=2 now"),
+        (["teacher.ema_decay=none"], f"there, and are {late}=3 now"),
+        (["teacher.ema_decay=none", "teacher.lag_steps=1"], "are teacher.lag_steps=1, teachers"),
+        (["data.teacher_prompt_template=8 {prompt}"], "whose teachers read other prompts"),
+    ):
+        with pytest.raises(ProcessRaisedException, match=re.escape(told)):
+            start(stopped, *FOLLOWING, *changed)
     assert start(stopped, *FOLLOWING) == 0
     assert rows(stopped) == rows(straight)
     ours, theirs = (load_file(path / "hf/model.safetensors") for path in (stopped, straight))
