@@ -152,7 +152,8 @@ def work_dir(tmp_path_factory) -> Path:
             if prompts.endswith(".jsonl"):
                 (path / prompts).parent.mkdir(exist_ok=True)
                 (path / prompts).write_text(
-                    '{"prompt": "What is 2 + 3?", "answer": "5", "response": "It is 5."}\n'
+                    '{"prompt": "What is 2 + 3?", "answer": "5", "response": "It is 5.", '
+                    '"solution": "2 + 3 = 5"}\n'
                 )
     return path
 

@@ -81,6 +81,42 @@ def test_sampler_draws_problems_evenly_and_only_their_own_traces(tool):
     assert min(seen.values()) > 900  # 1,000 expected, standard deviation 22
 
 
+def test_a_shown_solution_is_right_and_half_of_the_answers_follow_it(tool):
+    """In front stands a solution of the same problem, as the template writes it; behind it comes
+    the same one as often as FOLLOWED and chance say, else another right one."""
+    tokenizer = countdown.build_tokenizer()
+    by_count = sorted(countdown.split("train"), key=countdown.num_valid_traces)
+    problem = by_count[-1]
+    sampler = tool.TraceSampler([problem], torch.Generator().manual_seed(0))
+    followed = 0
+    for ids in sampler.draw_shown(1_000).tolist():
+        answer = tokenizer.decode(ids[-countdown.RESPONSE_LENGTH : -1])
+        read = tokenizer.decode(ids[: -countdown.RESPONSE_LENGTH])
+        shown = read.removesuffix(f" ; {problem.prompt_text()}")
+        assert read == tool.SHOWN_TEMPLATE.format(solution=shown, prompt=problem.prompt_text())
+        assert countdown.verify(problem, shown) and countdown.verify(problem, answer)
+        assert ids[-1] == tokenizer.eos_token_id
+        followed += answer == shown
+    # Standard deviation 16; a draw among all the others follows by chance, too.
+    expected = 1_000 * (tool.FOLLOWED + (1 - tool.FOLLOWED) / countdown.num_valid_traces(problem))
+    assert abs(followed - expected) < 70, (followed, expected)
+
+
+def test_a_privileged_model_goes_on_from_the_shipped_one_on_both_prompts(tool, monkeypatch):
+    """It has that model's weights at step 0, and prompts of both kinds by turns."""
+    seen = []
+    loss = tool.response_loss
+    monkeypatch.setattr(
+        tool, "response_loss", lambda model, ids: (seen.append(ids.shape[1]), loss(model, ids))[1]
+    )
+    own = tool.RECIPES["privileged_student"]
+    untouched = tool.train_model("student", replace(own, steps=0), seed=0)
+    for name, weight in AutoModelForCausalLM.from_pretrained(MODELS / "student").named_parameters():
+        assert torch.equal(weight, untouched.get_parameter(name)), name
+    tool.train_model("student", replace(own, steps=4, batch_size=4), seed=0)
+    assert seen == [25, 43, 25, 43]
+
+
 def test_saved_directory_loads_with_the_auto_classes(tool, recipe, tmp_path, monkeypatch):
     """What save_model writes is an ordinary Qwen3 directory with the same weights."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -4,6 +4,10 @@
 In: nothing, the task enumerates its own data. Out: two Hugging Face directories, OUTPUT/teacher and
 OUTPUT/student, that any Qwen3 loader reads. The student is stopped early on purpose: distillation
 is to have something to teach it.
+
+With --which privileged: OUTPUT/privileged_teacher and OUTPUT/privileged_student, the two shipped
+models trained further, on plain prompts and on prompts with a solution in front of them by turns.
+They can be shown a solution, and answer as well without one.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +30,8 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from megatron_eopd.evaluation.estimators import Outcome, figures
 from megatron_eopd.tasks import countdown
 
-# Shapes: N traces, P problems, B sequences, S = 25 prompt and response tokens, R = 18 response
-# tokens, V vocabulary.
+# Shapes: N traces, P problems, B sequences, S = 25 prompt and response tokens, 43 with a solution
+# in front, R = 18 response tokens, V vocabulary.
 
 EXAMPLES = """examples:
   python tools/make_toy_models.py
@@ -35,9 +40,17 @@ EXAMPLES = """examples:
       train the student again and replace it
   python tools/make_toy_models.py --output /tmp/models --steps-scale 0.01
       a trial run whose models have learnt nothing
+  python tools/make_toy_models.py --which privileged --output runs/privileged_models
+      the two that can be shown a solution
 """
 
 KS = (1, 4, 8, 16)
+SHIPPED = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "models"
+SHOWN_TEMPLATE = "{solution} ; {prompt}"
+"""How a solution is shown, as data.teacher_prompt_template has it."""
+FOLLOWED = 0.5
+"""How often the answer behind a shown solution is that one in training. Else it is any right one,
+as the student's will be: a model that has only copied says nothing of use behind another start."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,9 @@ class Recipe:
     warmup_steps: int = 100
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    start: Path | None = None
+    """A model to go on from, of this shape, with prompts of both kinds by turns. Default: random
+    weights, and plain prompts."""
 
 
 RECIPES = {
@@ -62,6 +78,17 @@ RECIPES = {
     "student": Recipe(
         hidden_size=64, num_layers=2, intermediate_size=128, steps=750, batch_size=128, lr=3e-3
     ),
+}
+RECIPES |= {
+    f"privileged_{name}": replace(
+        RECIPES[name], steps=steps, batch_size=64, lr=1e-3, start=SHIPPED / name
+    )
+    for name, steps in (("teacher", 1200), ("student", 1600))
+}
+CHOICES = {name: (name,) for name in RECIPES}
+CHOICES |= {
+    "both": ("teacher", "student"),
+    "privileged": ("privileged_teacher", "privileged_student"),
 }
 
 
@@ -79,6 +106,7 @@ class TraceSampler:
         # One token per word, so the vocabulary is all there is to it; calling it takes 3 x longer.
         tokenizer = countdown.build_tokenizer()
         id_of = tokenizer.get_vocab()
+        self.separator_id = id_of[";"]
         all_traces = countdown.all_problems()
         texts = [
             f"{problem.prompt_text()} {trace} {tokenizer.eos_token}"
@@ -95,11 +123,29 @@ class TraceSampler:
 
     def draw(self, batch_size: int) -> torch.Tensor:
         """Token ids [B, S]."""
-        problem_B = torch.randint(len(self.num_traces_P), (batch_size,), generator=self.generator)
+        return self.token_ids_NS[self._traces_of(self._problems(batch_size))]
+
+    def draw_shown(self, batch_size: int) -> torch.Tensor:
+        """Token ids [B, S]: one of the problem's solutions, a semicolon, and what `draw` gives. The
+        response is the solution that was shown with a chance of FOLLOWED, else another draw."""
+        problem_B = self._problems(batch_size)
+        shown_B, answer_B = self._traces_of(problem_B), self._traces_of(problem_B)
+        follows_B = torch.rand(batch_size, generator=self.generator) < FOLLOWED
+        answer_B = torch.where(follows_B, shown_B, answer_B)
+        # The end-of-sequence token behind a trace stands where a semicolon does between two steps.
+        solution_BR = self.token_ids_NS[shown_B, countdown.PROMPT_LENGTH :].clone()
+        solution_BR[:, -1] = self.separator_id
+        return torch.cat([solution_BR, self.token_ids_NS[answer_B]], dim=1)
+
+    def _problems(self, batch_size: int) -> torch.Tensor:
+        return torch.randint(len(self.num_traces_P), (batch_size,), generator=self.generator)
+
+    def _traces_of(self, problem_B: torch.Tensor) -> torch.Tensor:
+        """One of each problem's."""
         # float64: the product must stay below the count, and rounding up would leave the problem.
-        uniform_B = torch.rand(batch_size, generator=self.generator, dtype=torch.float64)
+        uniform_B = torch.rand(len(problem_B), generator=self.generator, dtype=torch.float64)
         offset_B = (uniform_B * self.num_traces_P[problem_B]).long()
-        return self.token_ids_NS[self.first_trace_P[problem_B] + offset_B]
+        return self.first_trace_P[problem_B] + offset_B
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -127,6 +173,12 @@ def build_model(recipe: Recipe) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
+def load_model(directory: Path) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
+    )
+
+
 def lr_factor(step: int, *, steps: int, warmup_steps: int) -> float:
     """Linear warm-up to 1, then half a cosine down to 0 at the last step."""
     if step < warmup_steps:
@@ -146,10 +198,11 @@ def response_loss(model: Qwen3ForCausalLM, token_ids_BS: torch.Tensor) -> torch.
 
 
 def train_model(name: str, recipe: Recipe, *, seed: int, position: int = 0) -> Qwen3ForCausalLM:
-    """Supervised training on random valid traces of the training split."""
+    """Supervised training on random valid traces of the training split; behind prompts of both
+    kinds where the recipe goes on from a model."""
     torch.manual_seed(seed)
     sampler = TraceSampler(countdown.split("train"), torch.Generator().manual_seed(seed))
-    model = build_model(recipe)
+    model = build_model(recipe) if recipe.start is None else load_model(recipe.start)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=recipe.lr,
@@ -162,16 +215,20 @@ def train_model(name: str, recipe: Recipe, *, seed: int, position: int = 0) -> Q
         optimizer, lambda step: lr_factor(step, steps=recipe.steps, warmup_steps=warmup_steps)
     )
     model.train()
+    losses: dict[str, str] = {}
     progress = tqdm(range(recipe.steps), desc=name, position=position, mininterval=1.0)
     for step in progress:
-        loss = response_loss(model, sampler.draw(recipe.batch_size))
+        shows = recipe.start is not None and step % 2 == 1
+        draw = sampler.draw_shown if shows else sampler.draw
+        loss = response_loss(model, draw(recipe.batch_size))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()
         scheduler.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if step % 50 < 2:
+            losses["shown" if shows else "loss"] = f"{loss.item():.3f}"
+            progress.set_postfix(losses, refresh=False)
     return model.eval()
 
 
@@ -204,17 +261,24 @@ def save_model(model: Qwen3ForCausalLM, directory: Path) -> None:
 
 @torch.inference_mode()
 def evaluate(
-    model: Qwen3ForCausalLM, problems: list[countdown.Problem], *, num_samples: int, seed: int
+    model: Qwen3ForCausalLM,
+    problems: list[countdown.Problem],
+    *,
+    num_samples: int,
+    seed: int,
+    prompts: list[str] | None = None,
 ) -> dict[str, float]:
-    """pass@k and diversity of samples at temperature 1."""
+    """pass@k and diversity of samples at temperature 1. `prompts`: what the model reads, equally
+    many tokens for each problem. Default: the problems alone."""
     tokenizer = countdown.build_tokenizer()
     torch.manual_seed(seed)
     outcomes, task = [], countdown.Countdown()
+    prompts = prompts or [problem.prompt_text() for problem in problems]
     for start in range(0, len(problems), 50):
         chunk = problems[start : start + 50]
-        prompts = tokenizer([problem.prompt_text() for problem in chunk], return_tensors="pt")
+        encoded = tokenizer(prompts[start : start + 50], return_tensors="pt")
         output_ids = model.generate(
-            **prompts,
+            **encoded,
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -224,7 +288,7 @@ def evaluate(
             pad_token_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode(
-            output_ids[:, countdown.PROMPT_LENGTH :], skip_special_tokens=True
+            output_ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
         )
         for i, problem in enumerate(chunk):
             responses = texts[i * num_samples : (i + 1) * num_samples]
@@ -263,7 +327,7 @@ def make_model(
     } | report
 
 
-def check_output(output: Path, names: list[str], *, force: bool) -> None:
+def check_output(output: Path, names: Sequence[str], *, force: bool) -> None:
     """Refuse to overwrite before any time is spent on training."""
     existing = [str(output / name) for name in names if (output / name).exists()]
     if existing and not force:
@@ -293,7 +357,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("examples/quickstart/models"), help="parent directory"
     )
-    parser.add_argument("--which", choices=[*RECIPES, "both"], default="both")
+    parser.add_argument("--which", choices=CHOICES, default="both")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--force", action="store_true", help="replace models that already exist")
     parser.add_argument(
@@ -307,7 +371,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    names = list(RECIPES) if arguments.which == "both" else [arguments.which]
+    names = CHOICES[arguments.which]
     try:
         check_output(arguments.output, names, force=arguments.force)
     except ValueError as error:
