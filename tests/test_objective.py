@@ -327,6 +327,34 @@ def test_a_clip_of_a_term_that_is_not_there_is_refused():
             ObjectiveConfig.model_validate({"name": name, f"{term}_clip": 2})
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "switch", "on", "off"),
+    [
+        ("gate_width", 0.3, "gate", "sigmoid", "hard"),
+        ("gate_quantile", 0.3, "gate", "quantile", "hard"),
+        ("gate_max_overlap", 0.3, "gate", "disagreement", "hard"),
+        ("early_token_gain", 2.0, "token_weight", "early", "uniform"),
+        ("entropy_weight_floor", 0.5, "entropy_weight", "confidence", "uniform"),
+        ("entropy_weight_scale", 2.0, "entropy_weight", "confidence", "uniform"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(option, value, switch, on, off):
+    """Unless it has its default, as it has in the config.json of a run that left it out."""
+    told = f"{option}={value:g} would be ignored with {switch}={off}.*set {switch}={on}"
+    with pytest.raises(ValueError, match=told):
+        ObjectiveConfig.model_validate({option: value})
+    assert getattr(ObjectiveConfig.model_validate({option: value, switch: on}), option) == value
+    every = ObjectiveConfig().model_dump()
+    assert ObjectiveConfig.model_validate(every).model_dump() == every
+
+
+def test_the_gate_of_a_preset_reads_its_options():
+    """And of the option `gate`, where that takes the place of the preset's."""
+    assert ObjectiveConfig(name="eopd_mix", gate_width=0.3).gate_width == 0.3
+    with pytest.raises(ValueError, match=r"gate_width=0\.3 would be ignored with gate=hard"):
+        ObjectiveConfig(name="eopd_mix", gate="hard", gate_width=0.3)
+
+
 def test_contradicting_parts_are_refused_with_the_option_to_set(tmp_path):
     toml = tmp_path / "run.toml"
     toml.write_text('run_dir = "r"\n[student]\nhf_path = "s"\n[teacher]\nhf_path = "t"\n')

@@ -50,6 +50,7 @@ def config(*overrides: str):
         ([f"teachers.all.hf_path={MODELS / 'teacher'}"], "all stands for every teacher"),
         (["teachers.a/b.hf_path=x"], "names metrics, too"),
         ([*MORE, "teacher.weight=0"], "greater than 0"),
+        (["teacher.weight=0.5"], "teacher.weight=0.5 .* only \\[teacher\\].* set training.lr"),
     ],
 )
 def test_options_that_contradict_each_other(overrides, message):

@@ -24,7 +24,7 @@ NORMALIZATIONS = ["teacher", "student", "both", "neither", "tail"]
 
 def objectives() -> list[ObjectiveConfig]:
     """Everything that the top k is enough for: all estimators, gates and combinations of them."""
-    common = {"entropy_threshold": 2.0, "gate_width": 0.5, "top_k": K}
+    common = {"entropy_threshold": 2.0, "top_k": K}
     options = [
         {"name": "eopd", "reverse_kl": "topk", "forward_kl": "topk", "gate": "always"}
         | {"top_k_normalization": normalization}
@@ -33,7 +33,7 @@ def objectives() -> list[ObjectiveConfig]:
     options += [
         {"name": "eopd_paper"},
         {"name": "opd_sampled"},
-        {"name": "eopd_mix", "reverse_kl": "topk", "forward_kl": "topk"},
+        {"name": "eopd_mix", "reverse_kl": "topk", "forward_kl": "topk", "gate_width": 0.5},
         {"name": "eopd_paper", "gate": "student", "entropy_threshold": 3.25},
         {"name": "eopd_paper", "gate": "disagreement", "gate_max_overlap": 1 / 6},
         {"name": "eopd_paper", "reverse_kl_clip": 1.2, "forward_kl_clip": 3.1},

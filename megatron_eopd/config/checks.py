@@ -168,6 +168,12 @@ def _check_teachers(config: "Config") -> None:
                 f"teachers.{name}.microbatches_per_exchange would be ignored: all teachers "
                 f"hand over the same portions. Set teacher.microbatches_per_exchange."
             )
+    if not config.teachers and config.teacher.weight != 1:
+        raise ValueError(
+            f"teacher.weight={config.teacher.weight:g} is of one teacher among several, and there "
+            f"is only [teacher]: it would scale the learning signal. Leave it out; for larger or "
+            f"smaller steps set training.lr."
+        )
 
 
 def _check_self_teachers(config: "Config") -> None:

@@ -8,6 +8,17 @@ from pydantic import Field, model_validator
 from megatron_eopd.config.section import Section
 from megatron_eopd.objectives import FORWARD_KL, GATES, PRESETS, REVERSE_KL, Formula
 
+READ_WITH = {
+    "gate_width": ("gate", "sigmoid"),
+    "gate_quantile": ("gate", "quantile"),
+    "gate_max_overlap": ("gate", "disagreement"),
+    "early_token_gain": ("token_weight", "early"),
+    "entropy_weight_floor": ("entropy_weight", "confidence"),
+    "entropy_weight_scale": ("entropy_weight", "confidence"),
+}
+"""Option → the one other option, and its value, with which it is read. Not the thresholds: whatever
+the gate, metrics and recordings say which tokens are above them."""
+
 
 class ObjectiveConfig(Section):
     name: Literal[*PRESETS] = "eopd"
@@ -157,4 +168,22 @@ class ObjectiveConfig(Section):
                 f"inplace_backward=true overwrites logits that reverse_kl={formula.reverse_kl} or "
                 f"forward_kl={formula.forward_kl} reads once more. Set inplace_backward=false."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "ObjectiveConfig":
+        """Defaults are let through: the config.json of a run holds every option."""
+        switches = {
+            "gate": self.formula.gate,
+            "token_weight": self.token_weight,
+            "entropy_weight": self.entropy_weight,
+        }
+        for option, (switch, needed) in READ_WITH.items():
+            value = getattr(self, option)
+            is_asked = value != type(self).model_fields[option].default
+            if is_asked and switches[switch] != needed:
+                raise ValueError(
+                    f"{option}={value:g} would be ignored with {switch}={switches[switch]}. Leave "
+                    f"{option} out, or set {switch}={needed}."
+                )
         return self

@@ -61,6 +61,10 @@ THRESHOLD = {"float32": 2.8, "bfloat16": 2.135}
 QUANTILE = {"float32": 0.6, "bfloat16": 0.058}
 STUDENT_THRESHOLD = {"float32": 4.85, "bfloat16": 4.396}
 MAX_OVERLAP = {"float32": 0.0, "bfloat16": 0.25}
+OF_GATES = {
+    "quantile": ("gate_quantile", QUANTILE),
+    "disagreement": ("gate_max_overlap", MAX_OVERLAP),
+}
 # Above all terms in bfloat16.
 CLIP = {
     "reverse_kl": {"float32": 3.3, "bfloat16": 50.0},
@@ -96,13 +100,14 @@ def case_of(setting: Setting) -> Case:
         "inplace_backward": setting["inplace"] == "yes",
         "top_k": 4,
         "top_k_support": setting["support"],
-        "gate_quantile": QUANTILE[dtype],
-        "gate_max_overlap": MAX_OVERLAP[dtype],
         "entropy_threshold": thresholds[dtype],
         "token_weight": "early" if is_weighted else setting["weights"],
         "entropy_weight": "confidence" if is_weighted else "uniform",
         "teacher_mixture": setting["mixture"],
     }
+    if setting["gate"] in OF_GATES:
+        option, values = OF_GATES[setting["gate"]]
+        objective[option] = values[dtype]
     if clipped != "none":
         objective[f"{clipped}_clip"] = CLIP[clipped][dtype]
     recompute = None if setting["recompute"] == "none" else setting["recompute"]

@@ -124,8 +124,9 @@ def test_a_sampled_id_that_is_no_token_has_no_probability():
 
 
 def options_to_check() -> list[ObjectiveConfig]:
-    common = {"entropy_threshold": 2.0, "gate_width": 0.5, "top_k": 6, "jsd_beta": 0.3}
-    presets = [common | {"name": name} for name in PRESETS]
+    common = {"entropy_threshold": 2.0, "top_k": 6, "jsd_beta": 0.3}
+    width = {"eopd_mix": {"gate_width": 0.5}}
+    presets = [common | {"name": name} | width.get(name, {}) for name in PRESETS]
     top_k = [
         common
         | {"name": "eopd", "reverse_kl": "topk", "forward_kl": "topk", "gate": "always"}
@@ -144,14 +145,14 @@ def options_to_check() -> list[ObjectiveConfig]:
         common | {"name": "eopd_paper", "reverse_kl_clip": 1.2, "forward_kl_clip": 3.9},
         common | {"name": "jsd", "forward_kl_clip": 0.3},
     ]
+    # As many shared tokens as some rows have.
+    disagreement = {"gate": "disagreement", "gate_max_overlap": 1 / 6}
     more += [
-        common | {"name": name, "gate": "disagreement"} | {"top_k_support": support}
+        common | disagreement | {"name": name, "top_k_support": support}
         for name in ("eopd", "eopd_paper")
         for support in ("teacher", "student", "union")
     ]
-    overlaps = {"gate_max_overlap": 1 / 6}  # as many shared tokens as some rows have
-    every = [overlaps | options for options in presets + top_k + more]
-    return [ObjectiveConfig.model_validate(options) for options in every]
+    return [ObjectiveConfig.model_validate(options) for options in presets + top_k + more]
 
 
 def check_objectives(N: int, W: int):

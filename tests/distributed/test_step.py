@@ -214,7 +214,7 @@ def test_a_recorded_batch_gives_one_step_on_every_layout(tmp_path, capsys):
 
 OBJECTIVES = [
     {"name": "eopd_paper", "top_k": 4},
-    {"name": "eopd_mix", "head": "chunked", "head_chunk_size": 5},
+    {"name": "eopd_mix", "gate_width": 0.5, "head": "chunked", "head_chunk_size": 5},
     {"name": "eopd", "head": "chunked", "head_chunk_size": 7},
     {"name": "eopd", "gate": "quantile", "gate_quantile": 0.6},
     {"name": "eopd", "inplace_backward": True, "token_weight": "position"},
@@ -243,7 +243,7 @@ def test_every_objective_and_head_agree_with_transformers(
         make_config(
             student_dir,
             teacher_dir,
-            objective={"entropy_threshold": 2.8, "gate_width": 0.5} | options,
+            objective={"entropy_threshold": 2.8} | options,
         )
         for options in OBJECTIVES
         if not tied or options.get("head") == "chunked"
