@@ -18,6 +18,7 @@ from megatron_eopd.data.boxed import last_box
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.evaluation.grading_pool import GradingPool, check_answers
 from megatron_eopd.tasks.math import PRESETS, MathTask, last_number, plain_number
+from megatron_eopd.tasks.registry import row_of
 from megatron_eopd.tasks.task import Grade, Verdict
 from tests.real_data import real_data
 
@@ -254,6 +255,17 @@ def test_problems_of_a_preset(preset, tmp_path):
     assert [p.where for p in problems] == [f"{tmp_path}/rows.jsonl line {n}" for n in (1, 2)]
     assert {p.answer for p in problems} == {"42"}
     assert task.grade("42", task.right_response("42")).verdict is Verdict.RIGHT
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_teachers_may_be_shown_all_columns_of_a_problem(preset, tmp_path):
+    """As those of a prompt file; the answer is the one that is graded."""
+    names = PRESETS[preset].prompts[0], PRESETS[preset].answers[0]
+    row = {names[0]: "6 * 7?", names[1]: "42.0 ", "solution": "6 times 7", "more": {"level": 5}}
+    (problem,) = MathTask("t", write_rows(tmp_path / "rows.jsonl", [row]), preset).problems()
+    columns = row_of(problem).columns
+    assert (columns["solution"], columns["more"]) == ("6 times 7", {"level": 5})
+    assert columns["answer"] == problem.answer == "42.0"
 
 
 def test_the_suffix_can_be_another(tmp_path):

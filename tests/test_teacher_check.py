@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from importlib.metadata import version
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,24 +134,35 @@ def test_the_first_prompt_that_is_not_long_is_asked():
     assert first([*prompts[:2], long_to_it], "teacher").index == 1
 
 
-def test_an_agreement_is_remembered_for_the_same_teacher_alone(tmp_path, qwen3_dir):
-    """Not for other files, types, payloads or swaps; for another layout."""
+def test_an_agreement_is_remembered_for_the_same_teacher_alone(tmp_path, qwen3_dir, monkeypatch):
+    """Not for other files, types, payloads, swaps, kernels or libraries; for another layout."""
     folder = tmp_path / "teacher"
     folder.mkdir()
     for file in qwen3_dir.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
 
-    def identity(swaps=(), **options):
+    def identity(swaps=(), device="cpu", layers="auto", **options):
         tree = {"run_dir": tmp_path, "student": {"hf_path": qwen3_dir}}
-        own = {"teacher": {"hf_path": folder} | options}
-        return remembered.identity("teacher", Config.model_validate(tree | own), swaps)
+        own = {"teacher": {"hf_path": folder} | options, "model": {"transformer_impl": layers}}
+        return remembered.identity("teacher", Config.model_validate(tree | own), swaps, device)
 
     first = identity()
     assert remembered.read(tmp_path) == {}
     remembered.write(tmp_path, {"teacher": first})
     assert remembered.read(tmp_path)["teacher"] == identity() == first
     assert identity(parallel={"tensor_model_parallel_size": 2}) == first
+    assert identity(layers="local") == first, "which is what auto comes to here"
     others = [identity(dtype="bfloat16"), identity(payload="logits"), identity(swaps=[(1, 2)])]
+    others.append(identity(device="cuda"))
+    libraries = ["torch", "megatron-core", "transformers"]
+    for library in libraries:
+        with monkeypatch.context() as patch:
+            patch.setattr(remembered, "version", lambda n, o=library: version(n) + "x" * (n == o))
+            others.append(identity())
+    with monkeypatch.context() as patch:
+        patch.setattr(remembered, "uses_transformer_engine", lambda _model: True)
+        patch.setattr(remembered, "version", lambda n: version(n) if n in libraries else "2.0")
+        others.append(identity())
     assert all(other != first for other in others)
     os.utime(folder / "model.safetensors", ns=(1, 1))
     assert identity() != first

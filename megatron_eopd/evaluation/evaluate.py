@@ -62,6 +62,8 @@ class Evaluator:
     teachers: TeacherPool
     token_loss: TokenLoss | None
     """None without a teacher: then no divergences are measured."""
+    checkpoint: Path | None = None
+    """Which the weights were read from; None of a run that goes on."""
 
     def evaluate(
         self, problem_sets: Sequence[ProblemSet], directory: Path, model: Json, *, anew: bool
@@ -112,8 +114,8 @@ class Evaluator:
                     )
                     if self.token_loss is not None:
                         path = directory / f"{problems.name}.measured.jsonl"
-                        told = measuring_settings(self.config, size) | {"samples": drawn}
-                        measured = Measured(path, told, anew=anew)
+                        told = measuring_settings(problems, self.config, size, self.checkpoint)
+                        measured = Measured(path, told | {"samples": drawn}, anew=anew)
             raise_together(errors, self.context.cpu_group)
             keeper = self._keeper(problems, directory, model)
             if anew and pool is not None:

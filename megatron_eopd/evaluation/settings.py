@@ -3,20 +3,36 @@ and values, which reports and sample files carry and comparisons hold against ea
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_eopd.checkpoints.files import CHECKSUMS, DONE
-from megatron_eopd.config import Config
+from megatron_eopd.config import Config, TeacherConfig
 from megatron_eopd.data.encoding import PromptEncoder
 from megatron_eopd.data.prompt_files import Row
 from megatron_eopd.data.tokenizer import Tokenizer
 from megatron_eopd.evaluation.problems import ProblemSet
 from megatron_eopd.model_paths import resolve_checkpoint
+from megatron_eopd.models.megatron_config import uses_transformer_engine
+from megatron_eopd.records import teacher_name
 
 Json = dict[str, Any]
 NUM_PIECES, PIECE_BYTES = 64, 16 * 2**10
+OF_MEMORY_ALONE = {"head", "head_chunk_size", "inplace_backward"}
+"""Options of the loss that change no figure."""
+WHERE_IT_SITS = {
+    "placement",
+    "world_size",
+    "parallel",
+    "microbatches_per_exchange",
+    "offload",
+    "check",
+}
+"""Options of a teacher that change no figure."""
+TOLD_APART = {"hf_path", "dtype", "prompt"}
+"""Those for which there is something surer: files, the type that is meant, tokens."""
 
 
 def sampling_settings(
@@ -42,16 +58,40 @@ def sampling_settings(
     }
 
 
-def measuring_settings(config: Config, chunk_size: int) -> Json:
-    """Of divergences."""
+def measuring_settings(
+    problems: ProblemSet, config: Config, chunk_size: int, checkpoint: Path | None
+) -> Json:
+    """Of divergences. `checkpoint`: which holds the teachers that follow the student; None where
+    they are as they began, or as a run that goes on has them."""
+    follows = any(teacher.follows for teacher in config.all_teachers.values())
     return {
-        "teachers": {name: model_identity(t.hf_path) for name, t in config.all_teachers.items()},
-        "payloads": [t.payload for t in config.all_teachers.values()],
+        "teachers": {
+            section: _teacher(teacher, config) | {"prompts": _prompts_digest(problems, section)}
+            for section, teacher in config.all_teachers.items()
+        },
+        "followers": model_identity(checkpoint)["digest"] if follows and checkpoint else None,
+        "objective": config.objective.model_dump(mode="json", exclude=OF_MEMORY_ALONE),
         "student_temperature": config.student_temperature,
         "teacher_temperature": config.teacher_temperature,
-        "entropy_threshold": config.objective.entropy_threshold,
+        "dtype": config.model.dtype,
+        "transformer_engine": uses_transformer_engine(config.model),
         "problems_at_once": chunk_size,
     }
+
+
+def _teacher(teacher: TeacherConfig, config: Config) -> Json:
+    return {
+        **teacher.model_dump(mode="json", exclude=WHERE_IT_SITS | TOLD_APART),
+        "model": model_identity(teacher.hf_path),
+        "dtype": config.dtype_of(teacher),
+    }
+
+
+def _prompts_digest(problems: ProblemSet, section: str) -> str:
+    """Of the tokens that a teacher reads, and of which problems it scores."""
+    name = teacher_name(section)
+    read = [p.ids_for(name) if p.is_scored_by(name) else None for p in problems.prompts]
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
 
 def template_digest(config: Config, tokenizer: Tokenizer) -> str:

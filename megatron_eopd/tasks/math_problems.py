@@ -43,7 +43,8 @@ def read_problems(
             unanswered.append(where)
         text = f"{chat.text}\n{suffix}" if suffix else chat.text
         context = tuple(Turn(*message) for message in chat.context)
-        problems.append(Problem(where, text, answer, context))
+        # Whatever its column holds, the answer is what a prompt file made of these rows has there.
+        problems.append(Problem(where, text, answer, context, row | {"answer": answer}))
     if unanswered:
         raise ConfigError(
             f"{len(unanswered)} of {len(problems)} problems have no text or no answer"

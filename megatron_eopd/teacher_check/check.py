@@ -85,7 +85,7 @@ def _due(session: Session, tokenizers: RunTokenizers) -> list[str]:
     for section, teacher in config.all_teachers.items():
         for line in lines_about(section, config, tokenizers):
             log.line(line)
-        known = before.get(section) == _identity(section, config, tokenizers)
+        known = before.get(section) == _identity(section, session, tokenizers)
         why_not = reason_to_skip(section, teacher, session.prompts, is_known=known)
         if teacher.follows and session.resumed_from is not None:
             why_not = "it follows the student, and is no longer what its files say."
@@ -96,8 +96,9 @@ def _due(session: Session, tokenizers: RunTokenizers) -> list[str]:
     return due
 
 
-def _identity(section: str, config: Config, tokenizers: RunTokenizers) -> dict:
-    return remembered.identity(section, config, tokenizers.swaps[section])
+def _identity(section: str, session: Session, tokenizers: RunTokenizers) -> dict:
+    device = session.context.device.type
+    return remembered.identity(section, session.config, tokenizers.swaps[section], device)
 
 
 def reason_to_skip(
@@ -156,6 +157,7 @@ def first_prompt(prompts: PromptSet, teacher: str) -> Prompt | None:
 
 def _ask_all(due: Sequence[str], session: Session, tokenizers: RunTokenizers) -> list[Compared]:
     """On rank 0: one model after the other, so that only one is in memory."""
+    remembered.forget(session.config.run_dir, due)
     return [_ask(section, session, tokenizers) for section in due]
 
 
@@ -230,7 +232,7 @@ def _settle(
         verdict = judge(ours, each.opinion, precision)
         if verdict.agrees:
             session.log.line(_agreement(each, verdict, precision))
-            agreed[each.section] = _identity(each.section, config, tokenizers)
+            agreed[each.section] = _identity(each.section, session, tokenizers)
         else:
             failures.append(_disagreement(each, verdict, precision, session))
     remembered.write(config.run_dir, agreed)

@@ -2,24 +2,31 @@
 
 import hashlib
 import json
+from collections.abc import Collection
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megatron_eopd.config import Config
 from megatron_eopd.models.hf_files import weight_files
+from megatron_eopd.models.megatron_config import uses_transformer_engine
 from megatron_eopd.teacher.model import Swaps
 
 FILE = "teacher_check.json"
+LIBRARIES = ("torch", "megatron-core", "transformers")
 
 
-def identity(section: str, config: Config, swaps: Swaps) -> dict[str, Any]:
+def identity(section: str, config: Config, swaps: Swaps, device: str) -> dict[str, Any]:
     """What the comparison's outcome depends on, but for layouts: with another one it is made again.
-    Files count by name, size and time, and config.json by its content."""
+    Files count by name, size and time, and config.json by its content. `device`: `cuda` or `cpu`,
+    whose kernels compute here."""
     teacher = config.all_teachers[section]
     path = teacher.hf_path.resolve()
     stats = [(name, (path / name).stat()) for name in weight_files(path)]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     digest = hashlib.sha256(json.dumps(files).encode() + (path / "config.json").read_bytes())
+    has_te = uses_transformer_engine(config.model)
+    libraries = (*LIBRARIES, "transformer-engine") if has_te else LIBRARIES
     return {
         "path": str(path),
         "files": digest.hexdigest(),
@@ -27,6 +34,9 @@ def identity(section: str, config: Config, swaps: Swaps) -> dict[str, Any]:
         "payload": teacher.payload,
         "temperature": config.teacher_temperature,
         "swaps": [list(pair) for pair in swaps],
+        "device": device,
+        "layers": "transformer_engine" if has_te else "local",
+        "versions": {name: version(name) for name in libraries},
     }
 
 
@@ -44,3 +54,11 @@ def write(run_dir: Path, identities: dict[str, dict[str, Any]]) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(identities, indent=2) + "\n")
     unfinished.replace(path)
+
+
+def forget(run_dir: Path, sections: Collection[str]) -> None:
+    """Until they agree again, however the comparison ends."""
+    before = read(run_dir)
+    kept = {section: known for section, known in before.items() if section not in sections}
+    if kept != before:
+        write(run_dir, kept)

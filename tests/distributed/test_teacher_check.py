@@ -18,6 +18,7 @@ from megatron_eopd.errors import RemoteError, TeacherError
 from megatron_eopd.metrics.rows import read_metrics
 from megatron_eopd.models import load
 from megatron_eopd.parallel.init import free_port
+from megatron_eopd.teacher_check import check, remembered
 from megatron_eopd.teacher_check.check import check_teachers
 from tests.ranks import start_ranks
 
@@ -115,6 +116,7 @@ def _once_more_and_changed(session) -> None:
     assert tokenizers.swaps == {"teacher": [(109, 105)]}
     check_teachers(session, tokenizers)
     assert log(session.config.run_dir).count("agreed when this run began") == 1
+    _fail_at_a_later_start(session, tokenizers)
     # What transformers is asked about trades no places any more, and the end is found elsewhere.
     with pytest.raises((TeacherError, RemoteError), match=r"token 11 of the response, '<eos>'"):
         check_teachers(session, replace(tokenizers, swaps={"teacher": []}))
@@ -126,8 +128,34 @@ def _once_more_and_changed(session) -> None:
         check_teachers(session, tokenizers)
 
 
+def _fail_at_a_later_start(session, tokenizers) -> None:
+    """The next start compares again what failed in the last one, though it agreed in the first."""
+    run_dir, teacher = session.config.run_dir, session.config.teacher
+    always = {"teacher": teacher.model_copy(update={"check": "always"})}
+    at_every_start = replace(session, config=session.config.model_copy(update=always))
+    sound = check.opinion
+
+    def far(*asked):
+        found = sound(*asked)
+        return replace(found, logprobs=tuple(value - 1.0 for value in found.logprobs))
+
+    def broken(*_asked):
+        raise OSError("no such file")
+
+    for other, told in ((far, "not in this run what it is in"), (broken, "cannot be asked")):
+        check.opinion = other
+        with pytest.raises((TeacherError, RemoteError), match=told):
+            check_teachers(at_every_start, tokenizers)
+        check.opinion = sound
+        assert remembered.read(run_dir) == {}
+        before = log(run_dir).count("agrees with transformers")
+        check_teachers(session, tokenizers)
+        assert log(run_dir).count("agrees with transformers") == before + 1
+
+
 def test_a_teacher_is_compared_again_when_it_is_another(tmp_path):
-    """And not before. Tokens that trade places are seen to do so at the end of the response."""
+    """Or failed, and not before. Tokens that trade places are seen to do so at the end of the
+    response."""
     teacher = shutil.copytree(MODELS / "teacher", tmp_path / "teacher")
     for name in ("config.json", "generation_config.json"):
         options = json.loads((teacher / name).read_text())
