@@ -149,8 +149,19 @@ def check(config: Config, world_size: int, *, trains: bool = True) -> Inputs:
             *tokenizers.warnings,
             *(prompts.warnings if prompts else []),
             *shown.warnings(),
+            *_idle_teachers(config),
         ],
     )
+
+
+def _idle_teachers(config: Config) -> list[str]:
+    """Teachers that have nothing to teach."""
+    return [
+        f"[{section}] is the student and reads what the student reads: both say the same, or "
+        f"nearly so. Show it more with data.teacher_prompt_template or {section}.prompt.*."
+        for section, teacher in config.all_teachers.items()
+        if teacher.source == "student" and teacher_name(section) not in shown_more(config)
+    ]
 
 
 def _check_writable(run_dir: Path) -> None:
@@ -373,6 +384,11 @@ def derived_numbers(config: Config, inputs: Inputs, world_size: int) -> dict[str
             section: _describe_teacher(section, placed, config, inputs)
             for section, placed in setup.teachers.items()
         },
+        **(
+            {"mixture of teachers": config.objective.teacher_mixture}
+            if config.objective.teacher_mixture != "none"
+            else {}
+        ),
         "prompts": _describe_prompts(inputs.prompts),
         "prompts / iteration": f"{rollout.batch_size // rollout.samples_per_prompt} × "
         f"{rollout.samples_per_prompt} samples = {rollout.batch_size}",
@@ -441,7 +457,8 @@ def preview(inputs: Inputs) -> str:
     shown = [render_preview(tokenizers.student, prompts[0].prompt_ids)]
     for section, tokenizer in tokenizers.teachers.items():
         own = next((prompt for prompt in prompts if scores(section, prompt)), prompts[0])
-        shown.append(render_preview(tokenizer, own.ids_for(teacher_name(section)), section))
+        who = section if own is prompts[0] else f"{section}, of prompt {own.index},"
+        shown.append(render_preview(tokenizer, own.ids_for(teacher_name(section)), who))
     return "\n".join(["the first prompt", *shown])
 
 
@@ -472,9 +489,18 @@ def _describe_teacher(section: str, placed: Placed, config: Config, inputs: Inpu
     swaps = ", ".join(f"{a} ↔ {b}" for a, b in inputs.tokenizers.swaps[section])
     longest = inputs.prompts.longest_for(teacher_name(section))
     reads = f", reads prompts of up to {longest} tokens" if longest > inputs.prompts.longest else ""
+    what = ""
+    if options.source == "student":
+        way = options.way_of_following or "as it began"
+        if options.ema_decay is not None:
+            way += f"={options.ema_decay:g}"
+        what = f"the student itself, {way}; "
+    if len(config.all_teachers) > 1:
+        own = sum(scores(section, prompt) for prompt in inputs.prompts)
+        what += f"weight {options.weight:g}, scores {own:,} of {len(inputs.prompts):,} prompts; "
     return (
-        f"{placed.layout.describe()}, {options.placement}{reads}; {options.payload}, hidden size "
-        f"{placed.shape.hidden_size:,}, vocabulary padded to {_padded(placed):,}"
+        f"{what}{placed.layout.describe()}, {options.placement}{reads}; {options.payload}, "
+        f"hidden size {placed.shape.hidden_size:,}, vocabulary padded to {_padded(placed):,}"
         f"{f', tokens that trade places {swaps}' if swaps else ''}"
     )
 

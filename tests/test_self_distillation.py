@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 
+from megatron_eopd import preflight
 from megatron_eopd.config import load_config
 from megatron_eopd.errors import ConfigError
 from megatron_eopd.parallel.worlds import student_layout
 from megatron_eopd.planning.activations import Lengths, Platform
 from megatron_eopd.planning.memory import Setup, plan_memory
 from megatron_eopd.planning.shapes import Models
-from tests.test_preflight import MODELS, QUICKSTART, edit_json, refused
+from tests.test_preflight import MODELS, QUICKSTART, ROOT, edit_json, refused
 
 __all__ = ["refused"]
 
@@ -88,3 +89,20 @@ def test_the_planner_counts_what_a_follower_keeps():
     assert teacher_bytes("teacher.ema_decay=0.9") == (2 * frozen, frozen)
     assert teacher_bytes("teacher.lag_steps=3") == (3 * frozen, 0)
     assert teacher_bytes("teacher.ema_decay=0.9", "teacher.offload=true") == (0, frozen)
+
+
+def test_the_dry_run_says_who_the_teacher_is(monkeypatch, tmp_path):
+    """And that one with nothing to teach has nothing to teach."""
+    monkeypatch.chdir(ROOT)
+    run = [f"run_dir={tmp_path}", "rollout.engine=megatron"]
+    own = load_config(QUICKSTART, [*run, *STUDENT, "teacher.ema_decay=0.9"])
+    inputs = preflight.check(own, 2)
+    told = preflight.derived_numbers(own, inputs, 2)["teacher"]
+    assert told.startswith("the student itself, ema_decay=0.9; ")
+    assert any("[teacher] is the student and reads what" in text for text in inputs.warnings)
+    more = ["teachers.more.source=student", "objective.teacher_mixture=divergences"]
+    own = load_config(QUICKSTART, [*run, *more, "teachers.more.weight=0.5"])
+    numbers = preflight.derived_numbers(own, preflight.check(own, 2), 2)
+    told = numbers["teachers.more"]
+    assert told.startswith("the student itself, as it began; weight 0.5, scores 12,")
+    assert numbers["mixture of teachers"] == "divergences"

@@ -80,7 +80,7 @@ def test_a_line_names_one_teacher_or_all(mixture, monkeypatch, tmp_path):
     named = {"prompt": "1 :", "teacher": "all"}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(named))
     if mixture == "none":
-        with pytest.raises(ConfigError, match="teacher='all' is no teacher of this run"):
+        with pytest.raises(ConfigError, match="asks for every teacher, and objective"):
             preflight.check(load_config(QUICKSTART, options), 2)
     else:
         inputs = preflight.check(load_config(QUICKSTART, options), 2)

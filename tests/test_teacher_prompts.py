@@ -253,6 +253,17 @@ def test_a_column_for_teachers_that_no_option_reads_is_told(inputs):
     assert "2 lines have a teacher_prompt, and no option reads it" in told
 
 
+def test_what_a_shell_makes_of_a_template_is_told(inputs):
+    """The question lost at a semicolon, and a line feed that is none."""
+    told = "\n".join(inputs("data.teacher_prompt_template={hint}").warnings)
+    assert "reads '{hint}', in which the question is not" in told
+    told = "\n".join(inputs(r"data.teacher_prompt_template={prompt}\n{hint}").warnings)
+    assert "with a backslash and an n in it" in told
+    own = ["teacher.prompt.template={prompt} {hnt}"]
+    with pytest.raises(ConfigError, match=r"\[teacher\] teacher.prompt.template='{prompt} {hnt}'"):
+        inputs(*own)
+
+
 def test_special_tokens_in_what_a_teacher_reads_are_told(inputs):
     lines = [{"prompt": "1 :", "hint": "2 <eos> 3"}]
     told = "\n".join(inputs(HINT, lines=lines).warnings)

@@ -36,11 +36,17 @@ def check_prompt_template(template: str | None, key: str | None) -> None:
     if template is None:
         return
     if key is not None:
-        raise ValueError(f"one source of the teacher's prompt, and the column {key!r} is another.")
+        raise ValueError(
+            f"one source of the teacher's prompt, and the column {key!r}, which the option named "
+            f"…key says, is another. Leave one of the two out."
+        )
     try:
         fields = fields_of_template(template)
     except ValueError as error:
-        raise ValueError(f"{template!r}: {error}") from None
+        raise ValueError(
+            f"{template!r} is no template: {error}. Write {{column}} for a column, and {{{{ and "
+            f"}}}} for braces."
+        ) from None
     if not fields:
         raise ValueError(
             f"{template!r} names no column, so all prompts would be the same. Write {{prompt}} "
@@ -173,6 +179,11 @@ class TeacherPromptConfig(Section):
         check_prompt_template(value, info.data.get("key"))
         return value
 
+    @property
+    def has_source(self) -> bool:
+        """Whether it says of what the text is made."""
+        return self.key is not None or self.template is not None
+
     def in_place_of(self, data: DataConfig) -> DataConfig:
         """The options by which this teacher's prompts are written.
 
@@ -186,7 +197,7 @@ class TeacherPromptConfig(Section):
         }
         if self.apply_chat_template is False:
             own = {name: DataConfig.model_fields[name].get_default() for name in OF_CHATS} | own
-        if self.key is not None or self.template is not None:
+        if self.has_source:
             own |= {"teacher_prompt_key": self.key, "teacher_prompt_template": self.template}
         if "chat_template_name" in own or "chat_template_file" in own:
             own = {"chat_template_name": None, "chat_template_file": None} | own

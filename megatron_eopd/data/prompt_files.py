@@ -18,7 +18,7 @@ from megatron_eopd.data.chats import (
 )
 from megatron_eopd.data.sources import RowFile, with_progress
 from megatron_eopd.errors import ConfigError
-from megatron_eopd.records import DEFAULT_TEACHER, Turn
+from megatron_eopd.records import ALL_TEACHERS, DEFAULT_TEACHER, Turn
 
 PROMPT_KEYS = ("prompt", "messages", "conversations")
 """Where `data.prompt_key` does not say which, the first of these that has a value in the first
@@ -116,6 +116,11 @@ def _teacher(where: str, row: dict[str, Any], key: str, teachers: Sequence[str])
     teacher = row.get(key)
     if teacher is None:  # parquet has a column in every row or in none
         return teachers[0]
+    if teacher == ALL_TEACHERS and teacher not in teachers:
+        raise ConfigError(
+            f"{where}: {key}={teacher!r} asks for every teacher, and objective.teacher_mixture="
+            f"none. Set it to divergences or distributions, with several teachers, or name one."
+        )
     if teacher not in teachers:
         raise ConfigError(
             f"{where}: {key}={teacher!r} is no teacher of this run. Known are "

@@ -8,6 +8,7 @@ them, and is written with the teacher's own tokenizer. The response behind it is
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from string import Formatter
 from typing import Any, TypeVar
 
@@ -33,9 +34,16 @@ TEACHER_PROMPT = "teacher_prompt"
 class TeacherPrompts:
     """Of one teacher."""
 
-    def __init__(self, section: str, data: DataConfig, tokenizer: Tokenizer) -> None:
-        """`data`: the options by which this teacher's prompts are written; `tokenizer`: its own."""
-        self._section, self._data = section, data
+    def __init__(
+        self,
+        section: str,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        source: str = "data.teacher_prompt_",
+    ) -> None:
+        """`data`: the options by which this teacher's prompts are written; `tokenizer`: its own;
+        `source`: what the options of its text begin with, for messages."""
+        self._section, self._data, self._source = section, data, source
         self._encoder = self._told(lambda: PromptEncoder(data, tokenizer))
         self._template = data.teacher_prompt_template
         key = data.teacher_prompt_key
@@ -84,20 +92,33 @@ class TeacherPrompts:
         if not self._missing:
             return
         told = [f"{name} in {places(wheres)}" for name, wheres in self._missing.items()]
-        source = f"teacher_prompt_template={self._template!r}"
+        option = f"{self._source}template={self._template!r}"
         if self._template is None:
-            source = f"teacher_prompt_key={self._data.teacher_prompt_key}"
+            option = f"{self._source}key={self._data.teacher_prompt_key}"
+        known = {*self._known, QUESTION}
+        near = {name: get_close_matches(name, known, 1) for name in self._missing}
+        guess = "".join(f" Did you mean {match[0]}?" for match in near.values() if match)
         raise ConfigError(
-            f"[{self._section}] data.{source} (or the teacher's own prompt.* in its place): there "
-            f"is no text for {'; '.join(told)}. Columns are "
-            f"{', '.join(sorted(self._known)) or 'none'}, and {{{QUESTION}}} is the question. "
-            f"Correct the name, add what is missing, or take these lines out; "
+            f"[{self._section}] {option}: there is no text for {'; '.join(told)}. Columns are "
+            f"{', '.join(sorted(self._known)) or 'none'}, and {{{QUESTION}}} is the question."
+            f"{guess} Correct the name, add what is missing, or take these lines out; "
             f"tools/prepare_data.py --keep copies a column."
         )
 
     def warnings(self) -> list[str]:
         """What a person should look at."""
         found = self._special.warnings(f"prompts of [{self._section}]")
+        if self._template is not None and QUESTION not in self._names:
+            found.append(
+                f"[{self._section}] reads {self._template!r}, in which the question is not. Write "
+                f"{{{QUESTION}}} where it goes; in a shell put the whole option in single quotes."
+            )
+        if "\\n" in (self._template or ""):
+            found.append(
+                f"[{self._section}] reads {self._template!r} with a backslash and an n in it, "
+                f"which is no line feed. Write it in a TOML file in double quotes, or as $'…' in a "
+                f"shell."
+            )
         if self._last is not None and self._data.apply_chat_template:
             options = self._data.chat_template_kwargs
             found += clock_warnings(self._encoder.tokenizer, self._last, **options)
@@ -156,7 +177,10 @@ def prompts_of_teachers(config: Config, tokenizers: Mapping[str, Tokenizer]) -> 
     for section, teacher in config.all_teachers.items():
         if teacher_name(section) in shown_more(config):
             own = teacher.prompt.in_place_of(data) if teacher.prompt else data
-            found[teacher_name(section)] = TeacherPrompts(section, own, tokenizers[section])
+            is_own = teacher.prompt is not None and teacher.prompt.has_source
+            source = f"{section}.prompt." if is_own else "data.teacher_prompt_"
+            tokenizer = tokenizers[section]
+            found[teacher_name(section)] = TeacherPrompts(section, own, tokenizer, source)
     return PromptsOfTeachers(found)
 
 
