@@ -40,7 +40,7 @@ def test_every_target_stands_right_behind_the_row_that_predicts_it(tp, cp):
     seen = []
     for cp_rank in range(cp):
         layout = layout_of(tp=tp, cp=cp, rank=cp_rank * tp)
-        unscored = [ScoredRollout(r, None) for r in rollouts]
+        unscored = [ScoredRollout(r) for r in rollouts]
         (batch,) = make_microbatches([unscored], layout, CPU)
         assert batch.token_ids_1S.shape[1] % tp == 0
         predicting = batch.token_ids_1S[0, batch.prediction_rows_N]
@@ -55,7 +55,7 @@ def test_padding_never_stands_before_a_token_of_its_sequence(cp):
     """Causal attention then keeps it out of everything that is read."""
     rollouts = [make_rollout(1, 3, 4), make_rollout(2, 1, 7)]
     layout = layout_of(tp=4, cp=cp)
-    (batch,) = make_microbatches([[ScoredRollout(r, None) for r in rollouts]], layout, CPU)
+    (batch,) = make_microbatches([[ScoredRollout(r) for r in rollouts]], layout, CPU)
     ends = batch.sequences.cu_seqlens_q.tolist()
     assert ends[-1] == batch.token_ids_1S.shape[1] * cp
     assert [end % (2 * cp if cp > 1 else 1) for end in ends] == [0] * len(ends)
@@ -68,7 +68,7 @@ def test_signals_lie_at_the_places_of_their_tokens_whoever_gave_them():
     for n, rollout in enumerate(rollouts):
         hidden = torch.tensor(rollout.response_ids).unsqueeze(-1)
         signal = TeacherSignal(("math", "code")[n % 2], HiddenStates(hidden))
-        scored.append(ScoredRollout(rollout, signal))
+        scored.append(ScoredRollout(rollout, (signal,)))
     (batch,) = make_microbatches([scored], layout_of(), CPU)
     assert {part.teacher for part in batch.teacher} == {"math", "code"}
     for part in batch.teacher:
@@ -120,7 +120,7 @@ def test_rounds_are_portions_of_every_ranks_microbatches():
 def test_interleaved_chunks_get_rows_of_one_length():
     rollouts = [make_rollout(i, 1, 3 + 5 * i) for i in range(4)]
     layout = layout_of(tp=2, pp=2, vpp=2)
-    batches = make_microbatches([[ScoredRollout(r, None)] for r in rollouts], layout, CPU)
+    batches = make_microbatches([[ScoredRollout(r)] for r in rollouts], layout, CPU)
     assert len({batch.token_ids_1S.shape for batch in batches}) == 1
 
 

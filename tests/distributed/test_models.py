@@ -31,7 +31,7 @@ def random_rollouts(vocab_size: int, count: int, seed: int) -> list[ScoredRollou
         prompt = Prompt(index, text="", answer="", prompt_ids=ids(3 + index % 4))
         response = ids(5 + index % 7)
         rollouts.append(Rollout(prompt, 0, response, (0.0,) * len(response), "stop", 0))
-    return [ScoredRollout(r, None) for r in rollouts]
+    return [ScoredRollout(r) for r in rollouts]
 
 
 def load(hf_dir, tp, pp, *, sequence_parallel=False):

@@ -76,7 +76,7 @@ def test_both_sources_are_measured_as_dense_float64_does(tp, pp, dp, tmp_path):
 @pytest.mark.parametrize("cp", [1, 2])
 def test_every_token_knows_its_source(cp):
     rollouts = mixed_rollouts()
-    scored = [[ScoredRollout(rollout, None) for rollout in rollouts]]
+    scored = [[ScoredRollout(rollout) for rollout in rollouts]]
     total = sampled = 0
     for rank in range(cp):
         layout = Layout(tp=1, pp=1, dp=1, rank=rank, cp=cp)
