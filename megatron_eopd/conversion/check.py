@@ -122,7 +122,7 @@ def compare_logits(
     prompt = Prompt(0, text="", answer="", prompt_ids=tuple(token_ids[:1]))
     response = tuple(token_ids[1:])
     rollout = Rollout(prompt, 0, response, (0.0,) * len(response), "stop", 0)
-    batches = make_microbatches([[ScoredRollout(rollout, None)]], context.layout, context.device)
+    batches = make_microbatches([[ScoredRollout(rollout)]], context.layout, context.device)
 
     def at_last_stage(batch: MicroBatch, hidden_S1H: torch.Tensor) -> torch.Tensor:
         logits_SV = model.lm_head(model.pick_rows(hidden_S1H, batch.prediction_rows_N))
