@@ -94,7 +94,7 @@ def test_a_run_leaves_everything_that_it_promises(first_run):
     names = (ROOT / "docs/metrics.md").read_text()
     for name in {name for row in rows for name in row} - {"iteration"}:
         documented = re.sub(r"(?<=[@^])\d+", "k", re.sub(r"eval/\w+/", "eval/<task>/", name))
-        documented = re.sub(r"^engine/\d+/", "engine/N/", documented)
+        documented = re.sub(r"^(engine|by_position|by_entropy)/\d+/", r"\1/N/", documented)
         assert f"`{documented}`" in names, f"{name} is not in docs/metrics.md"
 
 
