@@ -29,7 +29,6 @@ are finite."""
 DEFAULT_TEACHER = "teacher"
 """The one of the section `[teacher]`; the others have the names of `[teachers.NAME]`."""
 
-
 ALL_TEACHERS = "all"
 """In the place of a teacher's name: every one scores the same tokens."""
 

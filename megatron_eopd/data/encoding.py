@@ -26,7 +26,7 @@ class PromptEncoder:
             self.tokenizer = tokenizer.with_template(
                 data.chat_template_name, data.chat_template_file
             )
-        self._share = shared_ids(tokenizer)
+        self.share = shared_ids(tokenizer)
 
     def turns(self, row: Row) -> tuple[Turn, ...]:
         """The whole chat as the model is shown it, the user's question with its suffix last.
@@ -56,9 +56,14 @@ class PromptEncoder:
         Raises:
             ConfigError: as `turns`; or the template refuses the chat.
         """
-        return self._encode(row.where, self.turns(row))
+        return self.encode(row.where, self.turns(row))
 
-    def _encode(self, where: str, turns: Sequence[Turn]) -> TokenIds:
+    def encode(self, where: str, turns: Sequence[Turn]) -> TokenIds:
+        """Of what `turns` made, for those who look at the turns themselves.
+
+        Raises:
+            ConfigError: the template refuses the chat.
+        """
         if not self._data.apply_chat_template:
             return self.tokenizer.encode(turns[-1].content)
         try:
@@ -76,7 +81,7 @@ class PromptEncoder:
             ConfigError: as `ids`; or nothing is left of the row, or too much.
         """
         turns = self.turns(row)
-        prompt_ids = self._share(self._encode(row.where, turns))
+        prompt_ids = self.share(self.encode(row.where, turns))
         if not 0 < len(prompt_ids) <= self._data.max_prompt_length:
             raise ConfigError(
                 f"{row.where}: {len(prompt_ids)} tokens, allowed are 1 to data.max_prompt_length="

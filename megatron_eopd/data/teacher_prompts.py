@@ -16,7 +16,7 @@ from megatron_eopd.config import Config, DataConfig
 from megatron_eopd.config.data import fields_of_template
 from megatron_eopd.data.chats import is_blank, is_unicode
 from megatron_eopd.data.columns import ABSENT, look_up
-from megatron_eopd.data.encoding import PromptEncoder, TokenIds, shared_ids
+from megatron_eopd.data.encoding import PromptEncoder, TokenIds
 from megatron_eopd.data.prompt_files import Row, places, read_prompt
 from megatron_eopd.data.prompt_warnings import SpecialTexts, clock_warnings
 from megatron_eopd.data.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class TeacherPrompts:
         self._template = data.teacher_prompt_template
         key = data.teacher_prompt_key
         self._names = [key] if key else fields_of_template(self._template or f"{{{QUESTION}}}")
-        self._special, self._share = SpecialTexts(tokenizer), shared_ids(tokenizer)
+        self._special = SpecialTexts(tokenizer)
         self._num_cut = 0
         self._last: tuple[Turn, ...] | None = None
         """Of the prompts, which stands for all."""
@@ -79,10 +79,10 @@ class TeacherPrompts:
     def _ids(self, row: Row) -> TokenIds:
         self._last = self._encoder.turns(row)
         self._special.look_at(row.where, (turn.content for turn in self._last))
-        ids = self._encoder.ids(row)
+        ids = self._encoder.encode(row.where, self._last)
         if not ids:  # then no token would predict the first one of a response
             raise ConfigError(f"{row.where}: the teacher's prompt comes out as no token at all.")
-        return self._share(ids)
+        return self._encoder.share(ids)
 
     def check(self) -> None:
         """
