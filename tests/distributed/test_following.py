@@ -76,32 +76,25 @@ class Run:
         self.rounds = rounds_of(packed, exchange_size(config))
 
     def step(self, number: int) -> dict[str, float]:
-        progress = Progress(iterations=number, steps=number, train_iters=STEPS)
-        report = train_step(
-            self.student,
-            self.loss,
-            self.pool.microbatches(self.rounds),
-            self.context,
-            num_rounds=len(self.rounds),
-            progress=progress,
-            around_update=self.pool.following(self.student, number + 1),
-        )
+        report = self._train_step(number)
         assert report.fault is None
         return divide([report.sums])
 
     def skip(self, number: int) -> None:
         """A step whose gradient is too large."""
-        report = train_step(
+        assert self._train_step(number, skip_above=0.0).fault.kind == "spike"
+
+    def _train_step(self, number: int, **options):
+        return train_step(
             self.student,
             self.loss,
             self.pool.microbatches(self.rounds),
             self.context,
             num_rounds=len(self.rounds),
             progress=Progress(iterations=number, steps=number, train_iters=STEPS),
-            skip_above=0.0,
             around_update=self.pool.following(self.student, number + 1),
+            **options,
         )
-        assert report.fault.kind == "spike"
 
     def students_weights(self) -> dict[str, torch.Tensor]:
         return whole(self.student.chunks, self.config.student.hf_path, self.context)
